@@ -1,0 +1,466 @@
+# coding=utf-8
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Preference losses in the feature space of a frozen U-Net's encoder.
+
+Equation numbers are those of "Aligning Diffusion Models with Noise-Conditioned Perception" (arXiv:2406.17636 v2).
+
+A prediction enters the perceptual error only through the latents of the next timestep, and there linearly:
+
+    x_{t'}(pred) = x_{t'}(center_pred) + k_t * (pred - center_pred)
+
+so that the error of a prediction is a finite difference of the encoder f along k_t * (pred - center_pred). In fp32 it is
+taken literally (eq. 13). k_t is 0.001 to 0.03, though, less than half precision can see, so there the step is enlarged
+by a detached factor s, and the feature difference divided by s: to first order the same number.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+LOSS_TYPES = ("dpo", "ipo", "hinge", "cpo", "sft")
+REFERENCE_FREE_LOSS_TYPES = ("cpo", "sft")
+LAYERS = ("mid", "down")
+TARGET_TIMESTEPS = ("previous", "current", "zero")
+DEFAULT_PROBE_RMS = {torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+class PreferenceLoss(NamedTuple):
+    loss: torch.Tensor
+    margin: torch.Tensor
+    implicit_accuracy: torch.Tensor
+
+
+def latent_error(model_pred, target):
+    """
+    Mean squared error of a prediction per sample: the latent-space counterpart of [`NoiseConditionedPerception.error`].
+
+    Args:
+        model_pred (`torch.Tensor` of shape `(N, C, H, W)`): the prediction, in the scheduler's prediction type.
+        target (`torch.Tensor` of shape `(N, C, H, W)`): what it should have been.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: the errors, >= 0, in at least float32.
+    """
+    dtype = torch.promote_types(model_pred.dtype, torch.float32)
+    return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
+
+
+def preference_loss(errors, ref_errors=None, loss_type="dpo", beta=5000.0, sft_weight=1.0, label_smoothing=0.0):
+    r"""
+    Preference loss of pairs from the errors of their samples, whichever space these were measured in.
+
+    With m = (r_w - r_l) - (e_w - e_l), r = 0 in "cpo" and "sft", and z = ½·β·m:
+
+    - "dpo": -log σ(z) (eq. 18; with label smoothing ε: -(1-ε)·log σ(z) - ε·log σ(-z))
+    - "ipo": (z - ½)²
+    - "hinge": max(0, 1 - z)
+    - "cpo": as "dpo", plus λ·e_w (eq. 19)
+    - "sft": e_w
+
+    Args:
+        errors (`torch.Tensor` of shape `(2B,)`): the policy's errors, B winners first, then their B losers.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): the reference's in the same order; "cpo" and "sft" do
+            without.
+        loss_type (`str`): one of `LOSS_TYPES`.
+        beta (`float`): β, how far the policy may leave the reference; the smaller, the farther.
+        sft_weight (`float`): λ of "cpo".
+        label_smoothing (`float`): ε in [0, 0.5), the share of labels taken to be wrong ("dpo" and "cpo").
+
+    Returns:
+        `PreferenceLoss`: `loss` (a scalar, the mean over pairs), `margin` m of shape `(B,)`, and `implicit_accuracy`, the
+        share of pairs with m > 0, ties counting half (a scalar).
+
+    Raises:
+        `ValueError`: unknown `loss_type`, an odd number of errors, "dpo", "ipo" or "hinge" without `ref_errors`,
+        `label_smoothing` out of range or with a loss that has none.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"`loss_type` is {loss_type!r}, but must be one of {', '.join(LOSS_TYPES)}.")
+    if errors.shape[0] % 2:
+        raise ValueError(f"`errors` must hold as many winners as losers, but its length is {errors.shape[0]}.")
+    if loss_type in REFERENCE_FREE_LOSS_TYPES:
+        ref_errors = torch.zeros_like(errors)
+    elif ref_errors is None:
+        raise ValueError(f"loss type {loss_type!r} needs `ref_errors`, the errors of the reference model.")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"`label_smoothing` is {label_smoothing}, but must be in [0, 0.5).")
+    if label_smoothing and loss_type not in ("dpo", "cpo"):
+        raise ValueError(f"loss type {loss_type!r} has no `label_smoothing`; 'dpo' and 'cpo' have.")
+
+    errors_w, errors_l = errors.chunk(2)
+    ref_errors_w, ref_errors_l = ref_errors.chunk(2)
+    margin = (ref_errors_w - ref_errors_l) - (errors_w - errors_l)
+    logits = 0.5 * beta * margin
+
+    if loss_type == "ipo":
+        losses = (logits - 0.5).square()
+    elif loss_type == "hinge":
+        losses = F.relu(1 - logits)
+    elif loss_type == "sft":
+        losses = errors_w
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+        if loss_type == "cpo":
+            losses = losses + sft_weight * errors_w
+
+    implicit_accuracy = ((margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)).mean()
+    return PreferenceLoss(losses.mean(), margin, implicit_accuracy)
+
+
+@contextlib.contextmanager
+def adapters_disabled(unet):
+    """
+    Makes a U-Net with LoRA adapters its own reference model within the `with` block; a U-Net without is left alone.
+
+    Blocks may be nested. At the end every parameter requires a gradient again exactly if it did before: what PEFT's
+    own switch sets for all active adapters.
+
+    Args:
+        unet (`UNet2DConditionModel`): the model itself, not a distributed wrapper around it.
+    """
+    # PEFT's layers have a property of that name, which is True while they are switched off; the model has a method.
+    disabled_already = any(getattr(module, "disable_adapters", None) is True for module in unet.modules())
+    if disabled_already or not getattr(unet, "_hf_peft_config_loaded", False):
+        yield
+        return
+
+    requires_grad = {parameter: parameter.requires_grad for parameter in unet.parameters()}
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
+
+
+class StepTable(NamedTuple):
+    """
+    The step x_{t'}(pred) = x_weight·x_t + pred_weight·pred + sigma·z, eq. 12, its derivative k with respect to the
+    prediction, and t', for every t. All of shape `(T,)`, float64 but for the timesteps.
+    """
+
+    x_weight: torch.Tensor
+    pred_weight: torch.Tensor
+    sigma: torch.Tensor
+    k: torch.Tensor
+    timesteps: torch.Tensor
+
+    @classmethod
+    def from_scheduler(cls, noise_scheduler, target_timestep):
+        if target_timestep not in TARGET_TIMESTEPS:
+            raise ValueError(
+                f"`target_timestep` is {target_timestep!r}, but must be one of {', '.join(TARGET_TIMESTEPS)}."
+            )
+        alpha_bar = noise_scheduler.alphas_cumprod.double().cpu()
+        timesteps = torch.arange(alpha_bar.shape[0])
+        zeros, ones = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
+
+        # The predicted clean latents, a·x_t + b·pred
+        prediction_type = noise_scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            if alpha_bar[-1] == 0:
+                raise ValueError(
+                    "An epsilon prediction says nothing of the clean latents at zero terminal SNR: the scheduler's"
+                    " `prediction_type` must be 'v_prediction' or 'sample', or its `rescale_betas_zero_snr` False."
+                )
+            a, b = alpha_bar.rsqrt(), -((1 - alpha_bar) / alpha_bar).sqrt()
+        elif prediction_type == "v_prediction":
+            a, b = alpha_bar.sqrt(), -(1 - alpha_bar).sqrt()
+        elif prediction_type == "sample":
+            a, b = zeros, ones
+        else:
+            raise ValueError(
+                f"The scheduler's `prediction_type` is {prediction_type!r}, but must be 'epsilon', 'v_prediction' or"
+                " 'sample'."
+            )
+        if target_timestep == "zero":
+            return cls(a, b, zeros, b, torch.zeros_like(timesteps))
+
+        # DDPM's posterior q(x_{t'} | x_t, x_0) (arXiv:2006.11239, eq. 7). At t = 0 it stays where it is.
+        previous = (timesteps - 1).clamp_min(0)
+        alpha_bar_previous = alpha_bar[previous]
+        alpha = alpha_bar / alpha_bar_previous
+        clean_weight = alpha_bar_previous.sqrt() * (1 - alpha) / (1 - alpha_bar)
+        k = clean_weight * b
+        if target_timestep == "current":
+            return cls(ones, zeros, zeros, k, timesteps)
+        x_weight = alpha.sqrt() * (1 - alpha_bar_previous) / (1 - alpha_bar) + clean_weight * a
+        sigma = ((1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)).sqrt()
+        return cls(x_weight, k, sigma, k, previous)
+
+    def at(self, timesteps, dtype):
+        """The row of every timestep: coefficients of shape `(N, 1, 1, 1)` in `dtype`, and t' of shape `(N,)`."""
+        coefficients = torch.stack(self[:-1]).to(dtype).to(timesteps.device)[:, timesteps]
+        return StepTable(*coefficients.view(4, -1, 1, 1, 1), self.timesteps.to(timesteps.device)[timesteps])
+
+
+def _rms(x):
+    return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def _autocast_disabled(device_type):
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _tf32_allowed():
+    return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
+
+@dataclass
+class Anchor:
+    """
+    What is known about a batch of N samples before the policy's prediction is.
+
+    `ref_errors` is for the caller; the rest is between [`NoiseConditionedPerception.anchor`] and
+    [`NoiseConditionedPerception.error`].
+    """
+
+    center: torch.Tensor  # x_{t'}(center_pred), (N, C, H, W)
+    center_pred: torch.Tensor  # the reference's prediction if there is one, else the target, (N, C, H, W)
+    k: torch.Tensor  # (N, 1, 1, 1)
+    conditioning: tuple  # what f takes beside latents: t', encoder_hidden_states, added_cond_kwargs
+    center_features: torch.Tensor | None  # f(center), for one-sided differences
+    ref_change: torch.Tensor | float  # the derivative of f along k * (ref_pred - target)
+    ref_errors: torch.Tensor | None  # (N,)
+
+
+class NoiseConditionedPerception:
+    r"""
+    The perceptual error of a prediction, eq. 12 and 13: how far apart the frozen U-Net's encoder f sees the latents that a
+    denoising step leads to with this prediction, and with the target,
+
+        e = error_scale · mean‖f(x_{t'}(pred), c, t') - f(x_{t'}(target), c, t')‖²
+
+    f is the U-Net's own encoder with its adapters off, so that no second U-Net is held.
+
+    Args:
+        unet (`UNet2DConditionModel`): a U-Net with PEFT adapters, or a plain frozen one.
+        noise_scheduler (`DDPMScheduler`): its `alphas_cumprod` and `prediction_type` ("epsilon", "v_prediction" or
+            "sample") define the step.
+        layer (`str`): f is the output of the "mid" block or of the "down" blocks.
+        target_timestep (`str`): "previous" is t' = t - 1, the posterior's step (the paper). "current" takes a step of the
+            same k_t from x_t itself, seen at t' = t. "zero" compares the predicted clean latents, seen at t' = 0.
+        probe_rms (`float`, *optional*): root mean square in latent space to which smaller steps are enlarged; 0 is the
+            literal formula. By default 0 in fp32 and fp64, 0.03 in fp16 and TF32, 0.1 in bf16. bf16 takes central
+            differences (twice the work, no second-order error), everything else one-sided ones.
+        error_scale (`float`): ρ, the unit of the error; 1 is the paper as written.
+
+    Raises:
+        `ValueError`: unknown `layer` or `target_timestep`, negative `probe_rms`, or a scheduler for which the error is
+        infinite (epsilon prediction with zero terminal SNR) or unknown (another prediction type).
+    """
+
+    def __init__(
+        self, unet, noise_scheduler, layer="mid", target_timestep="previous", probe_rms=None, error_scale=1.0
+    ):
+        if layer not in LAYERS:
+            raise ValueError(f"`layer` is {layer!r}, but must be one of {', '.join(LAYERS)}.")
+        if probe_rms is not None and probe_rms < 0:
+            raise ValueError(f"`probe_rms` is {probe_rms}, but must be at least 0.")
+        self.unet = unet
+        self.layer = layer
+        self.probe_rms = probe_rms
+        self.error_scale = error_scale
+        self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep)
+
+    def anchor(
+        self,
+        noisy_latents,
+        timesteps,
+        target,
+        encoder_hidden_states,
+        added_cond_kwargs=None,
+        variance_noise=None,
+        ref_pred=None,
+    ):
+        """
+        Everything about a batch that does not depend on the policy, without gradient.
+
+        Args:
+            noisy_latents (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
+            timesteps (`torch.LongTensor` of shape `(N,)`): t.
+            target (`torch.Tensor` of shape `(N, C, H, W)`): the true noise, velocity or sample.
+            encoder_hidden_states (`torch.Tensor` of shape `(N, L, D)`): the text embeddings.
+            added_cond_kwargs (`dict`, *optional*): SDXL's `text_embeds` `(N, P)` and `time_ids` `(N, 6)`.
+            variance_noise (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): z of eq. 12, by default 0.
+            ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors are
+                the reference's plus what the policy changed. Two separately rounded errors would differ by more rounding
+                than change early in training.
+
+        Returns:
+            `Anchor`: for [`~NoiseConditionedPerception.error`]; its `ref_errors` `(N,)` are the reference's.
+        """
+        dtype = self._error_dtype
+        target = target.to(dtype)
+        center_pred = target if ref_pred is None else ref_pred.detach().to(dtype)
+        step = self.step_table.at(timesteps, dtype)
+        center = step.x_weight * noisy_latents.to(dtype) + step.pred_weight * center_pred
+        if variance_noise is not None:
+            center = center + step.sigma * variance_noise.to(dtype)
+        conditioning = (step.timesteps, encoder_hidden_states, added_cond_kwargs)
+
+        points = [] if self._central else [center]
+        if ref_pred is not None:
+            ref_points, inverse_scale = self._probe(center, step.k * (target - center_pred))
+            points.append(ref_points)
+
+        center_features, ref_change, ref_errors = None, 0.0, None
+        if points:
+            with torch.no_grad():
+                features = self._features(torch.cat(points), *conditioning)
+            if not self._central:
+                center_features, features = features.tensor_split([center.shape[0]])
+            if ref_pred is not None:
+                # The probe went from the reference to the target; the change is the other way.
+                ref_change = -self._change(features, center_features, inverse_scale)
+                ref_errors = self.error_scale * ref_change.square().mean(dim=(1, 2, 3))
+        return Anchor(center, center_pred, step.k, conditioning, center_features, ref_change, ref_errors)
+
+    def error(self, model_pred, anchor):
+        """
+        Perceptual error of the policy's prediction per sample, eq. 13 times `error_scale`.
+
+        Args:
+            model_pred (`torch.Tensor` of shape `(N, C, H, W)`): the policy's prediction, in the scheduler's prediction type.
+            anchor (`Anchor`): of the same batch.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`: the errors in at least float32, once differentiable with respect to
+            `model_pred`. Where this equals the reference's prediction, they equal `anchor.ref_errors` exactly.
+        """
+        if torch.is_grad_enabled() and model_pred.requires_grad:
+            return _ErrorFunction.apply(model_pred, self, anchor)
+        return self._error_and_gradient(model_pred, anchor, needs_gradient=False)[0]
+
+    def _error_and_gradient(self, model_pred, anchor, needs_gradient):
+        # With J the encoder's Jacobian and n features, a = J·k(ref_pred - target) and Δ = J·k(pred - ref_pred):
+        # e = mean (a + Δ)² = r + mean Δ(2a + Δ), and ∂e/∂pred = 2k/n · Jᵀ(a + Δ). Without a reference a = 0, r = 0 and
+        # Δ = J·k(pred - target).
+        dtype = self._error_dtype
+        delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
+        points, inverse_scale = self._probe(anchor.center, delta)
+        with torch.set_grad_enabled(needs_gradient):
+            features = self._features(points.requires_grad_(needs_gradient), *anchor.conditioning)
+        change = self._change(features.detach(), anchor.center_features, inverse_scale)
+        errors = self.error_scale * (change * (2 * anchor.ref_change + change)).mean(dim=(1, 2, 3))
+        if anchor.ref_errors is not None:
+            errors = anchor.ref_errors + errors
+        if not needs_gradient:
+            return errors, None
+
+        # Pulled back with an rms of 1, cotangents stay clear of both ends of fp16's range; their true size, about 1/n,
+        # comes in afterwards.
+        slope = anchor.ref_change + change
+        rms = _rms(slope)
+        cotangents = (slope / rms.clamp_min(torch.finfo(dtype).tiny)).to(features.dtype)
+        sides = points.shape[0] // delta.shape[0]
+        torch.autograd.backward(features, cotangents.repeat(sides, 1, 1, 1), inputs=points)
+        pulled_back = points.grad.unflatten(0, (sides, -1)).mean(dim=0)
+        return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * rms * pulled_back
+
+    def _probe(self, center, delta):
+        # The point s·delta away from the center (and the one opposite), and 1/s per sample. 0 for 1/s where delta is 0
+        # makes the change exactly 0 there, whatever the encoder's rounding does.
+        rms = _rms(delta)
+        scale = (self._probe_rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_min(1)
+        points = center + scale * delta
+        if self._central:
+            points = torch.cat([points, center - scale * delta])
+        return points, (rms > 0) / scale
+
+    def _change(self, features, center_features, inverse_scale):
+        # The derivative of f along delta from its values at the points of `_probe`.
+        features = features.to(self._error_dtype)
+        if self._central:
+            plus, minus = features.chunk(2)
+            return (plus - minus) * (0.5 * inverse_scale)
+        return (features - center_features.to(self._error_dtype)) * inverse_scale
+
+    def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs=None):
+        # `UNet2DConditionModel.forward` up to the wanted layer, adapters off and in the dtype of the weights. For x a
+        # multiple of the batch the conditioning is repeated.
+        unet = self.unet
+        repeats = x.shape[0] // timesteps.shape[0]
+        timesteps = timesteps.repeat(repeats)
+        x = x.to(self._compute_dtype)
+        encoder_hidden_states = encoder_hidden_states.to(x.dtype).repeat(repeats, 1, 1)
+        if added_cond_kwargs is not None:
+            added_cond_kwargs = {name: value.repeat(repeats, 1) for name, value in added_cond_kwargs.items()}
+
+        with adapters_disabled(unet), _autocast_disabled(x.device.type):
+            embedding = unet.time_embedding(unet.get_time_embed(sample=x, timestep=timesteps))
+            added_embedding = unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
+            if added_embedding is not None:
+                embedding = embedding + added_embedding
+            if unet.time_embed_act is not None:
+                embedding = unet.time_embed_act(embedding)
+            encoder_hidden_states = unet.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+
+            x = unet.conv_in(x)
+            blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
+            for block in blocks:
+                if getattr(block, "has_cross_attention", False):
+                    x = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
+                else:
+                    x = block(x, embedding)
+                if isinstance(x, tuple):
+                    x, _ = x
+            return x
+
+    @property
+    def _compute_dtype(self):
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def _error_dtype(self):
+        return torch.promote_types(self._compute_dtype, torch.float32)
+
+    @property
+    def _probe_rms(self):
+        if self.probe_rms is not None:
+            return self.probe_rms
+        if self._compute_dtype == torch.float32 and self.unet.conv_in.weight.is_cuda and _tf32_allowed():
+            return DEFAULT_PROBE_RMS[torch.float16]
+        return DEFAULT_PROBE_RMS.get(self._compute_dtype, 0.0)
+
+    @property
+    def _central(self):
+        return self._compute_dtype == torch.bfloat16 and self._probe_rms > 0
+
+
+class _ErrorFunction(torch.autograd.Function):
+    # The encoder's forward and backward run at once, within the policy's forward: adapters are off for both, activations
+    # are freed before the policy's backward, and only the gradient, of latent size, is kept.
+
+    @staticmethod
+    def forward(ctx, model_pred, perception, anchor):
+        errors, gradient = perception._error_and_gradient(model_pred, anchor, needs_gradient=True)
+        ctx.save_for_backward(gradient.to(model_pred.dtype))
+        return errors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_errors):
+        (gradient,) = ctx.saved_tensors
+        return grad_errors.view(-1, 1, 1, 1) * gradient, None, None
