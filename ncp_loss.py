@@ -360,24 +360,26 @@ class NoiseConditionedPerception:
         dtype = self._error_dtype
         delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
         points, inverse_scale = self._probe(anchor.center, delta)
-        with torch.set_grad_enabled(needs_gradient):
+        # Adapters must be off for the backward pass as well, where gradient checkpointing runs the encoder again.
+        with torch.set_grad_enabled(needs_gradient), adapters_disabled(self.unet):
             features = self._features(points.requires_grad_(needs_gradient), *anchor.conditioning)
-        change = self._change(features.detach(), anchor.center_features, inverse_scale)
-        errors = self.error_scale * (change * (2 * anchor.ref_change + change)).mean(dim=(1, 2, 3))
+            change = self._change(features.detach(), anchor.center_features, inverse_scale)
+            slope = anchor.ref_change + change
+            if needs_gradient:
+                # Pulled back with an rms of 1, cotangents stay clear of both ends of fp16's range; their true size, about
+                # 1/n, comes in afterwards.
+                slope_rms = _rms(slope)
+                cotangents = (slope / slope_rms.clamp_min(torch.finfo(dtype).tiny)).to(features.dtype)
+                sides = points.shape[0] // delta.shape[0]
+                torch.autograd.backward(features, cotangents.repeat(sides, 1, 1, 1), inputs=points)
+
+        errors = self.error_scale * (change * (anchor.ref_change + slope)).mean(dim=(1, 2, 3))
         if anchor.ref_errors is not None:
             errors = anchor.ref_errors + errors
         if not needs_gradient:
             return errors, None
-
-        # Pulled back with an rms of 1, cotangents stay clear of both ends of fp16's range; their true size, about 1/n,
-        # comes in afterwards.
-        slope = anchor.ref_change + change
-        rms = _rms(slope)
-        cotangents = (slope / rms.clamp_min(torch.finfo(dtype).tiny)).to(features.dtype)
-        sides = points.shape[0] // delta.shape[0]
-        torch.autograd.backward(features, cotangents.repeat(sides, 1, 1, 1), inputs=points)
         pulled_back = points.grad.unflatten(0, (sides, -1)).mean(dim=0)
-        return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * rms * pulled_back
+        return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * slope_rms * pulled_back
 
     def _probe(self, center, delta):
         # The point s·delta away from the center (and the one opposite), and 1/s per sample. 0 for 1/s where delta is 0

@@ -1,0 +1,1174 @@
+#!/usr/bin/env python
+# coding=utf-8
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trains a LoRA for SDXL on preference pairs, by DPO, IPO, hinge, CPO or SFT, in the feature space of the frozen U-Net's
+encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
+
+    accelerate launch train_ncp_dpo_sdxl.py \
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dataset_name kashif/pickascore \
+      --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --dataset_split_name validation \
+      --mixed_precision bf16 --rank 64 --use_8bit_adam --gradient_checkpointing --train_batch_size 1 \
+      --gradient_accumulation_steps 4 --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sdxl
+
+The U-Net with its LoRA is the policy; the same U-Net with the LoRA switched off is both the reference model and the
+perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on the seed, the epoch and its row alone.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from ncp_loss import (
+    LAYERS,
+    LOSS_TYPES,
+    REFERENCE_FREE_LOSS_TYPES,
+    TARGET_TIMESTEPS,
+    NoiseConditionedPerception,
+    StepTable,
+    adapters_disabled,
+    latent_error,
+    preference_loss,
+)
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import diffusers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import (
+    check_min_version,
+    convert_state_dict_to_diffusers,
+    convert_unet_state_dict_to_peft,
+    is_wandb_available,
+    make_image_grid,
+)
+
+
+if is_wandb_available():
+    import wandb
+
+# Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+check_min_version("0.35.0")
+
+logger = get_logger(__name__)
+
+PIPELINE_CLASS = StableDiffusionXLPipeline
+PIPELINE_OPTIONS = {}
+STATE_NAME = "training_state.json"
+ERROR_SCALE_PAIRS = 64
+PROGRESS_METRICS = ("loss", "implicit_accuracy", "margin")
+
+
+# Copied from train_ncp_dpo_sd15.save_model_card
+def save_model_card(args, error_scale, num_pairs):
+    """Writes `README.md`: what the LoRA was trained on and how, validation images, how to load it."""
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    settings = {
+        "loss": f"{args.loss_type} in {args.loss_space} space",
+        "steps": args.max_train_steps,
+        "pairs": num_pairs,
+        "β": args.beta_dpo,
+        "learning rate": args.learning_rate,
+        "LoRA rank": args.rank,
+        "resolution": args.resolution,
+        "mixed precision": args.mixed_precision,
+        "seed": args.seed,
+    }
+    if args.loss_space == "ncp":
+        settings["features"] = f"{args.ncp_layer} block, {args.ncp_timestep} timestep"
+        settings["error scale"] = f"{error_scale:.6g}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    pictures = ""
+    if args.run_validation:
+        pictures = (
+            f"\nBefore (top) and after (bottom), from the same noise: *{args.validation_prompt}*\n\n"
+            "![before and after](validation/before_after.png)\n"
+        )
+    card_data = ModelCardData(
+        base_model=args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"],
+    )
+    ModelCard(
+        f"""---
+{card_data.to_yaml()}
+---
+
+# {repo_id}
+
+A LoRA for `{args.pretrained_model_name_or_path}`, trained on the preference pairs of
+`{args.dataset_name or args.train_data_dir}` with
+[Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
+{pictures}
+| setting | value |
+|---|---|
+{table}
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}", torch_dtype=torch.float16)
+pipeline.to("cuda").load_lora_weights("{repo_id}")
+image = pipeline("{args.validation_prompt or "a photo of an astronaut"}").images[0]
+```
+"""
+    ).save(Path(args.output_dir) / "README.md")
+
+
+# Copied from train_ncp_dpo_sd15.log_validation
+def log_validation(args, accelerator, unet, components, weight_dtype, global_step):
+    """
+    Draws `num_validation_images` images of `validation_prompt` into `validation/step-N.png` and the trackers. Their noise is
+    the same at every step; step 0 shows the base model.
+    """
+    logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
+    pipeline = PIPELINE_CLASS.from_pretrained(
+        args.pretrained_model_name_or_path,
+        unet=unet,
+        revision=args.revision,
+        variant=args.variant,
+        torch_dtype=weight_dtype,
+        **components,
+        **PIPELINE_OPTIONS,
+    ).to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for index in range(args.num_validation_images):
+        latents = pipeline(
+            args.validation_prompt,
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=25,
+            generator=torch.Generator(accelerator.device).manual_seed(args.seed + index),
+            output_type="latent",
+        ).images
+        # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
+        with torch.no_grad():
+            image = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(image)
+
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(exist_ok=True)
+    make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{global_step}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            batch = np.stack([np.asarray(image) for image in images])
+            tracker.writer.add_images("validation", batch, global_step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            pictures = [wandb.Image(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"validation": pictures}, step=global_step)
+
+
+# Copied from train_ncp_dpo_sd15.add_common_arguments
+def add_common_arguments(parser):
+    """The arguments of both scripts. Those that diffusers' examples have keep their names, defaults and meaning."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path", type=str, required=True, help="Hub id or folder of the base model."
+    )
+    model.add_argument("--revision", type=str, default=None, help="Revision of the base model on the hub.")
+    model.add_argument("--variant", type=str, default=None, help="Variant of the model files, e.g. fp16.")
+    model.add_argument("--rank", type=int, default=4, help="Rank of the LoRA. The paper uses 64.")
+    model.add_argument(
+        "--lora_alpha", type=int, default=None, help="Scale of the LoRA times its rank. Default: the rank."
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name",
+        type=str,
+        default=None,
+        help="Hub id, or a local folder of parquet files, of preference pairs.",
+    )
+    data.add_argument("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
+    data.add_argument("--dataset_split_name", type=str, default="train", help="Split of the dataset to train on.")
+    data.add_argument(
+        "--train_data_dir",
+        type=str,
+        default=None,
+        help=(
+            "Folder of images with a `metadata.jsonl` whose rows give `jpg_0_file_name`, `jpg_1_file_name`, `label_0` and"
+            " `caption` (or what the column flags say instead)."
+        ),
+    )
+    data.add_argument("--image_0_column", type=str, default="jpg_0", help="Column of the first image, bytes or image.")
+    data.add_argument("--image_1_column", type=str, default="jpg_1", help="Column of the second image.")
+    data.add_argument(
+        "--label_column",
+        type=str,
+        default="label_0",
+        help="Column that says who won: 1 the first image, 0 the second, 0.5 neither (a tie, which is left out).",
+    )
+    data.add_argument("--caption_column", type=str, default="caption", help="Column of the prompt.")
+    data.add_argument("--max_train_samples", type=int, default=None, help="Train on the first so many pairs only.")
+    data.add_argument("--cache_dir", type=str, default=None, help="Where downloaded datasets are stored.")
+    data.add_argument("--resolution", type=int, default=512, help="Side of the square that images are cropped to.")
+    data.add_argument("--random_crop", action="store_true", help="Crop at random instead of the centre.")
+    data.add_argument("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
+    data.add_argument(
+        "--image_interpolation_mode",
+        type=str,
+        default="lanczos",
+        help=f"How images are resized: {', '.join(mode.name.lower() for mode in Image.Resampling)}.",
+    )
+    data.add_argument("--vae_encode_batch_size", type=int, default=8, help="Images that the VAE encodes at once.")
+    data.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one."
+    )
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss_type", type=str, default="dpo", help=f"One of {', '.join(LOSS_TYPES)}.")
+    loss.add_argument(
+        "--loss_space",
+        type=str,
+        default="ncp",
+        help="Where errors are measured: in the frozen U-Net's features (ncp) or in latent space (latent).",
+    )
+    loss.add_argument(
+        "--beta_dpo",
+        type=float,
+        default=5000,
+        help="β, the weight of the KL divergence from the reference, in the loss as ½·β.",
+    )
+    loss.add_argument("--sft_weight", type=float, default=1.0, help="λ, the weight of the winner's error in cpo.")
+    loss.add_argument(
+        "--label_smoothing", type=float, default=0.0, help="Share of labels taken to be wrong, 0 to 0.5 (dpo and cpo)."
+    )
+    loss.add_argument(
+        "--ncp_layer", type=str, default="mid", help=f"Block whose features count: {' or '.join(LAYERS)}."
+    )
+    loss.add_argument(
+        "--ncp_timestep",
+        type=str,
+        default="previous",
+        help=f"Timestep that the features see, relative to the prediction's: {', '.join(TARGET_TIMESTEPS)}.",
+    )
+    loss.add_argument(
+        "--ncp_probe_rms",
+        type=float,
+        default=None,
+        help=(
+            "Size to which steps in latent space are enlarged so that half precision resolves them; 0 is the literal"
+            " formula. Default: by precision."
+        ),
+    )
+    loss.add_argument(
+        "--ncp_error_scale",
+        type=error_scale_argument,
+        default="auto",
+        help=(
+            "Factor that brings perceptual errors to the size of latent ones, so that β, λ and the learning rate mean the"
+            " same in both spaces. `auto` measures it before training; 1 is the paper as written."
+        ),
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=str, default="ncp-dpo-lora", help="Where everything is written.")
+    training.add_argument("--seed", type=int, default=None, help="Default: a random one, which is printed.")
+    training.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and step.")
+    training.add_argument("--num_train_epochs", type=int, default=1, help="Ignored if `--max_train_steps` is given.")
+    training.add_argument("--max_train_steps", type=int, default=None, help="Optimization steps in total.")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches per optimization step.")
+    training.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Recompute activations to save memory, at the cost of time.",
+    )
+    training.add_argument(
+        "--mixed_precision",
+        type=str,
+        default=None,
+        choices=["no", "fp16", "bf16"],
+        help="Precision of all but the LoRA's weights. Default: accelerate's configuration.",
+    )
+    training.add_argument("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
+    training.add_argument("--learning_rate", type=float, default=5e-4)
+    training.add_argument(
+        "--scale_lr", action="store_true", help="Multiply the learning rate by processes, accumulation and batch size."
+    )
+    training.add_argument(
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        help=f"One of {', '.join(kind.value for kind in SchedulerType)}.",
+    )
+    training.add_argument("--lr_warmup_steps", type=int, default=500, help="For schedules with a warm-up.")
+    training.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    training.add_argument("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    training.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
+    training.add_argument("--adam_beta1", type=float, default=0.9)
+    training.add_argument("--adam_beta2", type=float, default=0.999)
+    training.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    training.add_argument("--adam_epsilon", type=float, default=1e-8)
+    training.add_argument("--max_grad_norm", type=float, default=1.0)
+    training.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    checkpoints.add_argument("--checkpoints_total_limit", type=int, default=None, help="Checkpoints to keep.")
+    checkpoints.add_argument(
+        "--resume_from_checkpoint",
+        type=str,
+        default=None,
+        help="A checkpoint's folder, or `latest` in `--output_dir`.",
+    )
+
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, all, …")
+    reports.add_argument(
+        "--tracker_name", type=str, default="ncp-dpo-lora", help="Name of the project in the tracker."
+    )
+    reports.add_argument(
+        "--logging_dir", type=str, default="logs", help="Folder within `--output_dir` for the tracker."
+    )
+    reports.add_argument("--run_validation", action="store_true", help="Draw images before, while and after training.")
+    reports.add_argument("--validation_prompt", type=str, default=None, help="What to draw.")
+    reports.add_argument("--num_validation_images", type=int, default=4)
+    reports.add_argument("--validation_steps", type=int, default=200, help="Steps between validations.")
+    reports.add_argument("--push_to_hub", action="store_true", help="Upload `--output_dir`, less its checkpoints.")
+    reports.add_argument("--hub_token", type=str, default=None)
+    reports.add_argument("--hub_model_id", type=str, default=None, help="Default: the name of `--output_dir`.")
+
+
+# Copied from train_ncp_dpo_sd15.error_scale_argument
+def error_scale_argument(value):
+    return value if value == "auto" else float(value)
+
+
+# Copied from train_ncp_dpo_sd15.check_arguments
+def check_arguments(args):
+    """Raises a `ValueError` that names the flag for whatever can be known to be wrong before anything is loaded."""
+    for flag, allowed in [
+        ("loss_type", LOSS_TYPES),
+        ("loss_space", ("ncp", "latent")),
+        ("ncp_layer", LAYERS),
+        ("ncp_timestep", TARGET_TIMESTEPS),
+        ("image_interpolation_mode", [mode.name.lower() for mode in Image.Resampling]),
+        ("lr_scheduler", [kind.value for kind in SchedulerType]),
+    ]:
+        if getattr(args, flag) not in allowed:
+            raise ValueError(f"--{flag} is {getattr(args, flag)!r}, but must be one of {', '.join(allowed)}.")
+    for flag in [
+        "rank",
+        "lora_alpha",
+        "resolution",
+        "train_batch_size",
+        "vae_encode_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_train_steps",
+        "max_train_samples",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_steps",
+        "num_validation_images",
+    ]:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}, but must be at least 1.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise ValueError("Give the preference pairs by exactly one of --dataset_name and --train_data_dir.")
+    if not args.beta_dpo > 0:
+        raise ValueError(f"--beta_dpo is {args.beta_dpo}, but must be greater than 0.")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise ValueError(f"--label_smoothing is {args.label_smoothing}, but must be in [0, 0.5).")
+    if args.label_smoothing and args.loss_type not in ("dpo", "cpo"):
+        raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
+    if args.ncp_probe_rms is not None and not args.ncp_probe_rms >= 0:
+        raise ValueError(f"--ncp_probe_rms is {args.ncp_probe_rms}, but must be at least 0.")
+    if args.ncp_error_scale != "auto" and not 0 < args.ncp_error_scale < math.inf:
+        raise ValueError(f"--ncp_error_scale is {args.ncp_error_scale}, but must be `auto` or greater than 0.")
+    if args.run_validation and args.validation_prompt is None:
+        raise ValueError("--run_validation needs a --validation_prompt.")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        type=str,
+        default=None,
+        help="Hub id or folder of a VAE that runs in half precision, in place of the base model's, which runs in fp32.",
+    )
+    parser.set_defaults(output_dir="ncp-dpo-sdxl-lora", tracker_name="ncp-dpo-sdxl-lora", resolution=1024)
+    args = parser.parse_args(input_args)
+    check_arguments(args)
+    return args
+
+
+# Copied from train_ncp_dpo_sd15.load_pairs
+def load_pairs(args):
+    """
+    Opens the dataset, images still encoded, and finds the rows to train on.
+
+    Returns:
+        `datasets.Dataset` and `list[int]`: all rows, and the numbers of those with a winner.
+
+    Raises:
+        `ValueError`: names the flag, column, file or row that is wrong.
+    """
+    if args.train_data_dir is not None:
+        dataset = load_image_folder(args)
+    else:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split_name, cache_dir=args.cache_dir
+        )
+    for flag in ("image_0_column", "image_1_column", "label_column", "caption_column"):
+        column = getattr(args, flag)
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"--{flag} is {column!r}, but the columns of {args.dataset_name or args.train_data_dir} are"
+                f" {', '.join(dataset.column_names)}."
+            )
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+
+    rows, num_ties = [], 0
+    for row, (label, caption) in enumerate(zip(dataset[args.label_column], dataset[args.caption_column])):
+        if label not in (0, 0.5, 1):
+            raise ValueError(f"Row {row}: {args.label_column} is {label!r}, but must be 1, 0, or 0.5 for a tie.")
+        if not isinstance(caption, str):
+            raise ValueError(f"Row {row}: {args.caption_column} is {caption!r}, but must be a text.")
+        if label == 0.5:
+            num_ties += 1
+        else:
+            rows.append(row)
+    logger.info(f"{len(rows)} pairs with a winner; {num_ties} ties are left out")
+    if not rows:
+        raise ValueError(f"No pair is left: all {num_ties} rows of {args.label_column} are ties.")
+    return dataset, rows[: args.max_train_samples]
+
+
+# Copied from train_ncp_dpo_sd15.load_image_folder
+def load_image_folder(args):
+    # Not datasets' own image folder: it takes a metadata file that names a missing image for no metadata at all.
+    folder = Path(args.train_data_dir).resolve()
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise ValueError(f"--train_data_dir: there is no file {metadata}.")
+    dataset = datasets.load_dataset("json", data_files=str(metadata), split="train", cache_dir=args.cache_dir)
+    for column in (args.image_0_column, args.image_1_column):
+        name_column = f"{column}_file_name"
+        if name_column not in dataset.column_names:
+            raise ValueError(f"{metadata} has no {name_column}, but {', '.join(dataset.column_names)}.")
+        paths = []
+        for row, name in enumerate(dataset[name_column]):
+            path = (folder / str(name)).resolve()
+            if not path.is_relative_to(folder) or not path.is_file():
+                raise ValueError(f"{metadata}, row {row}: {name_column} {name!r} is not a file in {folder}.")
+            paths.append(str(path))
+        dataset = dataset.remove_columns(name_column).add_column(column, paths)
+    return dataset
+
+
+# Copied from train_ncp_dpo_sd15.EpochSampler
+class EpochSampler(torch.utils.data.Sampler):
+    """Every row once per epoch in an order that only the seed and the epoch decide, as `(epoch, row)`."""
+
+    def __init__(self, rows, seed):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        for index in np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)):
+            yield self.epoch, self.rows[index]
+
+
+# Copied from train_ncp_dpo_sd15.PreferencePairs
+class PreferencePairs(torch.utils.data.Dataset):
+    """
+    Pairs of a dataset as training sees them in an epoch: `pairs[epoch, row]`.
+
+    Args:
+        dataset (`datasets.Dataset`): images, label and caption.
+        args (`argparse.Namespace`): columns, resolution, crop, flip and seed.
+        latent_shape (`tuple`): `(C, H, W)` of an image's latents.
+        num_train_timesteps (`int`): timesteps are drawn from 0 to this, exclusively.
+        winners_only (`bool`): leave the losers unread.
+    """
+
+    def __init__(self, dataset, args, latent_shape, num_train_timesteps, winners_only=False):
+        self.dataset = dataset
+        self.args = args
+        self.latent_shape = latent_shape
+        self.num_train_timesteps = num_train_timesteps
+        self.winners_only = winners_only
+
+    def __getitem__(self, key):
+        epoch, row = key
+        args, values = self.args, self.dataset[row]
+        # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
+        seed = np.random.SeedSequence([args.seed, epoch, row]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        crop_position = torch.rand(2, generator=generator).tolist() if args.random_crop else (0.5, 0.5)
+        flip = torch.rand((), generator=generator) < 0.5 and not args.no_hflip
+        timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
+        noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
+
+        columns = [args.image_0_column, args.image_1_column]
+        if values[args.label_column] == 0:
+            columns.reverse()
+        images = []
+        for column in columns[:1] if self.winners_only else columns:
+            try:
+                image = read_image(values[column])
+            except Exception as error:
+                raise ValueError(f"Row {row}: {column} cannot be read as an image: {error}") from error
+            images.append(preprocess_image(image, args, crop_position, flip))
+        return {
+            "images": images,
+            "caption": values[args.caption_column],
+            "timesteps": timestep,
+            "noise": noise,
+            "variance_noise": variance_noise,
+            "rows": torch.tensor(row),
+        }
+
+
+# Copied from train_ncp_dpo_sd15.read_image
+def read_image(value):
+    """An image in RGB, upright, transparency on white, from encoded bytes, datasets' `{"bytes", "path"}` or a path."""
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(value) if isinstance(value, bytes) else value))
+    if image.mode.startswith("I"):
+        # 16 bit, which PIL would clip instead of scaling.
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# Copied from train_ncp_dpo_sd15.resize_and_crop
+def resize_and_crop(image, args, crop_position, flip):
+    """
+    Resizes an image by its shorter side and crops a square.
+
+    Args:
+        image (`PIL.Image.Image`): in RGB.
+        args (`argparse.Namespace`): `resolution` and `image_interpolation_mode`.
+        crop_position (`tuple`): where to crop, 0 (top, left) to 1 (bottom, right).
+        flip (`bool`): mirror the image first.
+
+    Returns:
+        `torch.Tensor` of shape `(3, resolution, resolution)` in [-1, 1], and the crop's `(top, left)` in pixels.
+    """
+    scale = args.resolution / min(image.size)
+    size = [max(args.resolution, round(side * scale)) for side in image.size]
+    image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
+    if flip:
+        image = ImageOps.mirror(image)
+    top = round(crop_position[0] * (image.height - args.resolution))
+    left = round(crop_position[1] * (image.width - args.resolution))
+    image = image.crop((left, top, left + args.resolution, top + args.resolution))
+    pixel_values = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))
+    return VaeImageProcessor.normalize(pixel_values)[0], (top, left)
+
+
+def preprocess_image(image, args, crop_position, flip):
+    """Adds SDXL's micro-conditioning: original height and width, the crop's top and left, target height and width."""
+    pixel_values, crop = resize_and_crop(image, args, crop_position, flip)
+    time_ids = torch.tensor([image.height, image.width, *crop, args.resolution, args.resolution], dtype=torch.float32)
+    return {"pixel_values": pixel_values, "time_ids": time_ids}
+
+
+# Copied from train_ncp_dpo_sd15.collate_fn
+def collate_fn(examples):
+    """Stacks pairs; what belongs to images (`pixel_values`, …) has the winners first, then the losers."""
+    batch = {"captions": [example.pop("caption") for example in examples]}
+    images = [image for images in zip(*(example.pop("images") for example in examples)) for image in images]
+    for items in (images, examples):
+        batch.update({name: torch.stack([item[name] for item in items]) for name in items[0]})
+    return batch
+
+
+def vae_source(args):
+    """Where the VAE is, as arguments of its `from_pretrained`."""
+    if args.pretrained_vae_model_name_or_path is not None:
+        return {
+            "pretrained_model_name_or_path": args.pretrained_vae_model_name_or_path,
+            "subfolder": None,
+            "revision": None,
+            "variant": None,
+        }
+    return {
+        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
+        "subfolder": "vae",
+        "revision": args.revision,
+        "variant": args.variant,
+    }
+
+
+def load_components(args, accelerator, weight_dtype):
+    """The frozen models beside the U-Net and their tokenizers, by their names in the pipeline."""
+    components = {}
+    for suffix, text_encoder_class in [("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)]:
+        components["tokenizer" + suffix] = CLIPTokenizer.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="tokenizer" + suffix, revision=args.revision
+        )
+        text_encoder = text_encoder_class.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder="text_encoder" + suffix,
+            revision=args.revision,
+            variant=args.variant,
+        )
+        components["text_encoder" + suffix] = text_encoder.requires_grad_(False).to(accelerator.device, weight_dtype)
+    # SDXL's own VAE overflows in fp16.
+    vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else weight_dtype
+    vae = AutoencoderKL.from_pretrained(**vae_source(args))
+    components["vae"] = vae.requires_grad_(False).to(accelerator.device, vae_dtype)
+    return components
+
+
+@torch.no_grad()
+def encode_prompt(components, captions, batch):
+    """
+    Text embeddings of a batch of pairs, for as many images as `batch` has of each.
+
+    Returns:
+        `encoder_hidden_states` of shape `(N, L, D)`, of both text encoders, and `added_cond_kwargs`: `text_embeds` of
+        shape `(N, P)` and the images' `time_ids` of shape `(N, 6)`.
+    """
+    hidden_states = []
+    for suffix in ("", "_2"):
+        tokenizer, text_encoder = components["tokenizer" + suffix], components["text_encoder" + suffix]
+        input_ids = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        output = text_encoder(input_ids.to(text_encoder.device), output_hidden_states=True)
+        hidden_states.append(output.hidden_states[-2])
+    images_per_caption = len(batch["pixel_values"]) // len(captions)
+    encoder_hidden_states = torch.cat(hidden_states, dim=-1).repeat(images_per_caption, 1, 1)
+    text_embeds = output.text_embeds.repeat(images_per_caption, 1)
+    return encoder_hidden_states, {"text_embeds": text_embeds, "time_ids": batch["time_ids"]}
+
+
+# Copied from train_ncp_dpo_sd15.encode_images
+@torch.no_grad()
+def encode_images(vae, pixel_values, batch_size):
+    """Latents of images, the posterior's mode: `(N, 3, H, W)` to `(N, C, h, w)` in float32."""
+    latents = [vae.encode(pixels.to(vae.dtype)).latent_dist.mode() for pixels in pixel_values.split(batch_size)]
+    return torch.cat(latents).float() * vae.config.scaling_factor
+
+
+# Copied from train_ncp_dpo_sd15.create_accelerator
+def create_accelerator(args):
+    """Sets up accelerate, logging, the output folder, the seed and, if asked for, the repository on the hub."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    logger.info(accelerator.state, main_process_only=False)
+    if not accelerator.is_local_main_process:
+        datasets.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.set_verbosity_error()
+
+    if args.seed is None:
+        args.seed = broadcast_object_list([int(np.random.SeedSequence().generate_state(1)[0])])[0]
+        logger.info(f"Drew --seed {args.seed}")
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+        if args.push_to_hub:
+            args.hub_model_id = create_repo(
+                args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True, token=args.hub_token
+            ).repo_id
+    return accelerator
+
+
+# Copied from train_ncp_dpo_sd15.load_configurations
+def load_configurations(args):
+    """The noise scheduler, and `(C, H, W)` of the latents from the VAE's configuration: all that data needs to know."""
+    noise_scheduler = DDPMScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
+    )
+    if args.loss_space == "ncp":
+        StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+    source = vae_source(args)
+    vae_config = AutoencoderKL.load_config(
+        source["pretrained_model_name_or_path"], subfolder=source["subfolder"], revision=source["revision"]
+    )
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
+    side = args.resolution // factor
+    return noise_scheduler, (vae_config["latent_channels"], side, side)
+
+
+# Copied from train_ncp_dpo_sd15.create_dataloader
+def create_dataloader(args, accelerator, pairs, rows):
+    """Shuffled batches of pairs for every process, after a look at the first; what fills no batch is left out."""
+    global_batch_size = args.train_batch_size * accelerator.num_processes
+    tail = len(rows) % global_batch_size
+    if tail == len(rows):
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} process(es) takes"
+            f" {global_batch_size} pairs, but there are {len(rows)}."
+        )
+    if tail:
+        logger.info(f"{tail} of {len(rows)} pairs do not fill a batch; other ones are left out every epoch")
+    sampler = EpochSampler(rows, args.seed)
+    for _, key in zip(range(args.train_batch_size), sampler):
+        pairs[key]
+    return torch.utils.data.DataLoader(
+        pairs,
+        batch_size=args.train_batch_size,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        drop_last=True,
+    )
+
+
+# Copied from train_ncp_dpo_sd15.create_policy
+def create_policy(args, accelerator, weight_dtype):
+    """The frozen U-Net in `weight_dtype` with a LoRA in float32 that does nothing yet."""
+    unet = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, variant=args.variant
+    )
+    unet.requires_grad_(False)
+    unet.to(accelerator.device, dtype=weight_dtype)
+    unet.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
+            init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        )
+    )
+    cast_training_params(unet, dtype=torch.float32)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+# Copied from train_ncp_dpo_sd15.create_optimizer
+def create_optimizer(args, accelerator, unet):
+    """AdamW over the LoRA, with 8-bit states if asked for."""
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes as bnb
+        except ImportError:
+            raise ImportError("To use 8-bit Adam, please install bitsandbytes: `pip install bitsandbytes`.")
+        optimizer_class = bnb.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    return optimizer_class(
+        [parameter for parameter in unet.parameters() if parameter.requires_grad],
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+# Copied from train_ncp_dpo_sd15.Denoising
+class Denoising(NamedTuple):
+    """What the U-Net is asked for a batch of N images, in the order of [`NoiseConditionedPerception.anchor`]."""
+
+    noisy_latents: torch.Tensor  # (N, C, h, w)
+    timesteps: torch.Tensor  # (N,)
+    target: torch.Tensor  # (N, C, h, w)
+    encoder_hidden_states: torch.Tensor  # (N, L, D)
+    added_cond_kwargs: dict | None
+    variance_noise: torch.Tensor  # (N, C, h, w)
+
+    def predict(self, unet):
+        return unet(
+            self.noisy_latents, self.timesteps, self.encoder_hidden_states, added_cond_kwargs=self.added_cond_kwargs
+        ).sample
+
+    @torch.no_grad()
+    def predict_reference(self, unet):
+        with adapters_disabled(unet):
+            return self.predict(unet)
+
+
+# Copied from train_ncp_dpo_sd15.noise_batch
+def noise_batch(args, batch, components, noise_scheduler):
+    """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
+    latents = encode_images(components["vae"], batch["pixel_values"], args.vae_encode_batch_size)
+    encoder_hidden_states, added_cond_kwargs = encode_prompt(components, batch["captions"], batch)
+    images_per_pair = len(latents) // len(batch["noise"])
+    timesteps = batch["timesteps"].repeat(images_per_pair)
+    noise, variance_noise = (batch[name].repeat(images_per_pair, 1, 1, 1) for name in ("noise", "variance_noise"))
+    target = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, timesteps),
+        "sample": lambda: latents,
+    }[noise_scheduler.config.prediction_type]()
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    return Denoising(noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise)
+
+
+# Copied from train_ncp_dpo_sd15.training_step
+def training_step(args, denoising, unet, policy, perception):
+    """
+    The loss of a batch.
+
+    Args:
+        denoising (`Denoising`): of the winners, then, except for sft, of their losers.
+        unet (`torch.nn.Module`): the policy as accelerate wrapped it, so that gradients are averaged over processes.
+        policy (`UNet2DConditionModel`): the model within, which is the reference and the encoder with its LoRA off.
+        perception (`NoiseConditionedPerception` or `None`): `None` measures errors in latent space.
+
+    Returns:
+        The loss, and a dictionary of what to log, tensors of one value per pair.
+    """
+    ref_pred = ref_errors = None
+    if args.loss_type not in REFERENCE_FREE_LOSS_TYPES:
+        ref_pred = denoising.predict_reference(policy)
+    if perception is not None:
+        anchor = perception.anchor(*denoising, ref_pred=ref_pred)
+        ref_errors = anchor.ref_errors
+        errors = perception.error(denoising.predict(unet), anchor)
+    else:
+        if ref_pred is not None:
+            ref_errors = latent_error(ref_pred, denoising.target)
+        errors = latent_error(denoising.predict(unet), denoising.target)
+
+    if args.loss_type == "sft":
+        return errors.mean(), {"loss": errors.detach()}
+    result = preference_loss(errors, ref_errors, args.loss_type, args.beta_dpo, args.sft_weight, args.label_smoothing)
+    margin = result.margin.detach()
+    return result.loss, {
+        "loss": result.loss.detach().expand_as(margin),
+        "implicit_accuracy": result.implicit_accuracy.expand_as(margin),
+        "margin": margin,
+    }
+
+
+# Copied from train_ncp_dpo_sd15.gather_metrics
+def gather_metrics(args, accelerator, observed, global_step):
+    """Means over the pairs of a step, on all processes; a `RuntimeError` if the loss is not finite."""
+    values = accelerator.gather({name: torch.cat([o[name] for o in observed]) for name in observed[0]})
+    if not values["loss"].isfinite().all():
+        rows = sorted(set(values["rows"][~values["loss"].isfinite()].tolist()))
+        raise RuntimeError(
+            f"The loss of step {global_step} is not finite, in the batches of rows {rows}. The last checkpoint is intact."
+        )
+    metrics = {name: value.mean().item() for name, value in values.items() if name != "rows"}
+    if "margin" in values:
+        logits = 0.5 * args.beta_dpo * values["margin"]
+        metrics["logit_std"] = logits.std(correction=0).item()
+        metrics["saturated"] = (logits.abs() > 5).float().mean().item()
+    return metrics
+
+
+# Copied from train_ncp_dpo_sd15.perturbed_lora
+@contextlib.contextmanager
+def perturbed_lora(policy, seed):
+    """A small random LoRA, every layer's update 2 % of its weight, in place of the initial one, which does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    with torch.no_grad():
+        for layer in layers:
+            up = layer.lora_B["default"].weight
+            up.copy_(torch.randn(up.shape, generator=generator))
+            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            torch.nn.init.zeros_(layer.lora_B["default"].weight)
+
+
+# Copied from train_ncp_dpo_sd15.measure_error_scale
+@torch.no_grad()
+def measure_error_scale(args, accelerator, pairs, rows, policy, components, noise_scheduler, perception):
+    """
+    The factor that gives margins in feature space the spread they have in latent space, under the same small change of
+    the policy. Reference-free losses get the same factor as the others: the pairs alone decide.
+    """
+    global_batch_size = args.train_batch_size * accelerator.num_processes
+    num_pairs = (
+        min(math.ceil(ERROR_SCALE_PAIRS / global_batch_size), len(rows) // global_batch_size) * global_batch_size
+    )
+    dataloader = accelerator.prepare_data_loader(
+        torch.utils.data.DataLoader(
+            pairs,
+            batch_size=args.train_batch_size,
+            sampler=list(itertools.islice(EpochSampler(rows, args.seed), num_pairs)),
+            collate_fn=collate_fn,
+        )
+    )
+    margins = {"latent": [], "ncp": []}
+    with perturbed_lora(policy, args.seed):
+        for batch in tqdm(dataloader, desc="Error scale", disable=not accelerator.is_local_main_process):
+            denoising = noise_batch(args, batch, components, noise_scheduler)
+            ref_pred, model_pred = denoising.predict_reference(policy), denoising.predict(policy)
+            anchor = perception.anchor(*denoising, ref_pred=ref_pred)
+            latent_errors = latent_error(model_pred, denoising.target), latent_error(ref_pred, denoising.target)
+            ncp_errors = perception.error(model_pred, anchor), anchor.ref_errors
+            margins["latent"].append(preference_loss(*latent_errors).margin)
+            margins["ncp"].append(preference_loss(*ncp_errors).margin)
+    spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
+    # So few digits that the flag that is printed gives the very same run.
+    return float(f"{spread['latent'] / spread['ncp']:.4g}")
+
+
+# Copied from train_ncp_dpo_sd15.register_checkpoint_hooks
+def register_checkpoint_hooks(accelerator, policy, state):
+    """Checkpoints hold the LoRA in diffusers' format and `state` as JSON, and load into the very adapter that trains."""
+
+    def save(models, weights, output_dir):
+        if accelerator.is_main_process:
+            save_lora(policy, output_dir)
+            (Path(output_dir) / STATE_NAME).write_text(json.dumps(state, indent=2))
+        # Or else accelerate would save the whole U-Net as well.
+        weights.clear()
+
+    def load(models, input_dir):
+        models.clear()
+        lora = PIPELINE_CLASS.lora_state_dict(input_dir)[0]
+        lora = {name.removeprefix("unet."): value for name, value in lora.items()}
+        result = set_peft_model_state_dict(policy, convert_unet_state_dict_to_peft(lora), adapter_name="default")
+        missing = [name for name in result.missing_keys if "lora" in name]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
+        state.update(json.loads((Path(input_dir) / STATE_NAME).read_text()))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+# Copied from train_ncp_dpo_sd15.save_lora
+def save_lora(policy, folder):
+    PIPELINE_CLASS.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(policy)),
+        **_collate_lora_metadata({"unet": policy}),
+    )
+
+
+# Copied from train_ncp_dpo_sd15.find_checkpoints
+def find_checkpoints(output_dir):
+    """Folders `checkpoint-N` in ascending order of N."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+# Copied from train_ncp_dpo_sd15.save_checkpoint
+def save_checkpoint(args, accelerator, global_step):
+    """Writes `checkpoint-N`, which appears under that name only when it is whole, then removes those over the limit."""
+    folder = Path(args.output_dir) / f"checkpoint-{global_step}"
+    incomplete = folder.with_name(f"incomplete-{folder.name}")
+    accelerator.save_state(str(incomplete))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        incomplete.rename(folder)
+        if args.checkpoints_total_limit is not None:
+            for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    logger.info(f"Saved {folder}")
+
+
+# Copied from train_ncp_dpo_sd15.resume
+def resume(args, accelerator, state):
+    """Loads the checkpoint that `--resume_from_checkpoint` names, if any, into everything that was prepared."""
+    checkpoints = find_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        if checkpoints:
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds {checkpoints[-1].name} of another run. Give another folder, or"
+                " continue that run by --resume_from_checkpoint latest."
+            )
+        return
+    if args.resume_from_checkpoint == "latest":
+        if not checkpoints:
+            logger.info(f"There is no checkpoint in {args.output_dir} yet: starting anew")
+            return
+        folder = checkpoints[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint: there is no folder {folder}.")
+    accelerator.load_state(str(folder))
+    logger.info(f"Resumed from {folder}")
+
+
+# Copied from train_ncp_dpo_sd15.finish
+def finish(args, accelerator, policy, components, weight_dtype, state, num_pairs):
+    """Saves the LoRA, draws the last validation images and writes and uploads the model card."""
+    if accelerator.is_main_process:
+        save_lora(policy, args.output_dir)
+        if args.run_validation:
+            log_validation(args, accelerator, policy, components, weight_dtype, state["global_step"])
+            folder = Path(args.output_dir) / "validation"
+            before, after = (Image.open(folder / f"step-{step}.png") for step in (0, state["global_step"]))
+            make_image_grid([before, after], rows=2, cols=1).save(folder / "before_after.png")
+        save_model_card(args, state["error_scale"], num_pairs)
+        if args.push_to_hub:
+            upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=args.output_dir,
+                commit_message="End of training",
+                ignore_patterns=["checkpoint-*", "incomplete-checkpoint-*"],
+                token=args.hub_token,
+            )
+    accelerator.end_training()
+
+
+# Copied from train_ncp_dpo_sd15.main
+def main(args):
+    accelerator = create_accelerator(args)
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    noise_scheduler, latent_shape = load_configurations(args)
+    dataset, rows = load_pairs(args)
+    pairs = PreferencePairs(dataset, args, latent_shape, noise_scheduler.config.num_train_timesteps)
+    train_dataloader = create_dataloader(args, accelerator, pairs, rows)
+
+    policy = create_policy(args, accelerator, weight_dtype)
+    components = load_components(args, accelerator, weight_dtype)
+    optimizer = create_optimizer(args, accelerator, policy)
+    batches_per_epoch = len(train_dataloader) // accelerator.num_processes
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
+    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+        policy, optimizer, train_dataloader, lr_scheduler
+    )
+
+    state = {"global_step": 0, "error_scale": None}
+    register_checkpoint_hooks(accelerator, policy, state)
+    resume(args, accelerator, state)
+    perception = None
+    if args.loss_space == "ncp":
+        perception = NoiseConditionedPerception(
+            policy, noise_scheduler, args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
+        )
+        if state["error_scale"] is None and args.ncp_error_scale == "auto":
+            state["error_scale"] = measure_error_scale(
+                args, accelerator, pairs, rows, policy, components, noise_scheduler, perception
+            )
+        elif state["error_scale"] is None:
+            state["error_scale"] = args.ncp_error_scale
+        perception.error_scale = state["error_scale"]
+        logger.info(f"Perceptual errors are scaled by --ncp_error_scale {perception.error_scale}")
+    accelerator.init_trackers(args.tracker_name, {**vars(args), "ncp_error_scale": state["error_scale"]})
+    if args.run_validation and state["global_step"] == 0 and accelerator.is_main_process:
+        log_validation(args, accelerator, policy, components, weight_dtype, 0)
+
+    pairs.winners_only = args.loss_type == "sft"
+    logger.info(f"Training on {len(rows)} pairs for {args.max_train_steps} steps, {steps_per_epoch} per epoch")
+    progress_bar = tqdm(
+        total=args.max_train_steps,
+        initial=state["global_step"],
+        desc="Steps",
+        disable=not accelerator.is_local_main_process,
+    )
+    unet.train()
+    observed = []
+    for epoch in range(state["global_step"] // steps_per_epoch, args.num_train_epochs):
+        train_dataloader.set_epoch(epoch)
+        batches_done = state["global_step"] % steps_per_epoch * args.gradient_accumulation_steps
+        for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
+            with accelerator.accumulate(unet):
+                denoising = noise_batch(args, batch, components, noise_scheduler)
+                loss, observed_in_batch = training_step(args, denoising, unet, policy, perception)
+                observed.append({**observed_in_batch, "rows": batch["rows"]})
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    metrics = gather_metrics(args, accelerator, observed, state["global_step"] + 1)
+                    observed.clear()
+                    metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            state["global_step"] += 1
+            progress_bar.update()
+            progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
+            accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])
+            if state["global_step"] % args.checkpointing_steps == 0:
+                save_checkpoint(args, accelerator, state["global_step"])
+            if (
+                args.run_validation
+                and state["global_step"] % args.validation_steps == 0
+                and accelerator.is_main_process
+            ):
+                log_validation(args, accelerator, policy, components, weight_dtype, state["global_step"])
+            if state["global_step"] == args.max_train_steps:
+                break
+
+    accelerator.wait_for_everyone()
+    finish(args, accelerator, policy, components, weight_dtype, state, len(rows))
+
+
+if __name__ == "__main__":
+    main(parse_args())
