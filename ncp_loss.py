@@ -217,6 +217,11 @@ def _rms(x):
     return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
+def _hidden_states(block_output):
+    # Down blocks return their skip connections as well.
+    return block_output[0] if isinstance(block_output, tuple) else block_output
+
+
 def _autocast_disabled(device_type):
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -280,6 +285,7 @@ class NoiseConditionedPerception:
             raise ValueError(f"`probe_rms` is {probe_rms}, but must be at least 0.")
         self.unet = unet
         self.layer = layer
+        self.target_timestep = target_timestep
         self.probe_rms = probe_rms
         self.error_scale = error_scale
         self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep)
@@ -293,6 +299,7 @@ class NoiseConditionedPerception:
         added_cond_kwargs=None,
         variance_noise=None,
         ref_pred=None,
+        recorded=(),
     ):
         """
         Everything about a batch that does not depend on the policy, without gradient.
@@ -307,6 +314,7 @@ class NoiseConditionedPerception:
             ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors are
                 the reference's plus what the policy changed. Two separately rounded errors would differ by more rounding
                 than change early in training.
+            recorded (`list`): of [`~NoiseConditionedPerception.record`] around the reference's forward pass.
 
         Returns:
             `Anchor`: for [`~NoiseConditionedPerception.error`]; its `ref_errors` `(N,)` are the reference's.
@@ -320,22 +328,38 @@ class NoiseConditionedPerception:
             center = center + step.sigma * variance_noise.to(dtype)
         conditioning = (step.timesteps, encoder_hidden_states, added_cond_kwargs)
 
-        points = [] if self._central else [center]
+        points = [] if self._central or recorded else [center]
         if ref_pred is not None:
             ref_points, inverse_scale = self._probe(center, step.k * (target - center_pred))
             points.append(ref_points)
 
-        center_features, ref_change, ref_errors = None, 0.0, None
+        center_features, ref_change, ref_errors = recorded[0] if recorded else None, 0.0, None
         if points:
             with torch.no_grad():
                 features = self._features(torch.cat(points), *conditioning)
-            if not self._central:
+            if points[0] is center:
                 center_features, features = features.tensor_split([center.shape[0]])
             if ref_pred is not None:
                 # The probe went from the reference to the target; the change is the other way.
                 ref_change = -self._change(features, center_features, inverse_scale)
                 ref_errors = self.error_scale * ref_change.square().mean(dim=(1, 2, 3))
         return Anchor(center, center_pred, step.k, conditioning, center_features, ref_change, ref_errors)
+
+    @contextlib.contextmanager
+    def record(self):
+        """
+        Within the block, lets the reference's forward pass on (x_t, t) leave its own features in the list that is yielded,
+        so that `anchor(..., recorded=...)` need not compute them again. They are of use for one-sided differences with
+        `target_timestep="current"`; otherwise the list stays empty.
+        """
+        recorded = []
+        block = self.unet.mid_block if self.layer == "mid" else self.unet.down_blocks[-1]
+        if self.target_timestep == "current" and not self._central:
+            hook = block.register_forward_hook(lambda module, inputs, output: recorded.append(_hidden_states(output)))
+        else:
+            hook = contextlib.nullcontext()
+        with hook:
+            yield recorded
 
     def error(self, model_pred, anchor):
         """
@@ -423,11 +447,10 @@ class NoiseConditionedPerception:
             blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
             for block in blocks:
                 if getattr(block, "has_cross_attention", False):
-                    x = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
+                    output = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
                 else:
-                    x = block(x, embedding)
-                if isinstance(x, tuple):
-                    x, _ = x
+                    output = block(x, embedding)
+                x = _hidden_states(output)
             return x
 
     @property
@@ -458,7 +481,7 @@ class _ErrorFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model_pred, perception, anchor):
         errors, gradient = perception._error_and_gradient(model_pred, anchor, needs_gradient=True)
-        ctx.save_for_backward(gradient.to(model_pred.dtype))
+        ctx.save_for_backward(gradient)
         return errors
 
     @staticmethod

@@ -877,17 +877,16 @@ def training_step(args, denoising, unet, policy, perception):
     Returns:
         The loss, and a dictionary of what to log, tensors of one value per pair.
     """
-    ref_pred = ref_errors = None
-    if args.loss_type not in REFERENCE_FREE_LOSS_TYPES:
-        ref_pred = denoising.predict_reference(policy)
-    if perception is not None:
-        anchor = perception.anchor(*denoising, ref_pred=ref_pred)
+    needs_reference = args.loss_type not in REFERENCE_FREE_LOSS_TYPES
+    if perception is None:
+        ref_errors = latent_error(denoising.predict_reference(policy), denoising.target) if needs_reference else None
+        errors = latent_error(denoising.predict(unet), denoising.target)
+    else:
+        with perception.record() as recorded:
+            ref_pred = denoising.predict_reference(policy) if needs_reference else None
+        anchor = perception.anchor(*denoising, ref_pred=ref_pred, recorded=recorded)
         ref_errors = anchor.ref_errors
         errors = perception.error(denoising.predict(unet), anchor)
-    else:
-        if ref_pred is not None:
-            ref_errors = latent_error(ref_pred, denoising.target)
-        errors = latent_error(denoising.predict(unet), denoising.target)
 
     if args.loss_type == "sft":
         return errors.mean(), {"loss": errors.detach()}
@@ -1025,9 +1024,9 @@ def save_checkpoint(args, accelerator, global_step):
     logger.info(f"Saved {folder}")
 
 
-# Copied from train_ncp_dpo_sd15.resume
-def resume(args, accelerator, state):
-    """Loads the checkpoint that `--resume_from_checkpoint` names, if any, into everything that was prepared."""
+# Copied from train_ncp_dpo_sd15.find_checkpoint_to_resume
+def find_checkpoint_to_resume(args):
+    """The folder that `--resume_from_checkpoint` means, or `None` for a new run."""
     checkpoints = find_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
         if checkpoints:
@@ -1035,18 +1034,16 @@ def resume(args, accelerator, state):
                 f"--output_dir {args.output_dir} holds {checkpoints[-1].name} of another run. Give another folder, or"
                 " continue that run by --resume_from_checkpoint latest."
             )
-        return
+        return None
     if args.resume_from_checkpoint == "latest":
         if not checkpoints:
             logger.info(f"There is no checkpoint in {args.output_dir} yet: starting anew")
-            return
-        folder = checkpoints[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise ValueError(f"--resume_from_checkpoint: there is no folder {folder}.")
-    accelerator.load_state(str(folder))
-    logger.info(f"Resumed from {folder}")
+            return None
+        return checkpoints[-1]
+    folder = Path(args.resume_from_checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"--resume_from_checkpoint: there is no folder {folder}.")
+    return folder
 
 
 # Copied from train_ncp_dpo_sd15.finish
@@ -1076,6 +1073,7 @@ def main(args):
     accelerator = create_accelerator(args)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
+    checkpoint = find_checkpoint_to_resume(args)
     noise_scheduler, latent_shape = load_configurations(args)
     dataset, rows = load_pairs(args)
     pairs = PreferencePairs(dataset, args, latent_shape, noise_scheduler.config.num_train_timesteps)
@@ -1104,7 +1102,9 @@ def main(args):
 
     state = {"global_step": 0, "error_scale": None}
     register_checkpoint_hooks(accelerator, policy, state)
-    resume(args, accelerator, state)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info(f"Resumed from {checkpoint}")
     perception = None
     if args.loss_space == "ncp":
         perception = NoiseConditionedPerception(
@@ -1131,7 +1131,7 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     unet.train()
-    observed = []
+    observed, flat_steps = [], 0
     for epoch in range(state["global_step"] // steps_per_epoch, args.num_train_epochs):
         train_dataloader.set_epoch(epoch)
         batches_done = state["global_step"] % steps_per_epoch * args.gradient_accumulation_steps
@@ -1152,6 +1152,12 @@ def main(args):
                 continue
 
             state["global_step"] += 1
+            flat_steps = flat_steps + 1 if metrics.get("logit_std", math.inf) < 0.01 else 0
+            if flat_steps == 100:
+                logger.warning(
+                    f"Logits have spread by less than 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
+                    " holds the policy near the reference. Raise it, or measure with --ncp_error_scale auto."
+                )
             progress_bar.update()
             progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
             accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])

@@ -1,0 +1,110 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny_checkpoints
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "sd15": tiny_checkpoints.build_sd15(folder / "sd15"),
+        "sdxl": tiny_checkpoints.build_sdxl(folder / "sdxl"),
+        "sd2": tiny_checkpoints.build_sd15(folder / "sd2", prediction_type="v_prediction"),
+    }
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory):
+    return tiny_checkpoints.build_parquet(tmp_path_factory.mktemp("data") / "parquet")
+
+
+@pytest.fixture(params=list(SCRIPTS))
+def kind(request):
+    return request.param
+
+
+class Run:
+    """Trains a tiny model: `Run(...)("--flag", value, ...)` in this process, `.launch(...)` through accelerate."""
+
+    def __init__(self, kind, checkpoint, dataset, output_dir):
+        self.kind = kind
+        self.output_dir = output_dir
+        self.arguments = {
+            "--pretrained_model_name_or_path": checkpoint,
+            "--dataset_name": dataset,
+            "--resolution": tiny_checkpoints.RESOLUTION,
+            "--train_batch_size": 2,
+            "--max_train_steps": 2,
+            "--learning_rate": 1e-3,
+            "--seed": 0,
+            "--output_dir": output_dir,
+        }
+
+    def command(self, flags, options):
+        arguments = {**self.arguments, **options}
+        words = [word for flag, value in arguments.items() if value is not None for word in (flag, value)]
+        return [str(word) for word in [*words, *flags]]
+
+    def __call__(self, *flags, **options):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        script = importlib.import_module(SCRIPTS[self.kind])
+        script.main(script.parse_args(self.command(flags, {f"--{name}": value for name, value in options.items()})))
+        return self
+
+    def launch(self, *flags, processes=1, **options):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        words = self.command(flags, {f"--{name}": value for name, value in options.items()})
+        return subprocess.run(
+            [*launcher, str(ROOT / f"{SCRIPTS[self.kind]}.py"), *words], capture_output=True, text=True, cwd=ROOT
+        )
+
+    def lora(self, folder=""):
+        return safetensors.torch.load_file(self.output_dir / folder / "pytorch_lora_weights.safetensors")
+
+    def up_weights(self, folder=""):
+        return {name: weight for name, weight in self.lora(folder).items() if "lora.up" in name}
+
+    def scalars(self, name):
+        (folder,) = (path for path in (self.output_dir / "logs").iterdir() if path.is_dir())
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return [event.value for event in events.Scalars(name)]
+
+
+@pytest.fixture
+def run(kind, checkpoints, parquet, tmp_path):
+    return Run(kind, checkpoints[kind], parquet, tmp_path / "output")
+
+
+@pytest.fixture
+def run_sd15(checkpoints, parquet, tmp_path):
+    return Run("sd15", checkpoints["sd15"], parquet, tmp_path / "output")

@@ -1,0 +1,365 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a dataset's row to the batch, and what is said of bad input before any model is loaded."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from datasets import Dataset
+from PIL import Image
+from tiny_checkpoints import build_image_folder, encoded, pair_columns, picture
+
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
+from diffusers import UNet2DConditionModel
+from train_ncp_dpo_sd15 import EpochSampler, PreferencePairs, collate_fn, load_pairs, read_image, resize_and_crop
+
+
+COLUMNS = {
+    "image_0_column": "jpg_0",
+    "image_1_column": "jpg_1",
+    "label_column": "label_0",
+    "caption_column": "caption",
+}
+
+
+def arguments(**options):
+    defaults = {
+        **COLUMNS,
+        "resolution": 32,
+        "random_crop": False,
+        "no_hflip": False,
+        "image_interpolation_mode": "lanczos",
+        "seed": 0,
+    }
+    return Namespace(**{**defaults, **options})
+
+
+def make_pairs(columns, module=train_ncp_dpo_sd15, winners_only=False, **options):
+    return module.PreferencePairs(Dataset.from_dict(columns), arguments(**options), (4, 16, 16), 1000, winners_only)
+
+
+def images(example):
+    return [image["pixel_values"] for image in example["images"]]
+
+
+def test_the_winner_comes_first():
+    pairs = make_pairs(pair_columns(4))
+    for row in range(4):
+        winner, loser = images(pairs[0, row])
+        assert winner.mean() > loser.mean() + 0.1
+
+
+def test_a_pair_depends_on_seed_epoch_and_row_alone():
+    columns = pair_columns(4)
+    first, again = make_pairs(columns, random_crop=True)[3, 2], make_pairs(columns, random_crop=True)[3, 2]
+    assert all(torch.equal(a, b) for a, b in zip(images(first), images(again)))
+    assert all(torch.equal(first[name], again[name]) for name in ("noise", "variance_noise", "timesteps"))
+    for other in (make_pairs(columns)[4, 2], make_pairs(columns)[3, 1], make_pairs(columns, seed=1)[3, 2]):
+        assert not torch.equal(first["noise"], other["noise"])
+    assert not torch.equal(first["noise"], first["variance_noise"])
+
+
+def test_swapping_a_pair_with_its_label_changes_nothing():
+    columns = pair_columns(2)
+    swapped = {**columns, "jpg_0": columns["jpg_1"], "jpg_1": columns["jpg_0"]}
+    swapped["label_0"] = [1 - label for label in columns["label_0"]]
+    for a, b in zip(images(make_pairs(columns)[0, 0]), images(make_pairs(swapped)[0, 0])):
+        assert torch.equal(a, b)
+
+
+def test_winner_and_loser_share_flip_and_crop():
+    # The same picture twice, once larger: what is cropped of it must be the same part.
+    small, large = picture(0, size=(48, 64)), picture(0, size=(96, 128))
+    columns = {"jpg_0": [encoded(small)], "jpg_1": [encoded(large)], "label_0": [1.0], "caption": ["x"]}
+    pairs = make_pairs(columns, random_crop=True)
+    crops = []
+    for epoch in range(8):
+        winner, loser = images(pairs[epoch, 0])
+        torch.testing.assert_close(winner, loser, atol=0.1, rtol=0)
+        crops.append(winner)
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) == 8
+
+
+def test_flips_half_of_the_time_and_not_at_all_if_told():
+    columns = {name: values[:1] for name, values in pair_columns(1).items()}
+    upright = images(make_pairs(columns, no_hflip=True)[0, 0])[0]
+    flipped = [not torch.equal(images(make_pairs(columns)[epoch, 0])[0], upright) for epoch in range(40)]
+    assert 10 < sum(flipped) < 30
+    assert all(torch.equal(images(make_pairs(columns, no_hflip=True)[e, 0])[0], upright) for e in range(5))
+
+
+def test_sft_leaves_losers_unread():
+    columns = pair_columns(2)
+    columns["jpg_1"][0] = b"not an image"
+    assert len(images(make_pairs(columns, winners_only=True)[0, 0])) == 1
+
+
+def test_collate_puts_winners_before_losers():
+    pairs = make_pairs(pair_columns(3))
+    batch = collate_fn([pairs[0, row] for row in range(3)])
+    assert batch["pixel_values"].shape == (6, 3, 32, 32)
+    winners, losers = batch["pixel_values"].chunk(2)
+    assert (winners.mean(dim=(1, 2, 3)) > losers.mean(dim=(1, 2, 3))).all()
+    assert batch["noise"].shape == (3, 4, 16, 16) and batch["timesteps"].shape == (3,)
+    assert batch["captions"] == [f"picture number {row}" for row in range(3)]
+
+
+def test_sdxl_time_ids_are_each_images_own():
+    columns = {
+        "jpg_0": [encoded(picture(0, size=(64, 48)))],
+        "jpg_1": [encoded(picture(1, size=(40, 80)))],
+        "label_0": [0.0],
+        "caption": ["x"],
+    }
+    pairs = make_pairs(columns, train_ncp_dpo_sdxl)
+    time_ids = train_ncp_dpo_sdxl.collate_fn([pairs[0, 0]])["time_ids"]
+    # Height, width, top, left, and twice the resolution; resized to 32 x 64 and 43 x 32, cropped in the middle.
+    assert time_ids.tolist() == [[80, 40, 16, 0, 32, 32], [48, 64, 0, 6, 32, 32]]
+
+
+def test_epoch_sampler():
+    sampler = EpochSampler([5, 6, 7, 8, 9, 11], seed=0)
+    first = list(sampler)
+    assert first == list(EpochSampler(sampler.rows, seed=0))
+    assert sorted(row for _, row in first) == sampler.rows and {epoch for epoch, _ in first} == {0}
+    sampler.set_epoch(1)
+    assert [row for _, row in sampler] != [row for _, row in first]
+
+
+def test_resize_keeps_the_aspect_ratio():
+    image = Image.new("RGB", (100, 50))
+    image.paste("white", (25, 0, 75, 50))
+    pixel_values, crop = resize_and_crop(image, arguments(), (0.5, 0.5), flip=False)
+    assert crop == (0, 16) and pixel_values.shape == (3, 32, 32)
+    assert pixel_values[:, :, 2:-2].min() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA", "I;16"])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    grey = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8).repeat(4, 0).repeat(4, 1))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode in ("LA", "RGBA"):
+        image = grey.convert(mode)
+        image.putalpha(Image.new("L", image.size, 255))
+    else:
+        image = grey.convert("RGB").convert(mode)
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    image.save(path)
+    result = read_image(str(path))
+    assert result.mode == "RGB"
+    if mode != "1":
+        assert np.abs(np.asarray(result).astype(int) - np.asarray(grey)[..., None]).max() <= 6
+
+
+def test_transparency_becomes_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    pixels = np.asarray(read_image(encoded(image)))
+    assert (pixels[:, :4] == [255, 0, 0]).all() and (pixels[:, 4:] == 255).all()
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "image.jpg", exif=exif)
+    assert read_image(str(tmp_path / "image.jpg")).size == (10, 20)
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
+
+
+def parquet_of(folder, columns):
+    folder.mkdir()
+    Dataset.from_dict(columns).to_parquet(str(folder / "train.parquet"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "kto"}, "--loss_type is 'kto', but must be one of dpo, ipo, hinge, cpo, sft"),
+        ({"loss_space": "pixel"}, "--loss_space is 'pixel'"),
+        ({"ncp_layer": "up"}, "--ncp_layer is 'up'"),
+        ({"ncp_timestep": "next"}, "--ncp_timestep is 'next'"),
+        ({"image_interpolation_mode": "cubic"}, "--image_interpolation_mode is 'cubic'"),
+        ({"lr_scheduler": "step"}, "--lr_scheduler is 'step'"),
+        ({"rank": 0}, "--rank is 0, but must be at least 1"),
+        ({"resolution": 33}, "--resolution is 33, but must be a multiple of 2"),
+        ({"beta_dpo": 0}, "--beta_dpo is 0"),
+        ({"label_smoothing": 0.5}, "--label_smoothing is 0.5"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "--label_smoothing goes with --loss_type dpo or cpo"),
+        ({"ncp_probe_rms": -1}, "--ncp_probe_rms is -1"),
+        ({"ncp_error_scale": 0}, "--ncp_error_scale is 0"),
+        ({"dataset_name": None}, "exactly one of --dataset_name and --train_data_dir"),
+        ({"train_data_dir": "somewhere"}, "exactly one of --dataset_name and --train_data_dir"),
+        ({"image_1_column": "rejected"}, "--image_1_column is 'rejected', but the columns of .* are jpg_0, jpg_1"),
+        ({"label_column": "label"}, "--label_column is 'label', but the columns"),
+        ({"caption_column": "text"}, "--caption_column is 'text', but the columns"),
+        ({"train_batch_size": 13}, "--train_batch_size 13 .* takes 13 pairs, but there are 12"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no folder nowhere"),
+    ],
+)
+def test_bad_arguments(run_sd15, no_models, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_sd15(**options)
+
+
+def test_validation_needs_a_prompt(run_sd15, no_models):
+    with pytest.raises(ValueError, match="--run_validation needs a --validation_prompt"):
+        run_sd15("--run_validation")
+
+
+def test_token_does_not_go_to_wandb(run_sd15, no_models):
+    with pytest.raises(ValueError, match="--hub_token"):
+        run_sd15(report_to="wandb", hub_token="secret")
+
+
+def test_epsilon_with_zero_terminal_snr(run_sd15, no_models):
+    folder = Path(run_sd15.arguments["--pretrained_model_name_or_path"])
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    copy = run_sd15.output_dir.parent / "zero_snr"
+    (copy / "scheduler").mkdir(parents=True)
+    (copy / "vae").mkdir()
+    (copy / "vae/config.json").write_text((folder / "vae/config.json").read_text())
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps({**config, "rescale_betas_zero_snr": True}))
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        run_sd15(pretrained_model_name_or_path=copy)
+
+
+@pytest.mark.parametrize("label", [2.0, None, float("nan"), -1.0])
+def test_bad_label(run_sd15, no_models, tmp_path, label):
+    columns = pair_columns(4)
+    columns["label_0"][2] = label
+    with pytest.raises(ValueError, match="Row 2: label_0 is (2.0|None|nan|-1.0), but must be 1, 0, or 0.5"):
+        run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
+
+
+def test_label_of_text(run_sd15, no_models, tmp_path):
+    columns = pair_columns(4)
+    columns["label_0"] = ["left"] * 5
+    with pytest.raises(ValueError, match="Row 0: label_0 is 'left'"):
+        run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
+
+
+def test_missing_caption(run_sd15, no_models, tmp_path):
+    columns = pair_columns(4)
+    columns["caption"][3] = None
+    with pytest.raises(ValueError, match="Row 3: caption is None, but must be a text"):
+        run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
+
+
+def test_only_ties(run_sd15, no_models, tmp_path):
+    with pytest.raises(ValueError, match="No pair is left: all 5 rows of label_0 are ties"):
+        run_sd15(dataset_name=parquet_of(tmp_path / "data", pair_columns(0, num_ties=5)))
+
+
+def test_unreadable_image_in_the_first_batch(run_sd15, no_models, tmp_path):
+    columns = pair_columns(2)
+    columns["jpg_1"][1] = columns["jpg_1"][1][:100]
+    with pytest.raises(ValueError, match="Row 1: jpg_1 cannot be read as an image: .+"):
+        run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_later(run_sd15, tmp_path, workers):
+    columns = pair_columns(12)
+    bad = list(EpochSampler(list(range(12)), seed=0))[-1][1]
+    columns["jpg_0"][bad] = b"no image"
+    with pytest.raises(ValueError, match=f"Row {bad}: jpg_0 cannot be read as an image"):
+        run_sd15(
+            dataset_name=parquet_of(tmp_path / "data", columns),
+            loss_space="latent",
+            max_train_steps=8,
+            checkpointing_steps=2,
+            dataloader_num_workers=workers,
+        )
+    assert all(weight.any() for weight in run_sd15.up_weights("checkpoint-4").values())
+    assert not (run_sd15.output_dir / "checkpoint-6").exists()
+
+
+def test_image_folder(checkpoints, tmp_path, caplog):
+    run = Run("sd15", checkpoints["sd15"], None, tmp_path / "output")
+    folder = build_image_folder(tmp_path / "images", num_pairs=4, num_ties=2)
+    run(train_data_dir=folder, loss_space="latent")
+    assert all(weight.any() for weight in run.up_weights().values())
+    assert "4 pairs with a winner; 2 ties are left out" in caplog.text
+
+
+def test_image_folder_equals_parquet(tmp_path, parquet):
+    folder = build_image_folder(tmp_path / "images")
+    options = {
+        "dataset_config_name": None,
+        "dataset_split_name": "train",
+        "cache_dir": None,
+        "max_train_samples": None,
+    }
+    from_folder, from_parquet = (
+        PreferencePairs(load_pairs(args)[0], args, (4, 16, 16), 1000)
+        for args in (
+            arguments(train_data_dir=folder, dataset_name=None, **options),
+            arguments(train_data_dir=None, dataset_name=parquet, **options),
+        )
+    )
+    for row in range(12):
+        a, b = from_folder[0, row], from_parquet[0, row]
+        assert all(torch.equal(x, y) for x, y in zip(images(a), images(b)))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("images/none.png", "row 1: jpg_0_file_name 'images/none.png' is not a file in"),
+        ("../outside.png", "row 1: jpg_0_file_name '../outside.png' is not a file in"),
+    ],
+)
+def test_image_folder_with_a_wrong_name(run_sd15, no_models, tmp_path, name, message):
+    folder = tmp_path / "images"
+    build_image_folder(folder, num_pairs=3)
+    picture(0).save(tmp_path / "outside.png")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["jpg_0_file_name"] = name
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message):
+        run_sd15(dataset_name=None, train_data_dir=folder)
+
+
+def test_image_folder_without_metadata(run_sd15, no_models, tmp_path):
+    with pytest.raises(ValueError, match="--train_data_dir: there is no file .*metadata.jsonl"):
+        run_sd15(dataset_name=None, train_data_dir=tmp_path)
+
+
+def test_max_train_samples(parquet):
+    args = arguments(
+        train_data_dir=None,
+        dataset_name=parquet,
+        dataset_config_name=None,
+        dataset_split_name="train",
+        cache_dir=None,
+        max_train_samples=5,
+    )
+    assert load_pairs(args)[1] == [0, 1, 2, 3, 4]

@@ -1,0 +1,245 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The scripts end to end: launched for real for every loss, called in this process for the rest."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from PIL import Image
+
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
+from diffusers import DiffusionPipeline
+
+
+SCRIPT_MODULES = {"sd15": train_ncp_dpo_sd15, "sdxl": train_ncp_dpo_sdxl}
+
+
+def draw(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        "a picture", height=32, width=32, num_inference_steps=2, generator=generator, output_type="np"
+    ).images
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("loss_space", ["ncp", "latent"])
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+def test_launch(run, checkpoints, loss_type, loss_space):
+    result = run.launch("--use_8bit_adam", loss_type=loss_type, loss_space=loss_space)
+    assert result.returncode == 0, result.stderr
+    lora = run.lora()
+    assert all(name.startswith("unet.") and name.endswith((".lora.down.weight", ".lora.up.weight")) for name in lora)
+    assert all(weight.any() for weight in run.up_weights().values())
+
+    pipeline = DiffusionPipeline.from_pretrained(checkpoints[run.kind], safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    before = draw(pipeline)
+    pipeline.load_lora_weights(run.output_dir)
+    assert np.abs(draw(pipeline) - before).max() > 1e-4
+
+
+def test_resume_continues_the_adapter(run):
+    run(max_train_steps=2, checkpointing_steps=1)
+    saved = run.up_weights("checkpoint-2")
+    assert equal(saved, run.up_weights())
+    run(max_train_steps=4, resume_from_checkpoint="latest", checkpointing_steps=1)
+    assert [f"checkpoint-{step}" for step in range(1, 5)] == sorted(
+        p.name for p in run.output_dir.glob("checkpoint-*")
+    )
+    for name, weight in run.up_weights().items():
+        assert weight.any() and not torch.equal(weight, saved[name])
+
+
+def test_resume_reaches_what_an_uninterrupted_run_reaches(run_sd15):
+    # 6 steps an epoch: the resume is in the middle of the second.
+    run_sd15(max_train_steps=10, checkpointing_steps=8)
+    uninterrupted = run_sd15.lora()
+    run_sd15(max_train_steps=10, resume_from_checkpoint=run_sd15.output_dir / "checkpoint-8")
+    assert equal(run_sd15.lora(), uninterrupted)
+
+
+def test_first_step_is_at_log_2(run):
+    run()
+    assert run.scalars("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert run.scalars("implicit_accuracy")[0] == 0.5
+    assert run.scalars("margin")[0] == 0
+    assert run.scalars("grad_norm")[0] > 0
+
+
+def test_training_learns_an_obvious_preference(run_sd15):
+    run_sd15(max_train_steps=60, loss_space="latent", max_train_samples=6, learning_rate=3e-3)
+    assert np.mean(run_sd15.scalars("implicit_accuracy")[-20:]) > 0.75
+    assert np.mean(run_sd15.scalars("loss")[-20:]) < math.log(2)
+
+
+def test_bf16_keeps_the_lora_in_fp32(run):
+    run("--gradient_checkpointing", mixed_precision="bf16")
+    assert {weight.dtype for weight in run.lora().values()} == {torch.float32}
+    # Values that bf16 could not hold: the weights were not merely cast on saving.
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in run.up_weights().values())
+
+
+def test_gradient_checkpointing_changes_nothing(run_sd15):
+    run_sd15()
+    without = run_sd15.lora()
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = run_sd15.output_dir.with_name("checkpointing")
+    run_sd15("--gradient_checkpointing")
+    for name, weight in run_sd15.lora().items():
+        torch.testing.assert_close(weight, without[name], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_a_larger_batch(run_sd15):
+    options = {"max_train_steps": 1, "loss_space": "latent", "lr_scheduler": "constant"}
+    run_sd15("--no_hflip", train_batch_size=4, **options)
+    large = run_sd15.scalars("loss"), run_sd15.scalars("grad_norm")
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = run_sd15.output_dir.with_name("accumulated")
+    run_sd15("--no_hflip", train_batch_size=2, gradient_accumulation_steps=2, **options)
+    assert run_sd15.scalars("loss") == pytest.approx(large[0], rel=1e-5)
+    assert run_sd15.scalars("grad_norm") == pytest.approx(large[1], rel=1e-4)
+
+
+def test_v_prediction(checkpoints, parquet, tmp_path):
+    run = Run("sd15", checkpoints["sd2"], parquet, tmp_path / "output")()
+    assert run.scalars("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(weight.any() for weight in run.up_weights().values())
+
+
+@pytest.mark.parametrize("loss_type", ["cpo", "sft"])
+@pytest.mark.parametrize("loss_space", ["ncp", "latent"])
+def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type, loss_space):
+    def refuse(*args):
+        raise AssertionError("the reference was run")
+
+    monkeypatch.setattr(train_ncp_dpo_sd15.Denoising, "predict_reference", refuse)
+    run_sd15(loss_type=loss_type, loss_space=loss_space, ncp_error_scale=1000)
+    with pytest.raises(AssertionError, match="the reference was run"):
+        run_sd15("--resume_from_checkpoint", "latest", loss_type="dpo", loss_space=loss_space, ncp_error_scale=1000)
+
+
+def test_error_scale_is_measured_once_and_reproduces(run_sd15):
+    run_sd15(checkpointing_steps=2)
+    state = json.loads((run_sd15.output_dir / "checkpoint-2/training_state.json").read_text())
+    assert state["error_scale"] > 100
+    measured = run_sd15.lora()
+    assert f"| error scale | {state['error_scale']:.6g} |" in (run_sd15.output_dir / "README.md").read_text()
+
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = run_sd15.output_dir.with_name("given")
+    run_sd15(ncp_error_scale=state["error_scale"])
+    assert equal(run_sd15.lora(), measured)
+
+
+def test_resume_does_not_measure_again(run_sd15, monkeypatch):
+    run_sd15(checkpointing_steps=2)
+
+    def refuse(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_error_scale", refuse)
+    run_sd15(max_train_steps=3, resume_from_checkpoint="latest")
+
+
+def test_checkpoints_total_limit(run_sd15):
+    run_sd15(max_train_steps=12, checkpointing_steps=3, checkpoints_total_limit=2, loss_space="latent")
+    assert {path.name for path in run_sd15.output_dir.glob("*checkpoint*")} == {"checkpoint-9", "checkpoint-12"}
+
+
+def test_a_new_run_does_not_touch_another_ones_checkpoints(run_sd15):
+    run_sd15(checkpointing_steps=2, loss_space="latent")
+    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-2 of another run"):
+        run_sd15(loss_space="latent")
+
+
+def test_validation_images_share_their_noise(run):
+    run(
+        "--run_validation",
+        validation_prompt="a picture",
+        num_validation_images=2,
+        validation_steps=1,
+        loss_space="latent",
+        learning_rate=0,
+    )
+    images = [np.asarray(Image.open(run.output_dir / f"validation/step-{step}.png")) for step in range(3)]
+    assert images[0].shape == (32, 64, 3)
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0][:, :32], images[0][:, 32:])
+    assert Image.open(run.output_dir / "validation/before_after.png").size == (64, 64)
+    assert "validation/before_after.png" in (run.output_dir / "README.md").read_text()
+
+
+def test_validation_shows_the_policy(run_sd15):
+    run_sd15("--run_validation", validation_prompt="a picture", num_validation_images=1, loss_space="latent")
+    images = [np.asarray(Image.open(run_sd15.output_dir / f"validation/step-{step}.png")) for step in (0, 2)]
+    assert not np.array_equal(*images)
+
+
+def test_push_to_hub(run_sd15, monkeypatch):
+    uploads = []
+
+    class Repository:
+        repo_id = "somebody/output"
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "create_repo", lambda *args, **kwargs: Repository)
+    monkeypatch.setattr(train_ncp_dpo_sd15, "upload_folder", lambda **kwargs: uploads.append(kwargs))
+    run_sd15("--push_to_hub", loss_space="latent")
+    (upload,) = uploads
+    assert upload["repo_id"] == "somebody/output" and upload["folder_path"] == str(run_sd15.output_dir)
+    assert "checkpoint-*" in upload["ignore_patterns"]
+    assert 'load_lora_weights("somebody/output")' in (run_sd15.output_dir / "README.md").read_text()
+
+
+def test_8bit_adam_without_bitsandbytes(run_sd15, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        run_sd15("--use_8bit_adam")
+
+
+def test_non_finite_loss_stops_the_run(run_sd15, monkeypatch):
+    calls = []
+
+    def latent_error(model_pred, target):
+        calls.append(1)
+        return (model_pred - target).square().mean(dim=(1, 2, 3)) * (math.nan if len(calls) > 6 else 1)
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "latent_error", latent_error)
+    with pytest.raises(RuntimeError, match=r"loss of step 4 is not finite, in the batches of rows \[\d+, \d+\]"):
+        run_sd15(loss_space="latent", max_train_steps=6, checkpointing_steps=3)
+    assert all(weight.isfinite().all() for weight in run_sd15.lora("checkpoint-3").values())
+    assert not (run_sd15.output_dir / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_fixed_vae_runs_in_half_precision(checkpoints, parquet, tmp_path, monkeypatch):
+    dtypes = []
+    encode_images = train_ncp_dpo_sdxl.encode_images
+
+    def spy(vae, *args):
+        dtypes.append(vae.dtype)
+        return encode_images(vae, *args)
+
+    monkeypatch.setattr(train_ncp_dpo_sdxl, "encode_images", spy)
+    options = {"mixed_precision": "bf16", "loss_space": "latent", "max_train_steps": 1}
+    Run("sdxl", checkpoints["sdxl"], parquet, tmp_path / "own")(**options)
+    Run("sdxl", checkpoints["sdxl"], parquet, tmp_path / "fixed")(
+        **options, pretrained_vae_model_name_or_path=checkpoints["sdxl"] + "/vae"
+    )
+    assert dtypes == [torch.float32, torch.bfloat16]
