@@ -28,6 +28,7 @@ perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on th
 """
 
 import argparse
+import bisect
 import contextlib
 import io
 import itertools
@@ -36,16 +37,21 @@ import logging
 import math
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import accelerate
 import datasets
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
+from datasets.distributed import split_dataset_by_node
+from datasets.fingerprint import Hasher
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from ncp_loss import (
     LAYERS,
@@ -62,6 +68,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -91,17 +98,27 @@ PIPELINE_CLASS = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {}
 STATE_NAME = "training_state.json"
 ERROR_SCALE_PAIRS = 64
+CACHE_ARGUMENTS = (
+    "resolution",
+    "image_interpolation_mode",
+    "no_hflip",
+    "loss_type",
+    "image_0_column",
+    "image_1_column",
+    "label_column",
+    "caption_column",
+)
 PROGRESS_METRICS = ("loss", "implicit_accuracy", "margin")
 
 
 # Copied from train_ncp_dpo_sd15.save_model_card
-def save_model_card(args, error_scale, num_pairs):
+def save_model_card(args, error_scale):
     """Writes `README.md`: what the LoRA was trained on and how, validation images, how to load it."""
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     settings = {
         "loss": f"{args.loss_type} in {args.loss_space} space",
         "steps": args.max_train_steps,
-        "pairs": num_pairs,
+        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps,
         "β": args.beta_dpo,
         "learning rate": args.learning_rate,
         "LoRA rank": args.rank,
@@ -111,7 +128,7 @@ def save_model_card(args, error_scale, num_pairs):
     }
     if args.loss_space == "ncp":
         settings["features"] = f"{args.ncp_layer} block, {args.ncp_timestep} timestep"
-        settings["error scale"] = f"{error_scale:.6g}"
+        settings["error scale"] = f"`--ncp_error_scale {error_scale}`"
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     pictures = ""
     if args.run_validation:
@@ -238,7 +255,24 @@ def add_common_arguments(parser):
     )
     data.add_argument("--caption_column", type=str, default="caption", help="Column of the prompt.")
     data.add_argument("--max_train_samples", type=int, default=None, help="Train on the first so many pairs only.")
-    data.add_argument("--cache_dir", type=str, default=None, help="Where downloaded datasets are stored.")
+    data.add_argument(
+        "--streaming", action="store_true", help="Read the dataset while training instead of storing it first."
+    )
+    data.add_argument("--shuffle_buffer_size", type=int, default=1000, help="Pairs to draw from when streaming.")
+    data.add_argument(
+        "--on_bad_sample",
+        type=str,
+        default="error",
+        help="What to do about a pair that cannot be read: stop (error) or take the next one and say so (skip).",
+    )
+    data.add_argument(
+        "--cache_dir", type=str, default=None, help="Where downloaded datasets and the cache are stored."
+    )
+    data.add_argument(
+        "--cache_latents",
+        action="store_true",
+        help="Encode images and captions once, store them, and free the VAE and the text encoders.",
+    )
     data.add_argument("--resolution", type=int, default=512, help="Side of the square that images are cropped to.")
     data.add_argument("--random_crop", action="store_true", help="Crop at random instead of the centre.")
     data.add_argument("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
@@ -248,7 +282,7 @@ def add_common_arguments(parser):
         default="lanczos",
         help=f"How images are resized: {', '.join(mode.name.lower() for mode in Image.Resampling)}.",
     )
-    data.add_argument("--vae_encode_batch_size", type=int, default=8, help="Images that the VAE encodes at once.")
+    data.add_argument("--vae_encode_batch_size", type=int, default=8, help="Images or captions to encode at once.")
     data.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one."
     )
@@ -380,6 +414,7 @@ def check_arguments(args):
         ("loss_space", ("ncp", "latent")),
         ("ncp_layer", LAYERS),
         ("ncp_timestep", TARGET_TIMESTEPS),
+        ("on_bad_sample", ("error", "skip")),
         ("image_interpolation_mode", [mode.name.lower() for mode in Image.Resampling]),
         ("lr_scheduler", [kind.value for kind in SchedulerType]),
     ]:
@@ -391,6 +426,7 @@ def check_arguments(args):
         "resolution",
         "train_batch_size",
         "vae_encode_batch_size",
+        "shuffle_buffer_size",
         "gradient_accumulation_steps",
         "num_train_epochs",
         "max_train_steps",
@@ -404,6 +440,10 @@ def check_arguments(args):
             raise ValueError(f"--{flag} is {getattr(args, flag)}, but must be at least 1.")
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("Give the preference pairs by exactly one of --dataset_name and --train_data_dir.")
+    if args.cache_latents and args.random_crop:
+        raise ValueError("--cache_latents stores one crop of every image: --random_crop does not go with it.")
+    if args.streaming and (args.train_data_dir is not None or args.cache_latents or args.max_train_steps is None):
+        raise ValueError("--streaming needs a --dataset_name and --max_train_steps, and no --cache_latents.")
     if not args.beta_dpo > 0:
         raise ValueError(f"--beta_dpo is {args.beta_dpo}, but must be greater than 0.")
     if not 0 <= args.label_smoothing < 0.5:
@@ -441,7 +481,8 @@ def load_pairs(args):
     Opens the dataset, images still encoded, and finds the rows to train on.
 
     Returns:
-        `datasets.Dataset` and `list[int]`: all rows, and the numbers of those with a winner.
+        `datasets.Dataset` and `list[int]`, all rows and the numbers of those with a winner; with `--streaming`
+        `datasets.IterableDataset` and `None`.
 
     Raises:
         `ValueError`: names the flag, column, file or row that is wrong.
@@ -450,7 +491,11 @@ def load_pairs(args):
         dataset = load_image_folder(args)
     else:
         dataset = datasets.load_dataset(
-            args.dataset_name, args.dataset_config_name, split=args.dataset_split_name, cache_dir=args.cache_dir
+            args.dataset_name,
+            args.dataset_config_name,
+            split=args.dataset_split_name,
+            cache_dir=args.cache_dir,
+            streaming=args.streaming,
         )
     for flag in ("image_0_column", "image_1_column", "label_column", "caption_column"):
         column = getattr(args, flag)
@@ -461,21 +506,29 @@ def load_pairs(args):
             )
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    if args.streaming:
+        return dataset, None
 
-    rows, num_ties = [], 0
+    rows = []
     for row, (label, caption) in enumerate(zip(dataset[args.label_column], dataset[args.caption_column])):
-        if label not in (0, 0.5, 1):
-            raise ValueError(f"Row {row}: {args.label_column} is {label!r}, but must be 1, 0, or 0.5 for a tie.")
-        if not isinstance(caption, str):
-            raise ValueError(f"Row {row}: {args.caption_column} is {caption!r}, but must be a text.")
-        if label == 0.5:
-            num_ties += 1
-        else:
+        if check_pair(args, row, label, caption):
             rows.append(row)
-    logger.info(f"{len(rows)} pairs with a winner; {num_ties} ties are left out")
+    logger.info(f"{len(rows)} pairs with a winner; {len(dataset) - len(rows)} ties are left out")
     if not rows:
-        raise ValueError(f"No pair is left: all {num_ties} rows of {args.label_column} are ties.")
+        raise ValueError(
+            f"No pair is left: {args.dataset_name or args.train_data_dir} has {len(dataset)} rows, all ties."
+        )
     return dataset, rows[: args.max_train_samples]
+
+
+# Copied from train_ncp_dpo_sd15.check_pair
+def check_pair(args, row, label, caption):
+    """Whether a pair has a winner; a `ValueError` for any label or caption that is none."""
+    if label not in (0, 0.5, 1):
+        raise ValueError(f"Row {row}: {args.label_column} is {label!r}, but must be 1, 0, or 0.5 for a tie.")
+    if not isinstance(caption, str):
+        raise ValueError(f"Row {row}: {args.caption_column} is {caption!r}, but must be a text.")
+    return label != 0.5
 
 
 # Copied from train_ncp_dpo_sd15.load_image_folder
@@ -520,55 +573,137 @@ class EpochSampler(torch.utils.data.Sampler):
             yield self.epoch, self.rows[index]
 
 
+# Copied from train_ncp_dpo_sd15.UnreadableImage
+class UnreadableImage(ValueError):
+    """Names the row, the column and what is wrong with the image."""
+
+
 # Copied from train_ncp_dpo_sd15.PreferencePairs
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    Pairs of a dataset as training sees them in an epoch: `pairs[epoch, row]`.
+    Pairs as training sees them in an epoch: `pairs[epoch, row]`.
 
     Args:
         dataset (`datasets.Dataset`): images, label and caption.
-        args (`argparse.Namespace`): columns, resolution, crop, flip and seed.
+        rows (`list[int]`): the rows with a winner, ascending.
+        args (`argparse.Namespace`): columns, resolution, crop, flip, seed, and what to do about unreadable images.
         latent_shape (`tuple`): `(C, H, W)` of an image's latents.
         num_train_timesteps (`int`): timesteps are drawn from 0 to this, exclusively.
-        winners_only (`bool`): leave the losers unread.
     """
 
-    def __init__(self, dataset, args, latent_shape, num_train_timesteps, winners_only=False):
+    def __init__(self, dataset, rows, args, latent_shape, num_train_timesteps):
         self.dataset = dataset
+        self.rows = rows
         self.args = args
         self.latent_shape = latent_shape
         self.num_train_timesteps = num_train_timesteps
-        self.winners_only = winners_only
 
     def __getitem__(self, key):
         epoch, row = key
-        args, values = self.args, self.dataset[row]
+        skipped = []
+        while True:
+            try:
+                return {**self.example(epoch, row, row, self.dataset[row]), "skipped": skipped}
+            except UnreadableImage as error:
+                skipped.append(str(error))
+                if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
+                    raise
+            row = self.rows[bisect.bisect(self.rows, row) % len(self.rows)]
+
+    def example(self, epoch, row, identity, values):
         # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
-        seed = np.random.SeedSequence([args.seed, epoch, row]).generate_state(1)[0]
+        seed = np.random.SeedSequence([self.args.seed, epoch, identity]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
-        crop_position = torch.rand(2, generator=generator).tolist() if args.random_crop else (0.5, 0.5)
-        flip = torch.rand((), generator=generator) < 0.5 and not args.no_hflip
+        crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
+        flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
         timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
-
-        columns = [args.image_0_column, args.image_1_column]
-        if values[args.label_column] == 0:
-            columns.reverse()
-        images = []
-        for column in columns[:1] if self.winners_only else columns:
-            try:
-                image = read_image(values[column])
-            except Exception as error:
-                raise ValueError(f"Row {row}: {column} cannot be read as an image: {error}") from error
-            images.append(preprocess_image(image, args, crop_position, flip))
         return {
-            "images": images,
-            "caption": values[args.caption_column],
+            **self.read(row, values, crop_position, flip),
             "timesteps": timestep,
             "noise": noise,
             "variance_noise": variance_noise,
             "rows": torch.tensor(row),
         }
+
+    def read(self, row, values, crop_position, flip):
+        """The winner and, except for sft, the loser, as `images`, and the `caption`."""
+        columns = [self.args.image_0_column, self.args.image_1_column]
+        if values[self.args.label_column] == 0:
+            columns.reverse()
+        images = []
+        for column in columns[:1] if self.args.loss_type == "sft" else columns:
+            try:
+                image = read_image(values[column])
+            except Exception as error:
+                raise UnreadableImage(f"Row {row}: {column} cannot be read as an image: {error}") from error
+            images.append(preprocess_image(image, self.args, crop_position, flip))
+        return {"images": images, "caption": values[self.args.caption_column]}
+
+
+# Copied from train_ncp_dpo_sd15.CachedPairs
+class CachedPairs(PreferencePairs):
+    """
+    The same pairs with `latents` instead of `pixel_values` and `prompt` instead of the caption.
+
+    Args:
+        images (`datasets.Dataset`): `row` and `tensors`, what `read` gives for it, unflipped and flipped.
+        prompts (`datasets.Dataset`): `caption` and `tensors`, what `encode_prompt` gives for it.
+    """
+
+    def __init__(self, images, prompts, *arguments):
+        super().__init__(*arguments)
+        self.images, self.prompts = images, prompts
+        self.image_index = {row: index for index, row in enumerate(images["row"])}
+        self.prompt_index = {caption: index for index, caption in enumerate(prompts["caption"])}
+        # Only the caption is read of the dataset from now on.
+        self.dataset = self.dataset.select_columns(self.args.caption_column)
+
+    def read(self, row, values, crop_position, flip):
+        stored = self.images[self.image_index[row]]
+        if stored["error"]:
+            raise UnreadableImage(stored["error"])
+        images = safetensors.torch.load(stored["tensors"])
+        prompt = self.prompts[self.prompt_index[values[self.args.caption_column]]]
+        return {
+            "images": [
+                {name: values[index, int(flip)] for name, values in images.items()}
+                for index in range(len(images["latents"]))
+            ],
+            "prompt": safetensors.torch.load(prompt["tensors"]),
+        }
+
+
+# Copied from train_ncp_dpo_sd15.StreamedPairs
+class StreamedPairs(torch.utils.data.IterableDataset, PreferencePairs):
+    """The same pairs in the order of a shuffled stream, epoch after epoch without end."""
+
+    def __iter__(self):
+        ties, skipped = 0, []
+        for epoch in itertools.count():
+            stream = self.dataset.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)
+            stream.set_epoch(epoch)
+            anything = False
+            for row, values in enumerate(stream):
+                caption = values[self.args.caption_column]
+                if not check_pair(self.args, row, values[self.args.label_column], caption):
+                    ties += 1
+                    continue
+                # A stream has no row numbers that all workers agree on, so a pair is known by its content.
+                content = [values[self.args.image_0_column], values[self.args.image_1_column], caption]
+                try:
+                    example = self.example(epoch, row, zlib.crc32(repr(content).encode()), values)
+                except UnreadableImage as error:
+                    if self.args.on_bad_sample == "error":
+                        raise
+                    skipped.append(str(error))
+                    continue
+                anything = True
+                yield {**example, "ties": ties, "skipped": skipped}
+                ties, skipped = 0, []
+            if not anything:
+                # More workers than files, or nothing to train on, which the first look at the data finds out.
+                return
 
 
 # Copied from train_ncp_dpo_sd15.read_image
@@ -622,11 +757,16 @@ def preprocess_image(image, args, crop_position, flip):
 # Copied from train_ncp_dpo_sd15.collate_fn
 def collate_fn(examples):
     """Stacks pairs; what belongs to images (`pixel_values`, …) has the winners first, then the losers."""
-    batch = {"captions": [example.pop("caption") for example in examples]}
+    batch = {
+        "skipped": [reason for example in examples for reason in example.pop("skipped")],
+        "ties": sum(example.pop("ties", 0) for example in examples),
+    }
+    if "caption" in examples[0]:
+        batch["captions"] = [example.pop("caption") for example in examples]
+    else:
+        batch["prompt"] = default_collate([example.pop("prompt") for example in examples])
     images = [image for images in zip(*(example.pop("images") for example in examples)) for image in images]
-    for items in (images, examples):
-        batch.update({name: torch.stack([item[name] for item in items]) for name in items[0]})
-    return batch
+    return {**batch, **default_collate(images), **default_collate(examples)}
 
 
 def vae_source(args):
@@ -668,13 +808,10 @@ def load_components(args, accelerator, weight_dtype):
 
 
 @torch.no_grad()
-def encode_prompt(components, captions, batch):
+def encode_prompt(components, captions):
     """
-    Text embeddings of a batch of pairs, for as many images as `batch` has of each.
-
-    Returns:
-        `encoder_hidden_states` of shape `(N, L, D)`, of both text encoders, and `added_cond_kwargs`: `text_embeds` of
-        shape `(N, P)` and the images' `time_ids` of shape `(N, 6)`.
+    Text embeddings of captions: `prompt_embeds` of shape `(B, L, D)`, of both text encoders, and `pooled_prompt_embeds` of
+    shape `(B, P)`, of the second.
     """
     hidden_states = []
     for suffix in ("", "_2"):
@@ -684,9 +821,16 @@ def encode_prompt(components, captions, batch):
         ).input_ids
         output = text_encoder(input_ids.to(text_encoder.device), output_hidden_states=True)
         hidden_states.append(output.hidden_states[-2])
-    images_per_caption = len(batch["pixel_values"]) // len(captions)
-    encoder_hidden_states = torch.cat(hidden_states, dim=-1).repeat(images_per_caption, 1, 1)
-    text_embeds = output.text_embeds.repeat(images_per_caption, 1)
+    return {"prompt_embeds": torch.cat(hidden_states, dim=-1), "pooled_prompt_embeds": output.text_embeds}
+
+
+def prompt_conditioning(prompt, batch, images_per_pair):
+    """
+    `encoder_hidden_states` of shape `(N, L, D)` and `added_cond_kwargs` for N images: `text_embeds` of shape `(N, P)` and
+    the images' own `time_ids` of shape `(N, 6)`.
+    """
+    text_embeds = prompt["pooled_prompt_embeds"].repeat(images_per_pair, 1)
+    encoder_hidden_states = prompt["prompt_embeds"].repeat(images_per_pair, 1, 1)
     return encoder_hidden_states, {"text_embeds": text_embeds, "time_ids": batch["time_ids"]}
 
 
@@ -753,10 +897,18 @@ def load_configurations(args):
     return noise_scheduler, (vae_config["latent_channels"], side, side)
 
 
-# Copied from train_ncp_dpo_sd15.create_dataloader
-def create_dataloader(args, accelerator, pairs, rows):
-    """Shuffled batches of pairs for every process, after a look at the first; what fills no batch is left out."""
+# Copied from train_ncp_dpo_sd15.open_pairs
+def open_pairs(args, accelerator, latent_shape, num_train_timesteps):
+    """The pairs to train on, of which the first batch is known to be readable."""
+    dataset, rows = load_pairs(args)
     global_batch_size = args.train_batch_size * accelerator.num_processes
+    if args.streaming:
+        dataset = split_dataset_by_node(dataset, accelerator.process_index, accelerator.num_processes)
+        pairs = StreamedPairs(dataset, None, args, latent_shape, num_train_timesteps)
+        if not list(itertools.islice(pairs, args.train_batch_size)):
+            raise ValueError(f"No pair is left: {args.dataset_name} has no row with a winner.")
+        return pairs
+
     tail = len(rows) % global_batch_size
     if tail == len(rows):
         raise ValueError(
@@ -764,18 +916,124 @@ def create_dataloader(args, accelerator, pairs, rows):
             f" {global_batch_size} pairs, but there are {len(rows)}."
         )
     if tail:
-        logger.info(f"{tail} of {len(rows)} pairs do not fill a batch; other ones are left out every epoch")
-    sampler = EpochSampler(rows, args.seed)
-    for _, key in zip(range(args.train_batch_size), sampler):
+        logger.info(f"{tail} of {len(rows)} pairs do not fill a batch: every epoch leaves others out")
+    pairs = PreferencePairs(dataset, rows, args, latent_shape, num_train_timesteps)
+    for key in itertools.islice(EpochSampler(rows, args.seed), args.train_batch_size):
         pairs[key]
+    return pairs
+
+
+# Copied from train_ncp_dpo_sd15.cache_pairs
+def cache_pairs(args, accelerator, pairs, components, weight_dtype):
+    """
+    Encodes every image and every caption once and stores them, or finds them stored. All that decides what is stored goes
+    into the folder's name, the weights of the models and the data included. Latents are kept in float16 if training is in
+    half precision, else in float32; embeddings as they are.
+
+    Returns:
+        `CachedPairs`
+    """
+    flips = [False] if args.no_hflip else [False, True]
+    latent_dtype = torch.float32 if weight_dtype == torch.float32 else torch.float16
+
+    def encode_row(row):
+        try:
+            views = [pairs.read(row, pairs.dataset[row], (0.5, 0.5), flip)["images"] for flip in flips]
+        except UnreadableImage as error:
+            if args.on_bad_sample == "error":
+                raise
+            return {"tensors": b"", "error": str(error)}
+        # Two dimensions come in front of each tensor: winner and loser, unflipped and flipped.
+        images = default_collate([default_collate(list(view)) for view in zip(*views)])
+        pixel_values = images.pop("pixel_values")
+        latents = encode_images(
+            components["vae"], pixel_values.flatten(0, 1).to(accelerator.device), args.vae_encode_batch_size
+        )
+        images["latents"] = latents.unflatten(0, pixel_values.shape[:2]).to("cpu", latent_dtype).contiguous()
+        return {"tensors": safetensors.torch.save(images), "error": ""}
+
+    def encode_rows(batch):
+        return default_collate([encode_row(row) for row in batch["row"]])
+
+    def encode_captions(batch):
+        prompts = encode_prompt(components, batch["caption"])
+        tensors = [dict(zip(prompts, values)) for values in zip(*(value.cpu() for value in prompts.values()))]
+        return {"tensors": [safetensors.torch.save(prompt) for prompt in tensors]}
+
+    captions = pairs.dataset.select(pairs.rows)[args.caption_column]
+    key = Hasher.hash(
+        [
+            pairs.dataset._fingerprint,
+            image_folder_state(args),
+            pairs.rows,
+            {name: getattr(args, name) for name in CACHE_ARGUMENTS},
+            weight_dtype,
+            [model.state_dict() for model in components.values() if isinstance(model, torch.nn.Module)],
+        ]
+    )
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "ncp_dpo" / key
+    logger.info(f"Latents and text embeddings are stored in {folder}")
+    images = map_in_chunks(accelerator, folder, "row", pairs.rows, encode_rows, batch_size=1)
+    prompts = map_in_chunks(
+        accelerator, folder, "caption", list(dict.fromkeys(captions)), encode_captions, args.vae_encode_batch_size
+    )
+    return CachedPairs(images, prompts, pairs.dataset, pairs.rows, args, pairs.latent_shape, pairs.num_train_timesteps)
+
+
+# Copied from train_ncp_dpo_sd15.map_in_chunks
+def map_in_chunks(accelerator, folder, column, values, function, batch_size):
+    # One file per 1,000 values: processes share the work, and what an interrupted run has stored is kept.
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = [values[start : start + 1000] for start in range(0, len(values), 1000)]
+    files = [str(folder / f"{column}-{index}.arrow") for index in range(len(chunks))]
+    for index in range(accelerator.process_index, len(chunks), accelerator.num_processes):
+        datasets.Dataset.from_dict({column: chunks[index]}).map(
+            function,
+            batched=True,
+            batch_size=batch_size,
+            cache_file_name=files[index],
+            new_fingerprint=f"{folder.name}-{column}-{index}",
+            desc=f"Encoding {column}s, part {index + 1} of {len(chunks)}",
+        )
+    accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+# Copied from train_ncp_dpo_sd15.image_folder_state
+def image_folder_state(args):
+    # What datasets does not look at: images that metadata.jsonl names may change while it stays the same.
+    if args.train_data_dir is None:
+        return None
+    files = sorted(path for path in Path(args.train_data_dir).rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+# Copied from train_ncp_dpo_sd15.create_dataloader
+def create_dataloader(args, pairs):
+    """Batches of pairs, shuffled anew every epoch; what fills no batch is left out."""
     return torch.utils.data.DataLoader(
         pairs,
         batch_size=args.train_batch_size,
-        sampler=sampler,
+        sampler=None if args.streaming else EpochSampler(pairs.rows, args.seed),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
         drop_last=True,
     )
+
+
+# Copied from train_ncp_dpo_sd15.prepare_dataloader
+def prepare_dataloader(args, accelerator, dataloader):
+    """Gives every process its share. A stream's process has its own already."""
+    if args.streaming:
+        return accelerate.data_loader.prepare_data_loader(
+            dataloader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+    return accelerator.prepare(dataloader)
 
 
 # Copied from train_ncp_dpo_sd15.create_policy
@@ -849,9 +1107,13 @@ class Denoising(NamedTuple):
 # Copied from train_ncp_dpo_sd15.noise_batch
 def noise_batch(args, batch, components, noise_scheduler):
     """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
-    latents = encode_images(components["vae"], batch["pixel_values"], args.vae_encode_batch_size)
-    encoder_hidden_states, added_cond_kwargs = encode_prompt(components, batch["captions"], batch)
+    if args.cache_latents:
+        latents, prompt = batch["latents"].float(), batch["prompt"]
+    else:
+        latents = encode_images(components["vae"], batch["pixel_values"], args.vae_encode_batch_size)
+        prompt = encode_prompt(components, batch["captions"])
     images_per_pair = len(latents) // len(batch["noise"])
+    encoder_hidden_states, added_cond_kwargs = prompt_conditioning(prompt, batch, images_per_pair)
     timesteps = batch["timesteps"].repeat(images_per_pair)
     noise, variance_noise = (batch[name].repeat(images_per_pair, 1, 1, 1) for name in ("noise", "variance_noise"))
     target = {
@@ -936,33 +1198,27 @@ def perturbed_lora(policy, seed):
 
 # Copied from train_ncp_dpo_sd15.measure_error_scale
 @torch.no_grad()
-def measure_error_scale(args, accelerator, pairs, rows, policy, components, noise_scheduler, perception):
+def measure_error_scale(args, accelerator, dataloader, policy, components, noise_scheduler, perception):
     """
     The factor that gives margins in feature space the spread they have in latent space, under the same small change of
-    the policy. Reference-free losses get the same factor as the others: the pairs alone decide.
+    the policy. Reference-free losses get the factor of the others, and sft, which reads no losers, takes the change of
+    the winners' errors for the margin.
     """
-    global_batch_size = args.train_batch_size * accelerator.num_processes
-    num_pairs = (
-        min(math.ceil(ERROR_SCALE_PAIRS / global_batch_size), len(rows) // global_batch_size) * global_batch_size
-    )
-    dataloader = accelerator.prepare_data_loader(
-        torch.utils.data.DataLoader(
-            pairs,
-            batch_size=args.train_batch_size,
-            sampler=list(itertools.islice(EpochSampler(rows, args.seed), num_pairs)),
-            collate_fn=collate_fn,
-        )
-    )
+    num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * accelerator.num_processes))
     margins = {"latent": [], "ncp": []}
     with perturbed_lora(policy, args.seed):
-        for batch in tqdm(dataloader, desc="Error scale", disable=not accelerator.is_local_main_process):
+        batches = itertools.islice(dataloader, num_batches)
+        for batch in tqdm(batches, desc="Error scale", disable=not accelerator.is_local_main_process):
+            batch = send_to_device(batch, accelerator.device)
             denoising = noise_batch(args, batch, components, noise_scheduler)
             ref_pred, model_pred = denoising.predict_reference(policy), denoising.predict(policy)
             anchor = perception.anchor(*denoising, ref_pred=ref_pred)
-            latent_errors = latent_error(model_pred, denoising.target), latent_error(ref_pred, denoising.target)
-            ncp_errors = perception.error(model_pred, anchor), anchor.ref_errors
-            margins["latent"].append(preference_loss(*latent_errors).margin)
-            margins["ncp"].append(preference_loss(*ncp_errors).margin)
+            for space, errors, ref_errors in [
+                ("latent", latent_error(model_pred, denoising.target), latent_error(ref_pred, denoising.target)),
+                ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
+            ]:
+                change = ref_errors - errors
+                margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
     spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
     # So few digits that the flag that is printed gives the very same run.
     return float(f"{spread['latent'] / spread['ncp']:.4g}")
@@ -1047,7 +1303,7 @@ def find_checkpoint_to_resume(args):
 
 
 # Copied from train_ncp_dpo_sd15.finish
-def finish(args, accelerator, policy, components, weight_dtype, state, num_pairs):
+def finish(args, accelerator, policy, components, weight_dtype, state):
     """Saves the LoRA, draws the last validation images and writes and uploads the model card."""
     if accelerator.is_main_process:
         save_lora(policy, args.output_dir)
@@ -1056,7 +1312,7 @@ def finish(args, accelerator, policy, components, weight_dtype, state, num_pairs
             folder = Path(args.output_dir) / "validation"
             before, after = (Image.open(folder / f"step-{step}.png") for step in (0, state["global_step"]))
             make_image_grid([before, after], rows=2, cols=1).save(folder / "before_after.png")
-        save_model_card(args, state["error_scale"], num_pairs)
+        save_model_card(args, state["error_scale"])
         if args.push_to_hub:
             upload_folder(
                 repo_id=args.hub_model_id,
@@ -1075,15 +1331,20 @@ def main(args):
 
     checkpoint = find_checkpoint_to_resume(args)
     noise_scheduler, latent_shape = load_configurations(args)
-    dataset, rows = load_pairs(args)
-    pairs = PreferencePairs(dataset, args, latent_shape, noise_scheduler.config.num_train_timesteps)
-    train_dataloader = create_dataloader(args, accelerator, pairs, rows)
+    pairs = open_pairs(args, accelerator, latent_shape, noise_scheduler.config.num_train_timesteps)
 
-    policy = create_policy(args, accelerator, weight_dtype)
     components = load_components(args, accelerator, weight_dtype)
+    if args.cache_latents:
+        pairs = cache_pairs(args, accelerator, pairs, components, weight_dtype)
+        components.clear()
+    policy = create_policy(args, accelerator, weight_dtype)
     optimizer = create_optimizer(args, accelerator, policy)
-    batches_per_epoch = len(train_dataloader) // accelerator.num_processes
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    dataloader = create_dataloader(args, pairs)
+    train_dataloader = prepare_dataloader(args, accelerator, dataloader)
+    if args.streaming:
+        steps_per_epoch = args.max_train_steps
+    else:
+        steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
     args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
@@ -1096,9 +1357,7 @@ def main(args):
         power=args.lr_power,
     )
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
-    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
-        policy, optimizer, train_dataloader, lr_scheduler
-    )
+    unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
 
     state = {"global_step": 0, "error_scale": None}
     register_checkpoint_hooks(accelerator, policy, state)
@@ -1112,7 +1371,7 @@ def main(args):
         )
         if state["error_scale"] is None and args.ncp_error_scale == "auto":
             state["error_scale"] = measure_error_scale(
-                args, accelerator, pairs, rows, policy, components, noise_scheduler, perception
+                args, accelerator, dataloader, policy, components, noise_scheduler, perception
             )
         elif state["error_scale"] is None:
             state["error_scale"] = args.ncp_error_scale
@@ -1122,8 +1381,7 @@ def main(args):
     if args.run_validation and state["global_step"] == 0 and accelerator.is_main_process:
         log_validation(args, accelerator, policy, components, weight_dtype, 0)
 
-    pairs.winners_only = args.loss_type == "sft"
-    logger.info(f"Training on {len(rows)} pairs for {args.max_train_steps} steps, {steps_per_epoch} per epoch")
+    logger.info(f"Training for {args.max_train_steps} steps, {steps_per_epoch} per epoch")
     progress_bar = tqdm(
         total=args.max_train_steps,
         initial=state["global_step"],
@@ -1131,11 +1389,15 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     unet.train()
-    observed, flat_steps = [], 0
+    observed, flat_steps, num_skipped, num_ties = [], 0, 0, 0
     for epoch in range(state["global_step"] // steps_per_epoch, args.num_train_epochs):
         train_dataloader.set_epoch(epoch)
         batches_done = state["global_step"] % steps_per_epoch * args.gradient_accumulation_steps
         for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
+            for reason in batch["skipped"]:
+                logger.warning(f"{reason}. The next pair takes its place.", main_process_only=False)
+            num_skipped += len(batch["skipped"])
+            num_ties += batch["ties"]
             with accelerator.accumulate(unet):
                 denoising = noise_batch(args, batch, components, noise_scheduler)
                 loss, observed_in_batch = training_step(args, denoising, unet, policy, perception)
@@ -1173,7 +1435,9 @@ def main(args):
                 break
 
     accelerator.wait_for_everyone()
-    finish(args, accelerator, policy, components, weight_dtype, state, len(rows))
+    if num_skipped or num_ties:
+        logger.info(f"{num_skipped} unreadable pairs were skipped, {num_ties} ties left out", main_process_only=False)
+    finish(args, accelerator, policy, components, weight_dtype, state)
 
 
 if __name__ == "__main__":
