@@ -98,6 +98,7 @@ PIPELINE_CLASS = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {}
 STATE_NAME = "training_state.json"
 ERROR_SCALE_PAIRS = 64
+CACHE_CHUNK = 1000
 CACHE_ARGUMENTS = (
     "resolution",
     "image_interpolation_mode",
@@ -507,6 +508,7 @@ def load_pairs(args):
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     if args.streaming:
+        dataset = dataset if args.max_train_samples is None else dataset.take(args.max_train_samples)
         return dataset, None
 
     rows = []
@@ -982,9 +984,9 @@ def cache_pairs(args, accelerator, pairs, components, weight_dtype):
 
 # Copied from train_ncp_dpo_sd15.map_in_chunks
 def map_in_chunks(accelerator, folder, column, values, function, batch_size):
-    # One file per 1,000 values: processes share the work, and what an interrupted run has stored is kept.
+    # One file per chunk: processes share the work, and what an interrupted run has stored is kept.
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = [values[start : start + 1000] for start in range(0, len(values), 1000)]
+    chunks = [values[start : start + CACHE_CHUNK] for start in range(0, len(values), CACHE_CHUNK)]
     files = [str(folder / f"{column}-{index}.arrow") for index in range(len(chunks))]
     for index in range(accelerator.process_index, len(chunks), accelerator.num_processes):
         datasets.Dataset.from_dict({column: chunks[index]}).map(
@@ -1154,11 +1156,16 @@ def training_step(args, denoising, unet, policy, perception):
         return errors.mean(), {"loss": errors.detach()}
     result = preference_loss(errors, ref_errors, args.loss_type, args.beta_dpo, args.sft_weight, args.label_smoothing)
     margin = result.margin.detach()
-    return result.loss, {
+    observed = {
         "loss": result.loss.detach().expand_as(margin),
         "implicit_accuracy": result.implicit_accuracy.expand_as(margin),
         "margin": margin,
     }
+    observed["error_w"], observed["error_l"] = errors.detach().chunk(2)
+    if needs_reference:
+        # How far the policy has left the reference: what grows before a run diverges.
+        observed["drift_w"], observed["drift_l"] = (errors.detach() - ref_errors).chunk(2)
+    return result.loss, observed
 
 
 # Copied from train_ncp_dpo_sd15.gather_metrics
@@ -1173,7 +1180,8 @@ def gather_metrics(args, accelerator, observed, global_step):
     metrics = {name: value.mean().item() for name, value in values.items() if name != "rows"}
     if "margin" in values:
         logits = 0.5 * args.beta_dpo * values["margin"]
-        metrics["logit_std"] = logits.std(correction=0).item()
+        # About 0, where the policy is the reference, so that one pair has a spread too.
+        metrics["logit_spread"] = logits.square().mean().sqrt().item()
         metrics["saturated"] = (logits.abs() > 5).float().mean().item()
     return metrics
 
@@ -1414,11 +1422,11 @@ def main(args):
                 continue
 
             state["global_step"] += 1
-            flat_steps = flat_steps + 1 if metrics.get("logit_std", math.inf) < 0.01 else 0
+            flat_steps = flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
             if flat_steps == 100:
                 logger.warning(
-                    f"Logits have spread by less than 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
-                    " holds the policy near the reference. Raise it, or measure with --ncp_error_scale auto."
+                    f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
+                    " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
                 )
             progress_bar.update()
             progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
