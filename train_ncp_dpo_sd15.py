@@ -35,7 +35,10 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
+import signal
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +101,33 @@ PIPELINE_CLASS = StableDiffusionPipeline
 PIPELINE_OPTIONS = {"safety_checker": None}
 STATE_NAME = "training_state.json"
 ERROR_SCALE_PAIRS = 64
+# What may differ when a run is resumed: it does not change what is learnt.
+FREE_ARGUMENTS = {
+    "output_dir",
+    "max_train_steps",
+    "num_train_epochs",
+    "resume_from_checkpoint",
+    "allow_resume_changes",
+    "max_skipped_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "gradient_checkpointing",
+    "dataloader_num_workers",
+    "cache_dir",
+    "cache_latents",
+    "vae_encode_batch_size",
+    "local_rank",
+    "report_to",
+    "tracker_name",
+    "logging_dir",
+    "run_validation",
+    "validation_prompt",
+    "num_validation_images",
+    "validation_steps",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+}
 CACHE_CHUNK = 1000
 CACHE_ARGUMENTS = (
     "resolution",
@@ -380,6 +410,15 @@ def add_common_arguments(parser):
         type=str,
         default=None,
         help="A checkpoint's folder, or `latest` in `--output_dir`.",
+    )
+    checkpoints.add_argument(
+        "--allow_resume_changes", action="store_true", help="Resume although settings differ from the checkpoint's."
+    )
+    checkpoints.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=0,
+        help="Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops.",
     )
 
     reports = parser.add_argument_group("reports")
@@ -747,6 +786,14 @@ def collate_fn(examples):
     return {**batch, **default_collate(images), **default_collate(examples)}
 
 
+def settle_seed(args):
+    """Draws a seed if there is none, the same on every process."""
+    if args.seed is None:
+        args.seed = broadcast_object_list([int(np.random.SeedSequence().generate_state(1)[0])])[0]
+        logger.info(f"Drew --seed {args.seed}")
+    set_seed(args.seed)
+
+
 def vae_source(args):
     """Where the VAE is, as arguments of its `from_pretrained`."""
     return {
@@ -796,7 +843,7 @@ def encode_images(vae, pixel_values, batch_size):
 
 
 def create_accelerator(args):
-    """Sets up accelerate, logging, the output folder, the seed and, if asked for, the repository on the hub."""
+    """Sets up accelerate, logging, the output folder and, if asked for, the repository on the hub."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -815,10 +862,6 @@ def create_accelerator(args):
         transformers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.set_verbosity_error()
 
-    if args.seed is None:
-        args.seed = broadcast_object_list([int(np.random.SeedSequence().generate_state(1)[0])])[0]
-        logger.info(f"Drew --seed {args.seed}")
-    set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     if accelerator.is_main_process:
@@ -1106,21 +1149,32 @@ def training_step(args, denoising, unet, policy, perception):
     return result.loss, observed
 
 
-def gather_metrics(args, accelerator, observed, global_step):
-    """Means over the pairs of a step, on all processes; a `RuntimeError` if the loss is not finite."""
+def gather_metrics(args, accelerator, observed):
+    """Means over the pairs of a step, on all processes, and the numbers of their rows."""
     values = accelerator.gather({name: torch.cat([o[name] for o in observed]) for name in observed[0]})
-    if not values["loss"].isfinite().all():
-        rows = sorted(set(values["rows"][~values["loss"].isfinite()].tolist()))
-        raise RuntimeError(
-            f"The loss of step {global_step} is not finite, in the batches of rows {rows}. The last checkpoint is intact."
-        )
-    metrics = {name: value.mean().item() for name, value in values.items() if name != "rows"}
+    rows = values.pop("rows").tolist()
+    metrics = {name: value.mean().item() for name, value in values.items()}
     if "margin" in values:
         logits = 0.5 * args.beta_dpo * values["margin"]
         # About 0, where the policy is the reference, so that one pair has a spread too.
         metrics["logit_spread"] = logits.square().mean().sqrt().item()
         metrics["saturated"] = (logits.abs() > 5).float().mean().item()
-    return metrics
+    return metrics, rows
+
+
+def is_finite(accelerator, metrics):
+    # In fp16 the gradient overflows now and then, which the loss scaler sees to.
+    return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or accelerator.scaler is not None)
+
+
+def refuse_step(args, step, skipped_steps, metrics, rows):
+    """Says that a step is skipped, or that it is one too many, by a `RuntimeError`."""
+    message = f"Step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
+    if skipped_steps > args.max_skipped_steps:
+        raise RuntimeError(
+            f"{message}. --max_skipped_steps {args.max_skipped_steps} allows no more; checkpoints are intact."
+        )
+    logger.warning(f"{message}. It is skipped.")
 
 
 @contextlib.contextmanager
@@ -1185,7 +1239,8 @@ def register_checkpoint_hooks(accelerator, policy, state):
         missing = [name for name in result.missing_keys if "lora" in name]
         if missing or result.unexpected_keys:
             raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
-        state.update(json.loads((Path(input_dir) / STATE_NAME).read_text()))
+        saved = json.loads((Path(input_dir) / STATE_NAME).read_text())
+        state.update({name: saved[name] for name in ("global_step", "error_scale")})
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -1200,23 +1255,46 @@ def save_lora(policy, folder):
 
 
 def find_checkpoints(output_dir):
-    """Folders `checkpoint-N` in ascending order of N."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    """Complete checkpoints in ascending order of their steps."""
+    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_NAME}")]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def save_checkpoint(args, accelerator, global_step):
-    """Writes `checkpoint-N`, which appears under that name only when it is whole, then removes those over the limit."""
+    """
+    Writes `checkpoint-N`, which appears under that name only when all of it is on the disk, then removes those over the
+    limit.
+    """
     folder = Path(args.output_dir) / f"checkpoint-{global_step}"
     incomplete = folder.with_name(f"incomplete-{folder.name}")
-    accelerator.save_state(str(incomplete))
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        incomplete.rename(folder)
-        if args.checkpoints_total_limit is not None:
-            for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+        shutil.rmtree(incomplete, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(incomplete))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for path in [*incomplete.rglob("*"), incomplete]:
+                synchronize(path)
+            incomplete.rename(folder)
+            synchronize(folder.parent)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(incomplete, ignore_errors=True)
+        raise RuntimeError(
+            f"{folder} could not be saved: {error}. Whole checkpoints:"
+            f" {', '.join(path.name for path in find_checkpoints(args.output_dir)) or 'none'}. Make room, or go on with"
+            " --resume_from_checkpoint and another --output_dir."
+        ) from error
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(old)
     logger.info(f"Saved {folder}")
+
+
+def synchronize(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def find_checkpoint_to_resume(args):
@@ -1230,14 +1308,64 @@ def find_checkpoint_to_resume(args):
             )
         return None
     if args.resume_from_checkpoint == "latest":
+        for path in set(Path(args.output_dir).glob("*checkpoint-*")) - set(checkpoints):
+            logger.warning(f"{path} is passed over: it was not completed")
         if not checkpoints:
             logger.info(f"There is no checkpoint in {args.output_dir} yet: starting anew")
             return None
         return checkpoints[-1]
     folder = Path(args.resume_from_checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"--resume_from_checkpoint: there is no folder {folder}.")
+    if not (folder / STATE_NAME).is_file():
+        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {folder}.")
     return folder
+
+
+def check_resume(args, checkpoint):
+    """Takes over the checkpoint's seed if none is given; a `ValueError` for what would silently change the run."""
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    saved = state["arguments"]
+    if args.seed is None:
+        args.seed = saved["seed"]
+    if args.ncp_error_scale in ("auto", state["error_scale"]):
+        saved["ncp_error_scale"] = args.ncp_error_scale
+    changes = [
+        f"--{name} is {value!r}, but was {saved[name]!r}"
+        for name, value in vars(args).items()
+        if name not in FREE_ARGUMENTS and value != saved[name]
+    ]
+    if changes and not args.allow_resume_changes:
+        raise ValueError(
+            f"{'; '.join(changes)} in {checkpoint}. Give what it was, or --allow_resume_changes if you mean it."
+        )
+    for change in changes:
+        logger.warning(f"{change} in {checkpoint}")
+
+
+def note_stop_signals():
+    """A list to which SIGTERM and SIGINT add their number, the first of each: a second one stops at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
+
+
+def stop(args, accelerator, stop_signals):
+    """Ends a run that was told to stop, its checkpoint saved, with the command that goes on."""
+    accelerator.end_training()
+    number = stop_signals[0] if stop_signals else signal.SIGTERM
+    words = [word for word in sys.argv if not word.startswith("--resume_from_checkpoint")]
+    if args.resume_from_checkpoint in words:
+        words.remove(args.resume_from_checkpoint)
+    logger.info(
+        f"Stopped by {signal.Signals(number).name}. To go on:\n"
+        f"accelerate launch {shlex.join(words)} --resume_from_checkpoint latest"
+    )
+    sys.exit(128 + number)
 
 
 def finish(args, accelerator, policy, components, weight_dtype, state):
@@ -1266,6 +1394,9 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     checkpoint = find_checkpoint_to_resume(args)
+    if checkpoint is not None:
+        check_resume(args, checkpoint)
+    settle_seed(args)
     noise_scheduler, latent_shape = load_configurations(args)
     pairs = open_pairs(args, accelerator, latent_shape, noise_scheduler.config.num_train_timesteps)
 
@@ -1295,7 +1426,8 @@ def main(args):
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
 
-    state = {"global_step": 0, "error_scale": None}
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    state = {"global_step": 0, "error_scale": None, "arguments": settings}
     register_checkpoint_hooks(accelerator, policy, state)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -1305,15 +1437,15 @@ def main(args):
         perception = NoiseConditionedPerception(
             policy, noise_scheduler, args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
         )
-        if state["error_scale"] is None and args.ncp_error_scale == "auto":
+        if args.ncp_error_scale != "auto":
+            state["error_scale"] = args.ncp_error_scale
+        elif state["error_scale"] is None:
             state["error_scale"] = measure_error_scale(
                 args, accelerator, dataloader, policy, components, noise_scheduler, perception
             )
-        elif state["error_scale"] is None:
-            state["error_scale"] = args.ncp_error_scale
         perception.error_scale = state["error_scale"]
         logger.info(f"Perceptual errors are scaled by --ncp_error_scale {perception.error_scale}")
-    accelerator.init_trackers(args.tracker_name, {**vars(args), "ncp_error_scale": state["error_scale"]})
+    accelerator.init_trackers(args.tracker_name, {**settings, "ncp_error_scale": state["error_scale"]})
     if args.run_validation and state["global_step"] == 0 and accelerator.is_main_process:
         log_validation(args, accelerator, policy, components, weight_dtype, 0)
 
@@ -1325,7 +1457,8 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     unet.train()
-    observed, flat_steps, num_skipped, num_ties = [], 0, 0, 0
+    stop_signals = note_stop_signals()
+    observed, flat_steps, skipped_steps, num_skipped, num_ties = [], 0, 0, 0, 0
     for epoch in range(state["global_step"] // steps_per_epoch, args.num_train_epochs):
         train_dataloader.set_epoch(epoch)
         batches_done = state["global_step"] % steps_per_epoch * args.gradient_accumulation_steps
@@ -1340,9 +1473,13 @@ def main(args):
                 observed.append({**observed_in_batch, "rows": batch["rows"]})
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    metrics = gather_metrics(args, accelerator, observed, state["global_step"] + 1)
+                    metrics, rows = gather_metrics(args, accelerator, observed)
                     observed.clear()
                     metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+                    skipped_steps = 0 if is_finite(accelerator, metrics) else skipped_steps + 1
+                    if skipped_steps > 0:
+                        refuse_step(args, state["global_step"] + 1, skipped_steps, metrics, rows)
+                        optimizer.zero_grad()
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -1359,8 +1496,12 @@ def main(args):
             progress_bar.update()
             progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
             accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])
-            if state["global_step"] % args.checkpointing_steps == 0:
+            # The signal may not have reached every process.
+            stops = accelerator.reduce(torch.tensor(sum(stop_signals), device=accelerator.device)).item() > 0
+            if state["global_step"] % args.checkpointing_steps == 0 or stops:
                 save_checkpoint(args, accelerator, state["global_step"])
+            if stops:
+                stop(args, accelerator, stop_signals)
             if (
                 args.run_validation
                 and state["global_step"] % args.validation_steps == 0

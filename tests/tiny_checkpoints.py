@@ -22,19 +22,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tiny_unets import sd15_unet, sdxl_unet
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from demo import build_tokenizer
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 
 RESOLUTION = 32
-
-
-def build_tokenizer():
-    symbols = sorted(ByteLevel.alphabet())
-    words = symbols + [symbol + "</w>" for symbol in symbols] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 def text_config(tokenizer, hidden_size, projection_dim=8):
@@ -68,7 +62,7 @@ def build_parts(**scheduler_options):
 
 def build_sd15(folder, **scheduler_options):
     """An SD 1.x checkpoint (2.x with `prediction_type="v_prediction"`)."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(folder)
     vae, scheduler = build_parts(**scheduler_options)
     StableDiffusionPipeline(
         vae=vae,
@@ -84,7 +78,7 @@ def build_sd15(folder, **scheduler_options):
 
 
 def build_sdxl(folder, **scheduler_options):
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(folder)
     vae, scheduler = build_parts(**scheduler_options)
     StableDiffusionXLPipeline(
         vae=vae,

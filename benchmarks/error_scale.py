@@ -1,0 +1,101 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the error scale is for, shown on the demo's base model: `python demo.py`, then `python benchmarks/error_scale.py`.
+
+NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the paper has them (scale 1) and at the measured
+scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes a table to standard output.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAM_EPSILON = 1e-8
+WINDOW = 25
+
+
+def train(demo, name, **options):
+    """Trains as a user would and returns all scalars that were logged, by name, one per step."""
+    output_dir = demo / "error_scale" / name
+    options = {
+        "pretrained_model_name_or_path": demo / "base",
+        "train_data_dir": demo / "pairs",
+        "resolution": 64,
+        "rank": 16,
+        "train_batch_size": 4,
+        "lr_scheduler": "constant",
+        "checkpointing_steps": 10**6,
+        "seed": 0,
+        "output_dir": output_dir,
+        **options,
+    }
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+    subprocess.run([sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), "--no_hflip", *words], check=True)
+    (folder,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
+
+
+def count_parameters(folder):
+    return sum(weight.numel() for weight in load_file(folder / "pytorch_lora_weights.safetensors").values())
+
+
+def main(args):
+    print(
+        f"| NCP-DPO, β = 5000, learning rate {args.learning_rate} | step | logit spread | implicit accuracy | e_w / r_w |"
+    )
+    print("|---|---|---|---|---|")
+    for scale in ("1", "auto"):
+        scalars = train(
+            args.demo,
+            f"dpo-{scale}",
+            loss_type="dpo",
+            ncp_error_scale=scale,
+            learning_rate=args.learning_rate,
+            max_train_steps=args.steps,
+        )
+        ratio = scalars["error_w"] / (scalars["error_w"] - scalars["drift_w"])
+        for step in (args.steps // 3, 2 * args.steps // 3, args.steps):
+            window = slice(step - WINDOW, step)
+            print(
+                f"| scale {scale} | {step} | {scalars['logit_spread'][window].mean():.2g}"
+                f" | {scalars['implicit_accuracy'][window].mean():.2f} | {np.median(ratio[window]):.3g} |"
+            )
+
+    print(f"\n| NCP-SFT | rms of a gradient's element, first {WINDOW} steps | over Adam's ε = {ADAM_EPSILON:g} |")
+    print("|---|---|---|")
+    for scale in ("1", "auto"):
+        scalars = train(
+            args.demo, f"sft-{scale}", loss_type="sft", ncp_error_scale=scale, learning_rate=0, max_train_steps=WINDOW
+        )
+        rms = np.median(scalars["grad_norm"]) / math.sqrt(count_parameters(args.demo / f"error_scale/sft-{scale}"))
+        print(f"| scale {scale} | {rms:.2g} | {rms / ADAM_EPSILON:.2g} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="The folder that the demo wrote.")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    main(parser.parse_args())

@@ -1,0 +1,253 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A run that is cut off ends where it would have ended; what would change it silently is refused."""
+
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, Run
+
+import train_ncp_dpo_sd15
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        (["--use_8bit_adam"], {"rank": 64}),
+        ([], {"gradient_accumulation_steps": 2}),
+        (["--random_crop"], {"dataloader_num_workers": 2}),
+        (["--cache_latents"], {"loss_space": "ncp", "ncp_error_scale": "auto"}),
+        (["--streaming"], {}),
+        ([], {"lr_scheduler": "cosine", "lr_warmup_steps": 3}),
+    ],
+)
+def test_resume_is_exact(run_sd15, tmp_path, flags, options):
+    # 6 batches an epoch: both checkpoints lie within one, the later within the second.
+    options = {"loss_space": "latent", "max_train_steps": 9, "cache_dir": tmp_path / "cache", **options}
+    run_sd15(*flags, checkpointing_steps=4, **options)
+    uninterrupted = run_sd15.lora()
+    for step in (4, 8):
+        run_sd15(*flags, resume_from_checkpoint=run_sd15.output_dir / f"checkpoint-{step}", **options)
+        assert equal(run_sd15.lora(), uninterrupted)
+
+
+def start(run, *flags, **options):
+    """A run in a process of its own that leads a process group, and where its output goes."""
+    options = {"loss_space": "latent", "max_train_steps": 40, "checkpointing_steps": 5, **options}
+    words = run.command(flags, {f"--{name}": value for name, value in options.items()})
+    log = run.output_dir.with_name("log")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), *words],
+        stdout=log.open("a"),
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    return process, log
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, "the run ended first"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoints, parquet, tmp_path_factory):
+    run = Run("sd15", checkpoints["sd15"], parquet, tmp_path_factory.mktemp("uninterrupted") / "output")
+    process, log = start(run)
+    assert process.wait() == 0, log.read_text()
+    return run.lora()
+
+
+@pytest.mark.parametrize("sign", ["checkpoint-5", "incomplete-checkpoint-10/optimizer.bin", "checkpoint-20"])
+def test_killed_runs_end_right(run_sd15, uninterrupted, sign):
+    process, log = start(run_sd15)
+    wait_for((run_sd15.output_dir / sign).exists, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_sd15.output_dir / "pytorch_lora_weights.safetensors").exists()
+    process, log = start(run_sd15, resume_from_checkpoint="latest")
+    assert process.wait() == 0, log.read_text()
+    assert re.search(r"Resumed from .*checkpoint-\d+", log.read_text())
+    assert equal(run_sd15.lora(), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_a_checkpoint(run_sd15, uninterrupted, number):
+    process, log = start(run_sd15, checkpointing_steps=1000, dataloader_num_workers=1)
+    wait_for(lambda: re.search(r" [3-9]/40", log.read_text()), process)
+    os.killpg(process.pid, number)
+    assert process.wait() == 128 + number
+    (checkpoint,) = run_sd15.output_dir.glob("*checkpoint-*")
+    assert f"Stopped by {number.name}. To go on:" in log.read_text()
+    assert "--resume_from_checkpoint latest" in log.read_text()
+    process, log = start(run_sd15, resume_from_checkpoint="latest")
+    assert process.wait() == 0
+    assert f"Resumed from {checkpoint}" in log.read_text()
+    assert equal(run_sd15.lora(), uninterrupted)
+
+
+def test_latest_passes_over_what_is_not_complete(run_sd15, caplog):
+    run_sd15(checkpointing_steps=1, loss_space="latent")
+    (run_sd15.output_dir / "incomplete-checkpoint-7").mkdir()
+    (run_sd15.output_dir / "checkpoint-2/training_state.json").unlink()
+    run_sd15(max_train_steps=3, resume_from_checkpoint="latest", loss_space="latent")
+    assert "checkpoint-2 is passed over: it was not completed" in caplog.text
+    assert "incomplete-checkpoint-7 is passed over" in caplog.text
+
+
+def test_latest_of_nothing_starts_anew(run_sd15):
+    run_sd15(resume_from_checkpoint="latest", loss_space="latent")
+    assert run_sd15.lora()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 8}, "--rank is 8, but was 4"),
+        ({"loss_type": "ipo"}, "--loss_type is 'ipo', but was 'dpo'"),
+        ({"loss_space": "ncp"}, "--loss_space is 'ncp', but was 'latent'"),
+        ({"seed": 1}, "--seed is 1, but was 0"),
+        ({"resolution": 16}, "--resolution is 16, but was 32"),
+        ({"learning_rate": 1}, "--learning_rate is 1.0, but was 0.001"),
+        ({"dataset_name": "another"}, "--dataset_name is 'another', but was '.*parquet'"),
+        (
+            {"pretrained_model_name_or_path": "another"},
+            "--pretrained_model_name_or_path is 'another', but was '.*sd15'",
+        ),
+    ],
+)
+def test_resume_refuses_changes(run_sd15, options, message):
+    run_sd15(checkpointing_steps=2, loss_space="latent")
+    with pytest.raises(ValueError, match=message):
+        run_sd15(**{"loss_space": "latent", "resume_from_checkpoint": "latest", **options})
+
+
+def test_resume_changes_that_are_meant(run_sd15, caplog):
+    run_sd15(checkpointing_steps=2, loss_space="latent")
+    options = {"max_train_steps": 3, "learning_rate": 1e-4, "loss_space": "latent"}
+    run_sd15("--allow_resume_changes", resume_from_checkpoint="latest", **options)
+    assert "--learning_rate is 0.0001, but was 0.001" in caplog.text
+
+
+def test_resume_keeps_a_seed_that_was_drawn(run_sd15):
+    run_sd15(seed=None, max_train_steps=4, checkpointing_steps=2, loss_space="latent")
+    drawn = run_sd15.lora()
+    checkpoint = run_sd15.output_dir / "checkpoint-2"
+    run_sd15(seed=None, max_train_steps=4, resume_from_checkpoint=checkpoint, loss_space="latent")
+    assert equal(run_sd15.lora(), drawn)
+
+
+def test_checkpoints_hold_no_token(run_sd15):
+    run_sd15(checkpointing_steps=2, loss_space="latent", hub_token="hf_secret")
+    assert "hf_secret" not in (run_sd15.output_dir / "checkpoint-2/training_state.json").read_text()
+
+
+def test_full_disk(run_sd15):
+    run_sd15(max_train_steps=2, checkpointing_steps=2, loss_space="latent")
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    words = run_sd15.command(
+        [],
+        {
+            "--loss_space": "latent",
+            "--max_train_steps": 4,
+            "--checkpointing_steps": 4,
+            "--resume_from_checkpoint": "latest",
+            "--report_to": "none",
+        },
+    )
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=limit_file_size,
+    )
+    assert result.returncode == 1
+    assert re.search(r"checkpoint-4 could not be saved: .*Whole checkpoints: checkpoint-2\. Make room", result.stderr)
+    assert [path.name for path in run_sd15.output_dir.glob("*checkpoint-*")] == ["checkpoint-2"]
+    run_sd15(max_train_steps=4, loss_space="latent", resume_from_checkpoint="latest")
+
+
+def fail_at(monkeypatch, *steps):
+    """Makes the policy's errors of these steps infinite."""
+    calls = []
+    latent_error = train_ncp_dpo_sd15.latent_error
+
+    def patched(model_pred, target):
+        calls.append(1)
+        # The reference's errors come first.
+        step, is_policy = divmod(len(calls) - 1, 2)
+        return latent_error(model_pred, target) * (math.nan if is_policy and step + 1 in steps else 1)
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "latent_error", patched)
+
+
+def test_steps_that_are_not_finite_are_skipped(run_sd15, monkeypatch, caplog):
+    fail_at(monkeypatch, 3, 5)
+    run_sd15(loss_space="latent", max_train_steps=6, max_skipped_steps=1)
+    assert all(weight.isfinite().all() and weight.any() for weight in run_sd15.up_weights().values())
+    assert len(re.findall(r"Step [35] is not finite: loss nan, .* It is skipped", caplog.text)) == 2
+
+
+def test_too_many_steps_that_are_not_finite(run_sd15, monkeypatch):
+    fail_at(monkeypatch, 3, 4)
+    with pytest.raises(
+        RuntimeError, match=r"Step 4 is not finite: loss nan, .* rows \[\d+, \d+\]. --max_skipped_steps 1"
+    ):
+        run_sd15(loss_space="latent", max_train_steps=6, max_skipped_steps=1)
+
+
+@pytest.mark.parametrize("loss_space", ["latent", "ncp"])
+def test_two_processes_equal_one_with_twice_the_batch(run_sd15, tmp_path, loss_space):
+    # 12 pairs in batches of 2 x 2 or 1 x 4, three a step: the second epoch is begun.
+    options = {"loss_space": loss_space, "ncp_error_scale": 3000, "max_train_steps": 5, "checkpointing_steps": 4}
+    options = {"learning_rate": 1e-4, "adam_epsilon": 1e-4, "max_train_samples": 11, **options}
+    run_sd15(train_batch_size=4, **options)
+    one = run_sd15.lora(), run_sd15.scalars("loss")
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = tmp_path / "two"
+    words = run_sd15.command([], {f"--{name}": value for name, value in options.items()})
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        + [str(ROOT / "train_ncp_dpo_sd15.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert run_sd15.scalars("loss") == pytest.approx(one[1], abs=1e-5 if loss_space == "latent" else 1e-3)
+    two = run_sd15.lora()
+    difference = math.sqrt(sum((two[name] - one[0][name]).square().sum().item() for name in two))
+    assert difference < 1e-4 * math.sqrt(sum(weight.square().sum().item() for weight in two.values()))
+    files = {path.name for path in (run_sd15.output_dir / "checkpoint-4").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
+    assert "3 of 11 pairs do not fill a batch" in result.stdout + result.stderr
