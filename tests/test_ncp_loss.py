@@ -1,0 +1,809 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`ncp_loss.py` against the paper's equations, written out a second time here in float64 with plain autograd."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ncp_loss import NoiseConditionedPerception, adapters_disabled, latent_error, preference_loss
+from peft import LoraConfig
+from tiny_unets import LORA_TARGETS, UNETS, add_lora, conditioning, lora_parameters, sd15_unet
+
+from diffusers import DDPMScheduler
+
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+# Winners first, then losers. Pairs share their timestep in training, but nothing in the API needs that, and mixing
+# the ends of the schedule into one batch shows that every sample is treated by itself.
+TIMESTEPS = (0, 1, 430, 999)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def ddpm(prediction_type="epsilon", **kwargs):
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, **kwargs
+    )
+
+
+class Literal:
+    """Eq. 12 and 13 as printed, on a frozen copy of `unet`, whose features a forward hook takes during a full forward."""
+
+    def __init__(self, unet, scheduler, layer="mid", target_timestep="previous"):
+        self.unet = copy.deepcopy(unet).double().requires_grad_(False)
+        self.unet.disable_gradient_checkpointing()
+        self.module = self.unet.mid_block if layer == "mid" else self.unet.down_blocks[-1]
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+        self.prediction_type = scheduler.config.prediction_type
+        self.target_timestep = target_timestep
+
+    def features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs):
+        captured = []
+        # A down block returns (hidden states, residuals of the skip connections).
+        handle = self.module.register_forward_hook(
+            lambda module, inputs, output: captured.append(output[0] if isinstance(output, tuple) else output)
+        )
+        self.unet(x, timesteps, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
+        handle.remove()
+        return captured[0]
+
+    def x0_and_noise(self, prediction, x_t, abar):
+        if self.prediction_type == "epsilon":
+            return (x_t - (1 - abar).sqrt() * prediction) / abar.sqrt(), prediction
+        if self.prediction_type == "v_prediction":
+            return (
+                abar.sqrt() * x_t - (1 - abar).sqrt() * prediction,
+                abar.sqrt() * prediction + (1 - abar).sqrt() * x_t,
+            )
+        return prediction, (x_t - abar.sqrt() * prediction) / (1 - abar).sqrt()
+
+    def reverse_step(self, prediction, x_t, timesteps, z):
+        """x_{t'} of eq. 12."""
+        previous = (timesteps - 1).clamp(min=0)
+        abar, abar_previous = (self.alphas_cumprod[t].view(-1, 1, 1, 1) for t in (timesteps, previous))
+        alpha = abar / abar_previous
+        sigma = ((1 - abar_previous) / (1 - abar) * (1 - alpha)).sqrt()
+        noise = self.x0_and_noise(prediction, x_t, abar)[1]
+        return (x_t - (1 - alpha) / (1 - abar).sqrt() * noise) / alpha.sqrt() + sigma * z
+
+    def error(self, prediction, x_t, timesteps, target, condition, z=None, center=None):
+        z = torch.zeros_like(x_t) if z is None else z
+        if self.target_timestep == "previous":
+            seen_at = (timesteps - 1).clamp(min=0)
+
+            def seen(p):
+                return self.reverse_step(p, x_t, timesteps, z)
+
+        elif self.target_timestep == "zero":
+            seen_at = torch.zeros_like(timesteps)
+            abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+
+            def seen(p):
+                return self.x0_and_noise(p, x_t, abar)[0]
+
+        else:
+            # x_t itself is what the center sees. The step is affine in the prediction: k_t is its slope.
+            seen_at = timesteps
+            one, nil = torch.ones_like(x_t), torch.zeros_like(x_t)
+            k = self.reverse_step(one, x_t, timesteps, nil) - self.reverse_step(nil, x_t, timesteps, nil)
+            center = target if center is None else center
+
+            def seen(p):
+                return x_t + k * (p - center)
+
+        difference = self.features(seen(prediction), seen_at, *condition) - self.features(
+            seen(target), seen_at, *condition
+        )
+        return difference.square().mean(dim=(1, 2, 3))
+
+
+def make_batch(unet, scheduler, timesteps=TIMESTEPS, dtype=torch.float64, prediction_rms=0.3, ref_rms=0.2):
+    """What a training step hands over. `prediction` and `ref` miss the target independently."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (len(timesteps), 4, 8, 8)
+    x0, noise, z, off, ref_off = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5))
+    timesteps = torch.tensor(timesteps)
+    x_t = scheduler.add_noise(x0, noise, timesteps)
+    target = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: scheduler.get_velocity(x0, noise, timesteps),
+        "sample": lambda: x0,
+    }[scheduler.config.prediction_type]()
+    batch = {
+        "x_t": x_t,
+        "target": target,
+        "z": z,
+        "prediction": target + prediction_rms * off,
+        "ref": target + ref_rms * ref_off,
+    }
+    batch = {key: value.to(dtype) for key, value in batch.items()}
+    return {**batch, "timesteps": timesteps, "condition": conditioning(unet, len(timesteps))}
+
+
+def anchor_of(perception, batch, z=False, ref=False):
+    return perception.anchor(
+        batch["x_t"],
+        batch["timesteps"],
+        batch["target"],
+        batch["condition"][0],
+        added_cond_kwargs=batch["condition"][1],
+        variance_noise=batch["z"] if z else None,
+        ref_pred=batch["ref"] if ref else None,
+    )
+
+
+def with_gradient(error, prediction):
+    """`error(prediction)` and its gradient, summed with unequal weights so that a sample mix-up shows."""
+    prediction = prediction.detach().clone().requires_grad_(True)
+    errors = error(prediction)
+    weights = torch.linspace(1.0, 2.0, len(errors), dtype=errors.dtype)
+    (errors * weights).sum().backward()
+    return errors.detach(), prediction.grad
+
+
+def relative_difference(actual, expected):
+    """Largest over the samples; a sample that should be exactly zero must be."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    actual, expected = actual.reshape(len(actual), -1), expected.reshape(len(expected), -1)
+    distance, size = (actual - expected).norm(dim=1), expected.norm(dim=1)
+    assert torch.isfinite(distance).all()
+    assert (distance[size == 0] == 0).all()
+    return (distance / size.clamp(min=1e-300)).max().item()
+
+
+def cosines(actual, expected):
+    # F.cosine_similarity takes norms below 1e-8 for zero, and some of these are smaller.
+    actual, expected = actual.double().flatten(1), expected.double().flatten(1)
+    return (actual * expected).sum(dim=1) / (actual.norm(dim=1) * expected.norm(dim=1))
+
+
+# --- eq. 12 and 13 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("layer", ["mid", "down"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("shape", UNETS)
+def test_error_and_gradient_are_the_papers(shape, prediction_type, layer, checkpointing, lora):
+    scheduler = ddpm(prediction_type)
+    unet = UNETS[shape]().double().requires_grad_(False)
+    literal = Literal(unet, scheduler, layer)
+    if lora:
+        add_lora(unet)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = make_batch(unet, scheduler)
+    perception = NoiseConditionedPerception(unet, scheduler, layer=layer)
+
+    for z in (False, True):
+        arguments = (batch["x_t"], batch["timesteps"], batch["target"], batch["condition"], batch["z"] if z else None)
+        expected, expected_gradient = with_gradient(lambda p: literal.error(p, *arguments), batch["prediction"])
+        assert (expected[1:] > 0).all()
+        for ref in (False, True):
+            anchor = anchor_of(perception, batch, z, ref)
+            errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+            assert relative_difference(errors, expected) < 1e-6
+            assert relative_difference(gradient, expected_gradient) < 1e-6
+            # t = 0 has no step to take, so there is nothing to see.
+            assert errors[0] == 0 and not gradient[0].any()
+        assert relative_difference(anchor.ref_errors, literal.error(batch["ref"], *arguments)) < 1e-6
+        assert not anchor.ref_errors.requires_grad
+    assert anchor_of(perception, batch).ref_errors is None
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+@pytest.mark.parametrize("target_timestep", ["current", "zero"])
+@pytest.mark.parametrize("layer", ["mid", "down"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_other_target_timesteps(prediction_type, layer, target_timestep, ref):
+    scheduler = ddpm(prediction_type)
+    unet = sd15_unet().double()
+    literal = Literal(unet, scheduler, layer, target_timestep)
+    batch = make_batch(unet, scheduler)
+    arguments = (batch["x_t"], batch["timesteps"], batch["target"], batch["condition"])
+    center = batch["ref"] if ref else None
+
+    perception = NoiseConditionedPerception(unet, scheduler, layer=layer, target_timestep=target_timestep)
+    anchor = anchor_of(perception, batch, ref=ref)
+    errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    expected, expected_gradient = with_gradient(
+        lambda p: literal.error(p, *arguments, center=center), batch["prediction"]
+    )
+
+    assert relative_difference(errors, expected) < 1e-6
+    assert relative_difference(gradient, expected_gradient) < 1e-6
+    if ref:
+        assert relative_difference(anchor.ref_errors, literal.error(batch["ref"], *arguments, center=center)) < 1e-6
+    if target_timestep == "current":
+        assert errors[0] == 0 and not gradient[0].any()
+
+
+@pytest.mark.parametrize("target_timestep", ["current", "zero"])
+def test_other_target_timesteps_ignore_the_variance_noise(target_timestep):
+    unet, scheduler = sd15_unet().double(), ddpm()
+    batch = make_batch(unet, scheduler)
+    perception = NoiseConditionedPerception(unet, scheduler, target_timestep=target_timestep)
+    without, with_z = (
+        perception.error(batch["prediction"], anchor_of(perception, batch, z=z, ref=True)) for z in (False, True)
+    )
+    assert torch.equal(without, with_z)
+
+
+def test_error_scale_multiplies_errors_reference_errors_and_gradient():
+    unet, scheduler = sd15_unet().double(), ddpm()
+    batch = make_batch(unet, scheduler)
+    results = []
+    for error_scale in (1.0, 400.0):
+        perception = NoiseConditionedPerception(unet, scheduler, error_scale=error_scale)
+        anchor = anchor_of(perception, batch, ref=True)
+        results.append((*with_gradient(lambda p: perception.error(p, anchor), batch["prediction"]), anchor.ref_errors))
+    for small, large in zip(*results):
+        assert relative_difference(large, 400.0 * small) < 1e-9
+
+
+def test_an_anchor_serves_several_predictions_and_inputs_stay_untouched():
+    unet, scheduler = sd15_unet().double(), ddpm()
+    batch = make_batch(unet, scheduler)
+    before = {key: value.clone() for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    perception = NoiseConditionedPerception(unet, scheduler)
+    anchor = anchor_of(perception, batch, ref=True)
+    first = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    perception.error(batch["ref"], anchor)
+    again = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(torch.equal(batch[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_snr_is_finite_at_the_last_timestep(prediction_type):
+    scheduler = ddpm(prediction_type, rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] == 0
+    unet = sd15_unet().double()
+    batch = make_batch(unet, scheduler, (999, 998, 999, 500))
+    literal = Literal(unet, scheduler)
+
+    def posterior_mean(prediction, x_t, timesteps, z):
+        # Eq. 12 divides zero by zero here. Its other form, in x_0-hat, does not.
+        abar, abar_previous = (literal.alphas_cumprod[t].view(-1, 1, 1, 1) for t in (timesteps, timesteps - 1))
+        alpha = abar / abar_previous
+        x0 = prediction if prediction_type == "sample" else abar.sqrt() * x_t - (1 - abar).sqrt() * prediction
+        return (abar_previous.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - abar_previous) * x_t) / (1 - abar)
+
+    literal.reverse_step = posterior_mean
+    arguments = (batch["x_t"], batch["timesteps"], batch["target"], batch["condition"])
+    perception = NoiseConditionedPerception(unet, scheduler)
+    anchor = anchor_of(perception, batch, ref=True)
+    errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    expected, expected_gradient = with_gradient(lambda p: literal.error(p, *arguments), batch["prediction"])
+    assert (expected > 0).all()
+    assert relative_difference(errors, expected) < 1e-6
+    assert relative_difference(gradient, expected_gradient) < 1e-6
+    assert relative_difference(anchor.ref_errors, literal.error(batch["ref"], *arguments)) < 1e-6
+
+
+def test_a_unet_with_an_activation_after_the_time_embedding():
+    unet, scheduler = sd15_unet(timestep_post_act="silu").double(), ddpm()
+    batch = make_batch(unet, scheduler)
+    perception = NoiseConditionedPerception(unet, scheduler)
+    errors = perception.error(batch["prediction"], anchor_of(perception, batch))
+    expected = Literal(unet, scheduler).error(
+        batch["prediction"], batch["x_t"], batch["timesteps"], batch["target"], batch["condition"]
+    )
+    assert relative_difference(errors, expected) < 1e-6
+
+
+# --- one U-Net for policy, reference and perception ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "cpo"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shape", UNETS)
+def test_lora_gradients_equal_those_of_three_separate_unets(shape, prediction_type, checkpointing, loss_type):
+    scheduler = ddpm(prediction_type)
+    base = UNETS[shape]().double().requires_grad_(False)
+    literal = Literal(base, scheduler)
+    unet = add_lora(copy.deepcopy(base))
+    policy = copy.deepcopy(unet)
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = make_batch(unet, scheduler, (700, 30, 700, 30))
+    encoder_hidden_states, added_cond_kwargs = batch["condition"]
+    inputs = (batch["x_t"], batch["timesteps"], encoder_hidden_states)
+    needs_reference = loss_type == "dpo"
+    # Large enough that the sigmoid bends.
+    beta = 1e6
+
+    perception = NoiseConditionedPerception(unet, scheduler)
+    if needs_reference:
+        with torch.no_grad(), adapters_disabled(unet):
+            batch["ref"] = unet(*inputs, added_cond_kwargs=added_cond_kwargs).sample
+    model_pred = unet(*inputs, added_cond_kwargs=added_cond_kwargs).sample
+    anchor = anchor_of(perception, batch, z=True, ref=needs_reference)
+    errors = perception.error(model_pred, anchor)
+    result = preference_loss(errors, anchor.ref_errors, loss_type=loss_type, beta=beta, sft_weight=30.0)
+    result.loss.backward()
+
+    def literal_error(prediction):
+        arguments = (batch["x_t"], batch["timesteps"], batch["target"], batch["condition"], batch["z"])
+        return literal.error(prediction, *arguments)
+
+    e_w, e_l = literal_error(policy(*inputs, added_cond_kwargs=added_cond_kwargs).sample).chunk(2)
+    if needs_reference:
+        r_w, r_l = literal_error(base(*inputs, added_cond_kwargs=added_cond_kwargs).sample).chunk(2)
+        logits = 0.5 * beta * ((r_w - r_l) - (e_w - e_l))
+        loss = -logits.sigmoid().log().mean()
+    else:
+        logits = -0.5 * beta * (e_w - e_l)
+        loss = (-logits.sigmoid().log() + 30.0 * e_w).mean()
+    loss.backward()
+
+    assert 0.01 < logits.abs().max() < 30
+    torch.testing.assert_close(result.loss.detach(), loss.detach(), rtol=1e-6, atol=0)
+    expected = lora_parameters(policy)
+    for name, parameter in lora_parameters(unet).items():
+        assert parameter.requires_grad and parameter.grad is not None, name
+        assert expected[name].grad.norm() > 0 or "up_blocks.0.attentions" not in name
+        scale = expected[name].grad.norm()
+        assert (parameter.grad - expected[name].grad).norm() <= 1e-6 * scale, name
+    assert all(parameter.grad is None for name, parameter in unet.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_perception_leaves_the_unet_as_it_was(lora):
+    # The plain one is not frozen here: its weights must get no gradient all the same.
+    unet = add_lora(sd15_unet()) if lora else sd15_unet()
+    unet.train()
+    batch = make_batch(unet, ddpm(), dtype=torch.float32)
+    inputs = (batch["x_t"], batch["timesteps"], batch["condition"][0])
+    with torch.no_grad():
+        before = unet(*inputs).sample
+    flags = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    perception = NoiseConditionedPerception(unet, ddpm())
+    with_gradient(lambda p: perception.error(p, anchor_of(perception, batch, ref=True)), batch["prediction"])
+    with torch.no_grad():
+        assert torch.equal(unet(*inputs).sample, before)
+    assert unet.training
+    assert flags == {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+# fp16 and bf16 take the probes, whose rounding must cancel as exactly as the literal formula's.
+@pytest.mark.parametrize("target_timestep", ["previous", "current", "zero"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_policy_equal_to_reference(dtype, target_timestep):
+    unet, scheduler = sd15_unet().to(dtype), ddpm()
+    batch = make_batch(unet, scheduler, (700, 30, 700, 30), dtype=torch.promote_types(dtype, torch.float32))
+    perception = NoiseConditionedPerception(unet, scheduler, target_timestep=target_timestep)
+    anchor = anchor_of(perception, batch, ref=True)
+    errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["ref"])
+    assert torch.equal(errors, anchor.ref_errors)
+    result = preference_loss(errors, anchor.ref_errors)
+    assert (result.margin == 0).all()
+    assert result.loss.item() == pytest.approx(math.log(2))
+    assert result.implicit_accuracy.item() == 0.5
+
+    # It is where training starts: the errors agree, their gradient must not vanish.
+    literal = Literal(unet, scheduler, target_timestep=target_timestep)
+    condition = tuple(conditioning(literal.unet, 4))
+    arguments = (batch["x_t"].double(), batch["timesteps"], batch["target"].double(), condition)
+    expected, expected_gradient = with_gradient(
+        lambda p: literal.error(p, *arguments, center=batch["ref"].double()), batch["ref"].double()
+    )
+    if dtype == torch.float64:
+        assert relative_difference(errors, expected) < 1e-6
+        assert relative_difference(gradient, expected_gradient) < 1e-6
+    else:
+        # Four pixels of four channels bend too much for a probe; test_ncp_precision.py has U-Nets of some size.
+        bound = 0.99 if dtype == torch.float32 else 0.3
+        assert cosines(gradient, expected_gradient).min() > bound
+
+
+# --- dtypes and devices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+@pytest.mark.parametrize("probe_rms", [None, 0, 0.05])
+@pytest.mark.parametrize("latents_dtype", ["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_errors_are_at_least_float32(dtype, latents_dtype, probe_rms, ref):
+    unet, scheduler = sd15_unet().to(dtype), ddpm()
+    batch = make_batch(unet, scheduler, dtype=dtype if latents_dtype == "same" else torch.float32)
+    perception = NoiseConditionedPerception(unet, scheduler, probe_rms=probe_rms)
+    anchor = anchor_of(perception, batch, ref=ref)
+    errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert errors.dtype == expected and errors.shape == (4,)
+    assert not ref or anchor.ref_errors.dtype == expected
+    assert gradient.dtype == batch["prediction"].dtype
+    assert torch.isfinite(errors).all() and torch.isfinite(gradient).all()
+    assert errors[0] == 0 and not gradient[0].any()
+    assert (errors[2:] > 0).all() and gradient[2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_literal_formula_is_the_default_where_it_is_exact(dtype):
+    unet, scheduler = sd15_unet().to(dtype), ddpm()
+    batch = make_batch(unet, scheduler, dtype=dtype)
+    # No probe is smaller than the step itself, so that the last one has no effect.
+    results = []
+    for probe_rms in (None, 0, 0.005, 1e-6):
+        perception = NoiseConditionedPerception(unet, scheduler, probe_rms=probe_rms)
+        anchor = anchor_of(perception, batch)
+        results.append(with_gradient(lambda p: perception.error(p, anchor), batch["prediction"]))
+    default, literal, probed, smallest = results
+    for result in (default, smallest):
+        assert torch.equal(result[0], literal[0]) and torch.equal(result[1], literal[1])
+    assert not torch.equal(probed[0], literal[0])
+    torch.testing.assert_close(probed[0], literal[0], rtol=0.2, atol=0)
+    assert cosines(probed[1][1:], literal[1][1:]).min() > 0.95
+
+
+@pytest.mark.parametrize(("matmul", "cudnn"), [(True, False), (False, True), (True, True), (False, False)])
+def test_tf32_counts_as_half_precision(matmul, cudnn):
+    perception = NoiseConditionedPerception(sd15_unet(), ddpm())
+    on_cuda = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    perception.unet = SimpleNamespace(conv_in=SimpleNamespace(weight=on_cuda))
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        assert (perception._probe_rms > 0) == (matmul or cudnn)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_gradients_of_a_half_precision_prediction_do_not_underflow():
+    unet, scheduler = sd15_unet().half(), ddpm()
+    batch = make_batch(unet, scheduler, (700, 30, 700, 30), dtype=torch.float16)
+    perception = NoiseConditionedPerception(unet, scheduler)
+    anchor = anchor_of(perception, batch)
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        model_pred = batch["prediction"].to(dtype, copy=True).requires_grad_(True)
+        # As by beta and a loss scaler: what reaches the prediction is well within fp16's range, ∂e/∂pred itself is not.
+        (perception.error(model_pred, anchor) * 2.0**20).sum().backward()
+        gradients.append(model_pred.grad)
+    assert gradients[1].abs().median() > 1e-4
+    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+def test_autocast_changes_nothing(ref, checkpointing):
+    unet, scheduler = add_lora(sd15_unet()), ddpm()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = make_batch(unet, scheduler, dtype=torch.float32)
+    perception = NoiseConditionedPerception(unet, scheduler)
+
+    def run():
+        anchor = anchor_of(perception, batch, ref=ref)
+        return *with_gradient(lambda p: perception.error(p, anchor), batch["prediction"]), anchor.ref_errors
+
+    outside = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run()
+    for a, b in zip(outside, inside):
+        assert a is b or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+def test_no_grad(dtype, ref):
+    unet, scheduler = sd15_unet().to(dtype), ddpm()
+    batch = make_batch(unet, scheduler, dtype=torch.float32)
+    perception = NoiseConditionedPerception(unet, scheduler)
+    anchor = anchor_of(perception, batch, ref=ref)
+    with_grad = perception.error(batch["prediction"].clone().requires_grad_(True), anchor)
+    with torch.no_grad():
+        without = perception.error(batch["prediction"].clone().requires_grad_(True), anchor)
+    detached = perception.error(batch["prediction"], anchor)
+    assert with_grad.grad_fn is not None
+    assert without.grad_fn is None and detached.grad_fn is None
+    assert torch.equal(without, with_grad) and torch.equal(detached, with_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+@pytest.mark.parametrize(("shape", "layer"), [("sd15", "mid"), ("sdxl", "down")])
+def test_meta_device(shape, layer, ref, dtype):
+    with torch.device("meta"):
+        unet = add_lora(UNETS[shape]()).to(dtype)
+        condition = conditioning(unet, 4)
+        latents = torch.empty(4, 4, 8, 8)
+        timesteps = torch.empty(4, dtype=torch.long)
+    unet.enable_gradient_checkpointing()
+    perception = NoiseConditionedPerception(unet, ddpm(), layer=layer)
+    anchor = perception.anchor(
+        latents,
+        timesteps,
+        latents,
+        condition[0],
+        added_cond_kwargs=condition[1],
+        variance_noise=latents,
+        ref_pred=latents if ref else None,
+    )
+    model_pred = unet(latents.to(dtype), timesteps, condition[0], added_cond_kwargs=condition[1]).sample
+    model_pred.retain_grad()
+    errors = perception.error(model_pred, anchor)
+    assert errors.is_meta and errors.shape == (4,)
+    result = preference_loss(errors, anchor.ref_errors, loss_type="dpo" if ref else "cpo")
+    result.loss.backward()
+    assert result.loss.shape == () and model_pred.grad.shape == model_pred.shape
+    assert all(parameter.grad.shape == parameter.shape for parameter in lora_parameters(unet).values())
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"layer": "up"}, ["up", "mid", "down"]),
+        ({"target_timestep": "next"}, ["next", "previous", "current", "zero"]),
+        ({"probe_rms": -0.1}, ["probe_rms", "-0.1"]),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:
+        NoiseConditionedPerception(sd15_unet(), ddpm(), **arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unknown_prediction_type():
+    with pytest.raises(ValueError, match="flow"):
+        NoiseConditionedPerception(sd15_unet(), ddpm("flow"))
+
+
+def test_epsilon_prediction_with_zero_terminal_snr_is_refused():
+    with pytest.raises(ValueError, match="(?i)zero.terminal"):
+        NoiseConditionedPerception(sd15_unet(), ddpm("epsilon", rescale_betas_zero_snr=True))
+
+
+# --- preference_loss -------------------------------------------------------------------------------------------------
+
+
+ERRORS = torch.tensor([0.31, 0.12, 0.05, 0.40, 0.11, 0.09], dtype=torch.float64)
+REF_ERRORS = torch.tensor([0.30, 0.15, 0.02, 0.33, 0.17, 0.08], dtype=torch.float64)
+
+
+def mean_of(formula, ref=True, errors=ERRORS.tolist()):
+    """`formula(m or e_w - e_l, e_w)` over the three pairs, one after the other in plain Python."""
+    e, r = errors, REF_ERRORS.tolist()
+    terms = []
+    for winner, loser in ((0, 3), (1, 4), (2, 5)):
+        difference = e[winner] - e[loser]
+        margin = (r[winner] - r[loser]) - difference
+        terms.append(formula(margin if ref else difference, e[winner]))
+    return sum(terms) / 3
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_sigma(x):
+    return math.log(sigma(x))
+
+
+BETA = 40.0
+FORMULAS = {
+    "dpo": (True, {}, lambda m, e_w: -log_sigma(0.5 * BETA * m)),
+    "dpo smoothed": (
+        True,
+        {"label_smoothing": 0.1},
+        lambda m, e_w: -0.9 * log_sigma(0.5 * BETA * m) - 0.1 * log_sigma(-0.5 * BETA * m),
+    ),
+    "ipo": (True, {}, lambda m, e_w: (0.5 * BETA * m - 0.5) ** 2),
+    "hinge": (True, {}, lambda m, e_w: max(0.0, 1 - 0.5 * BETA * m)),
+    "cpo": (False, {"sft_weight": 0.7}, lambda d, e_w: -log_sigma(-0.5 * BETA * d) + 0.7 * e_w),
+    "cpo default weight": (False, {}, lambda d, e_w: -log_sigma(-0.5 * BETA * d) + e_w),
+    "cpo smoothed": (
+        False,
+        {"sft_weight": 0.7, "label_smoothing": 0.2},
+        lambda d, e_w: -0.8 * log_sigma(-0.5 * BETA * d) - 0.2 * log_sigma(0.5 * BETA * d) + 0.7 * e_w,
+    ),
+    "sft": (False, {}, lambda d, e_w: e_w),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_preference_loss_formulas(name):
+    ref, arguments, formula = FORMULAS[name]
+    errors = ERRORS.clone().requires_grad_(True)
+    result = preference_loss(errors, REF_ERRORS if ref else None, loss_type=name.split()[0], beta=BETA, **arguments)
+    assert result.loss.item() == pytest.approx(mean_of(formula, ref), rel=1e-12)
+    result.loss.backward()
+    # Central differences of the plain-Python formula.
+    for i in range(len(ERRORS)):
+        up, down = ERRORS.tolist(), ERRORS.tolist()
+        up[i] += 1e-6
+        down[i] -= 1e-6
+        slope = (mean_of(formula, ref, up) - mean_of(formula, ref, down)) / 2e-6
+        assert errors.grad[i].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+def test_margin_and_implicit_accuracy(loss_type):
+    # A win, a loss and a tie; the reference errors make the first pair a loss for the losses that have a reference.
+    errors = torch.tensor([0.1, 0.4, 0.2, 0.3, 0.3, 0.2])
+    ref_errors = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.1, 0.1])
+    if loss_type in ("cpo", "sft"):
+        margin = [0.2, -0.1, 0.0]
+        ref_errors = None
+    else:
+        margin = [-0.1, -0.1, 0.0]
+    result = preference_loss(errors, ref_errors, loss_type=loss_type)
+    torch.testing.assert_close(result.margin, torch.tensor(margin))
+    assert result.implicit_accuracy.item() == pytest.approx(0.5 if margin[0] > 0 else 1 / 6)
+    assert result.loss.shape == result.implicit_accuracy.shape == ()
+
+
+def test_default_beta_and_loss_type():
+    expected = mean_of(lambda m, e_w: -log_sigma(0.5 * 5000.0 * m * 1e-3))
+    assert preference_loss(ERRORS * 1e-3, REF_ERRORS * 1e-3).loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge"])
+def test_missing_reference_errors(loss_type):
+    with pytest.raises(ValueError, match="ref_errors"):
+        preference_loss(ERRORS, loss_type=loss_type)
+
+
+def test_unknown_loss_type_is_named_with_the_valid_ones():
+    with pytest.raises(ValueError) as error:
+        preference_loss(ERRORS, REF_ERRORS, loss_type="sigmoid")
+    assert all(word in str(error.value) for word in ("sigmoid", "dpo", "ipo", "hinge", "cpo", "sft"))
+
+
+def test_odd_number_of_errors():
+    with pytest.raises(ValueError, match="5"):
+        preference_loss(ERRORS[:5], REF_ERRORS[:5])
+
+
+@pytest.mark.parametrize("label_smoothing", [-0.1, 0.5, 1.0])
+@pytest.mark.parametrize("loss_type", ["dpo", "cpo"])
+def test_label_smoothing_outside_its_range(loss_type, label_smoothing):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge", "sft"])
+def test_label_smoothing_where_it_means_nothing(loss_type):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_margins_stay_finite(loss_type, label_smoothing, sign):
+    if label_smoothing and loss_type not in ("dpo", "cpo"):
+        label_smoothing = 0.0
+    errors = torch.tensor([1e3, 1e3, 0.0, 0.0] if sign > 0 else [0.0, 0.0, 1e3, 1e3], requires_grad=True)
+    result = preference_loss(errors, torch.zeros(4), loss_type=loss_type, beta=5000.0, label_smoothing=label_smoothing)
+    result.loss.backward()
+    assert torch.isfinite(result.loss) and torch.isfinite(errors.grad).all()
+    if loss_type == "dpo" and sign > 0:
+        assert result.loss.item() == pytest.approx((1 - label_smoothing) * 2.5e6, rel=1e-6)
+        # The slope of a hopeless pair is that of the logit itself: it does not vanish with the sigmoid.
+        torch.testing.assert_close(errors.grad.abs(), torch.full((4,), (1 - label_smoothing) * 1250.0))
+
+
+# --- latent_error ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_latent_error(dtype):
+    model_pred = torch.randn(4, 4, 8, 8).to(dtype).requires_grad_(True)
+    target = torch.randn(4, 4, 8, 8).to(dtype)
+    errors = latent_error(model_pred, target)
+    assert errors.dtype == torch.promote_types(dtype, torch.float32)
+    difference = (model_pred.detach().double() - target.double()).flatten(1)
+    # Formed in float32 at least: the inputs' rounding is not repeated by the subtraction.
+    torch.testing.assert_close(errors.detach().double(), difference.square().mean(dim=1), rtol=1e-5, atol=0)
+    errors.sum().backward()
+    expected = (2 * difference / difference.shape[1]).view(model_pred.shape)
+    torch.testing.assert_close(model_pred.grad, expected.to(dtype))
+
+
+# --- adapters_disabled -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted():
+    """`(unet with LoRA, forward function, output of its base)`."""
+    unet = sd15_unet()
+    batch = make_batch(unet, ddpm(), dtype=torch.float32)
+
+    def forward():
+        with torch.no_grad():
+            return unet(batch["x_t"], batch["timesteps"], batch["condition"][0]).sample
+
+    base = forward()
+    add_lora(unet)
+    assert not torch.allclose(forward(), base)
+    return unet, forward, base
+
+
+def test_adapters_disabled_shows_the_base_model(adapted):
+    unet, forward, base = adapted
+    policy = forward()
+    with adapters_disabled(unet):
+        assert torch.equal(forward(), base)
+    assert torch.equal(forward(), policy)
+
+
+def test_adapters_disabled_restores_requires_grad(adapted):
+    unet, forward, base = adapted
+    # A second adapter, not trained, and one weight of the trained one frozen by hand.
+    unet.add_adapter(LoraConfig(r=2, target_modules=LORA_TARGETS), adapter_name="frozen")
+    unet.set_adapter("default")
+    for name, parameter in unet.named_parameters():
+        if ".frozen." in name:
+            parameter.requires_grad_(False)
+    next(iter(lora_parameters(unet).values())).requires_grad_(False)
+    policy = forward()
+    flags = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    assert len(set(flags.values())) == 2
+    with adapters_disabled(unet):
+        assert torch.equal(forward(), base)
+    assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == flags
+    assert torch.equal(forward(), policy)
+
+
+def test_adapters_disabled_nests(adapted):
+    unet, forward, base = adapted
+    policy = forward()
+    with adapters_disabled(unet):
+        with adapters_disabled(unet):
+            assert torch.equal(forward(), base)
+        assert torch.equal(forward(), base)
+    assert torch.equal(forward(), policy)
+    assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
+
+
+def test_adapters_disabled_keeps_what_the_user_disabled(adapted):
+    unet, forward, base = adapted
+    unet.disable_adapters()
+    with adapters_disabled(unet):
+        assert torch.equal(forward(), base)
+    assert torch.equal(forward(), base)
+
+
+def test_adapters_disabled_restores_after_an_exception(adapted):
+    unet, forward, base = adapted
+    policy = forward()
+    with pytest.raises(RuntimeError, match="inside"):
+        with adapters_disabled(unet):
+            raise RuntimeError("inside")
+    assert torch.equal(forward(), policy)
+    assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
+
+
+def test_adapters_disabled_without_adapters():
+    unet = sd15_unet()
+    flags = [parameter.requires_grad for parameter in unet.parameters()]
+    with adapters_disabled(unet):
+        assert [parameter.requires_grad for parameter in unet.parameters()] == flags
+    assert [parameter.requires_grad for parameter in unet.parameters()] == flags
