@@ -222,12 +222,6 @@ def _hidden_states(block_output):
     return block_output[0] if isinstance(block_output, tuple) else block_output
 
 
-def _autocast_disabled(device_type):
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _tf32_allowed():
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
@@ -335,7 +329,7 @@ class NoiseConditionedPerception:
 
         center_features, ref_change, ref_errors = recorded[0] if recorded else None, 0.0, None
         if points:
-            with torch.no_grad():
+            with torch.no_grad(), self._frozen_encoder():
                 features = self._features(torch.cat(points), *conditioning)
             if points[0] is center:
                 center_features, features = features.tensor_split([center.shape[0]])
@@ -384,8 +378,8 @@ class NoiseConditionedPerception:
         dtype = self._error_dtype
         delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
         points, inverse_scale = self._probe(anchor.center, delta)
-        # Adapters must be off for the backward pass as well, where gradient checkpointing runs the encoder again.
-        with torch.set_grad_enabled(needs_gradient), adapters_disabled(self.unet):
+        # The backward pass belongs in here: gradient checkpointing runs the encoder again, and autocast would round.
+        with torch.set_grad_enabled(needs_gradient), self._frozen_encoder():
             features = self._features(points.requires_grad_(needs_gradient), *anchor.conditioning)
             change = self._change(features.detach(), anchor.center_features, inverse_scale)
             slope = anchor.ref_change + change
@@ -424,8 +418,8 @@ class NoiseConditionedPerception:
         return (features - center_features.to(self._error_dtype)) * inverse_scale
 
     def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs=None):
-        # `UNet2DConditionModel.forward` up to the wanted layer, adapters off and in the dtype of the weights. For x a
-        # multiple of the batch the conditioning is repeated.
+        # `UNet2DConditionModel.forward` up to the wanted layer, in the dtype of the weights. For x a multiple of the
+        # batch the conditioning is repeated.
         unet = self.unet
         repeats = x.shape[0] // timesteps.shape[0]
         timesteps = timesteps.repeat(repeats)
@@ -434,24 +428,32 @@ class NoiseConditionedPerception:
         if added_cond_kwargs is not None:
             added_cond_kwargs = {name: value.repeat(repeats, 1) for name, value in added_cond_kwargs.items()}
 
-        with adapters_disabled(unet), _autocast_disabled(x.device.type):
-            embedding = unet.time_embedding(unet.get_time_embed(sample=x, timestep=timesteps))
-            added_embedding = unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
-            if added_embedding is not None:
-                embedding = embedding + added_embedding
-            if unet.time_embed_act is not None:
-                embedding = unet.time_embed_act(embedding)
-            encoder_hidden_states = unet.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+        embedding = unet.time_embedding(unet.get_time_embed(sample=x, timestep=timesteps))
+        added_embedding = unet.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs)
+        if added_embedding is not None:
+            embedding = embedding + added_embedding
+        if unet.time_embed_act is not None:
+            embedding = unet.time_embed_act(embedding)
+        encoder_hidden_states = unet.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
 
-            x = unet.conv_in(x)
-            blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
-            for block in blocks:
-                if getattr(block, "has_cross_attention", False):
-                    output = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
-                else:
-                    output = block(x, embedding)
-                x = _hidden_states(output)
-            return x
+        x = unet.conv_in(x)
+        blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
+        for block in blocks:
+            if getattr(block, "has_cross_attention", False):
+                output = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
+            else:
+                output = block(x, embedding)
+            x = _hidden_states(output)
+        return x
+
+    @contextlib.contextmanager
+    def _frozen_encoder(self):
+        device_type = self.unet.conv_in.weight.device.type
+        # There is no autocast for the meta device.
+        available = torch.amp.is_autocast_available(device_type)
+        no_autocast = torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+        with adapters_disabled(self.unet), no_autocast:
+            yield
 
     @property
     def _compute_dtype(self):
