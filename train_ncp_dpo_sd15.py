@@ -1006,8 +1006,15 @@ def create_dataloader(args, pairs):
         sampler=None if args.streaming else EpochSampler(pairs.rows, args.seed),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
         drop_last=True,
     )
+
+
+def ignore_stop_signals(worker):
+    # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prepare_dataloader(args, accelerator, dataloader):

@@ -1063,8 +1063,16 @@ def create_dataloader(args, pairs):
         sampler=None if args.streaming else EpochSampler(pairs.rows, args.seed),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
         drop_last=True,
     )
+
+
+# Copied from train_ncp_dpo_sd15.ignore_stop_signals
+def ignore_stop_signals(worker):
+    # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # Copied from train_ncp_dpo_sd15.prepare_dataloader

@@ -452,7 +452,7 @@ def test_a_list_is_no_caption(run_sd15, no_models, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--streaming"]])
 def test_empty_dataset(run_sd15, no_models, tmp_path, flags):
     columns = {name: values[:0] for name, values in pair_columns(1).items()}
-    with pytest.raises(ValueError, match="No pair is left|\"train\" corresponds to no data"):
+    with pytest.raises(ValueError, match='No pair is left|"train" corresponds to no data'):
         run_sd15(*flags, dataset_name=parquet_of(tmp_path / "data", columns))
 
 
@@ -478,7 +478,13 @@ def test_cached_training_equals_uncached(run, tmp_path, loss_space):
     for flags in ([], ["--cache_latents"]):
         run.output_dir = run.arguments["--output_dir"] = tmp_path / f"output{len(flags)}"
         # β multiplies rounding, and Adam's first steps are its signs: both are kept from it.
-        options = {"loss_type": "cpo", "beta_dpo": 1, "learning_rate": 0, "max_train_steps": 6, "ncp_error_scale": 3000}
+        options = {
+            "loss_type": "cpo",
+            "beta_dpo": 1,
+            "learning_rate": 0,
+            "max_train_steps": 6,
+            "ncp_error_scale": 3000,
+        }
         run(*flags, loss_space=loss_space, cache_dir=tmp_path / "cache", **options)
         losses.append(run.scalars("loss"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

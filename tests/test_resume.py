@@ -235,7 +235,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run_sd15, tmp_path, loss_s
     run_sd15.output_dir = run_sd15.arguments["--output_dir"] = tmp_path / "two"
     words = run_sd15.command([], {f"--{name}": value for name, value in options.items()})
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         + [str(ROOT / "train_ncp_dpo_sd15.py"), *words],
         capture_output=True,
         text=True,
