@@ -88,9 +88,9 @@ def test_first_step_is_at_log_2(run):
 
 
 def test_training_learns_an_obvious_preference(run_sd15):
-    run_sd15(max_train_steps=60, loss_space="latent", max_train_samples=6, learning_rate=3e-3)
-    assert np.mean(run_sd15.scalars("implicit_accuracy")[-20:]) > 0.75
-    assert np.mean(run_sd15.scalars("loss")[-20:]) < math.log(2)
+    options = {"learning_rate": 3e-3, "rank": 16, "beta_dpo": 50_000, "max_train_samples": 4, "max_train_steps": 60}
+    run_sd15("--no_hflip", loss_space="latent", **options)
+    assert np.mean(run_sd15.scalars("implicit_accuracy")[-30:]) > 0.7
 
 
 def test_bf16_keeps_the_lora_in_fp32(run):
