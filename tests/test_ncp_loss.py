@@ -459,6 +459,45 @@ def test_the_literal_formula_is_the_default_where_it_is_exact(dtype):
     assert cosines(probed[1][1:], literal[1][1:]).min() > 0.95
 
 
+@pytest.mark.parametrize("layer", ["mid", "down"])
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+def test_recorded_features_spare_a_pass(layer, ref):
+    unet, scheduler = sd15_unet().double().requires_grad_(False), ddpm()
+    perception = NoiseConditionedPerception(unet, scheduler, layer=layer, target_timestep="current")
+    batch = make_batch(unet, scheduler)
+    rows = []
+    with perception.record() as recorded, torch.no_grad():
+        unet(batch["x_t"], batch["timesteps"], batch["condition"][0])
+    hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    results = []
+    for features in ((), recorded):
+        anchor = perception.anchor(
+            batch["x_t"],
+            batch["timesteps"],
+            batch["target"],
+            batch["condition"][0],
+            ref_pred=batch["ref"] if ref else None,
+            recorded=features,
+        )
+        results.append(with_gradient(lambda prediction: perception.error(prediction, anchor), batch["prediction"]))
+    hook.remove()
+    batch_size = len(batch["timesteps"])
+    # Anchor and error twice, the second time without the center's own features.
+    assert sum(rows) == batch_size * (5 if ref else 3)
+    for plain, spared in zip(*results):
+        torch.testing.assert_close(spared, plain, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype, target_timestep", [(torch.bfloat16, "current"), (torch.float64, "previous")])
+def test_nothing_is_recorded_where_it_is_of_no_use(dtype, target_timestep):
+    unet = sd15_unet().to(dtype).requires_grad_(False)
+    perception = NoiseConditionedPerception(unet, ddpm(), target_timestep=target_timestep)
+    batch = make_batch(unet, ddpm(), dtype=dtype)
+    with perception.record() as recorded, torch.no_grad():
+        unet(batch["x_t"], batch["timesteps"], batch["condition"][0])
+    assert recorded == []
+
+
 @pytest.mark.parametrize(("matmul", "cudnn"), [(True, False), (False, True), (True, True), (False, False)])
 def test_tf32_counts_as_half_precision(matmul, cudnn):
     perception = NoiseConditionedPerception(sd15_unet(), ddpm())
