@@ -84,10 +84,14 @@ def uninterrupted(checkpoints, parquet, tmp_path_factory):
     return run.lora()
 
 
-@pytest.mark.parametrize("sign", ["checkpoint-5", "incomplete-checkpoint-10/optimizer.bin", "checkpoint-20"])
+@pytest.mark.parametrize(
+    "sign", ["checkpoint-5", "incomplete-checkpoint-10", "incomplete-checkpoint-10/optimizer.bin"]
+)
 def test_killed_runs_end_right(run_sd15, uninterrupted, sign):
     process, log = start(run_sd15)
-    wait_for((run_sd15.output_dir / sign).exists, process)
+    # What is incomplete is not so for long: if it was missed, the kill comes right after saving.
+    signs = [run_sd15.output_dir / sign, run_sd15.output_dir / "checkpoint-10"]
+    wait_for(lambda: any(path.exists() for path in signs), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_sd15.output_dir / "pytorch_lora_weights.safetensors").exists()
@@ -100,7 +104,7 @@ def test_killed_runs_end_right(run_sd15, uninterrupted, sign):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_a_checkpoint(run_sd15, uninterrupted, number):
     process, log = start(run_sd15, checkpointing_steps=1000, dataloader_num_workers=1)
-    wait_for(lambda: re.search(r" [3-9]/40", log.read_text()), process)
+    wait_for(lambda: re.search(r" ([3-9]|[12]\d)/40", log.read_text()), process)
     os.killpg(process.pid, number)
     assert process.wait() == 128 + number
     (checkpoint,) = run_sd15.output_dir.glob("*checkpoint-*")
