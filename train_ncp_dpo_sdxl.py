@@ -207,6 +207,9 @@ def log_validation(args, accelerator, unet, components, weight_dtype, global_ste
     the same at every step; step 0 shows the base model.
     """
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
+    if not components:
+        # Freed by --cache_latents. The pipeline loads the rest, but the VAE in a precision that SDXL's does not bear.
+        components = {"vae": AutoencoderKL.from_pretrained(**vae_source(args))}
     pipeline = PIPELINE_CLASS.from_pretrained(
         args.pretrained_model_name_or_path,
         unet=unet,

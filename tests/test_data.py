@@ -579,6 +579,13 @@ def test_an_interrupted_cache_goes_on(run_sd15, tmp_path, monkeypatch):
     assert sum(pictures) == 8  # of 12 pairs the first 4 were stored
 
 
+def test_validation_with_a_cache(run, tmp_path):
+    options = {"validation_prompt": "a picture", "num_validation_images": 1, "cache_dir": tmp_path / "cache"}
+    run("--cache_latents", "--run_validation", loss_space="latent", mixed_precision="bf16", **options)
+    pictures = [np.asarray(Image.open(run.output_dir / f"validation/step-{step}.png")) for step in (0, 2)]
+    assert pictures[0].std() > 0 and not np.array_equal(*pictures)
+
+
 def test_cached_models_leave_memory(run_sd15, tmp_path, monkeypatch):
     kept = []
     training_step = train_ncp_dpo_sd15.training_step
