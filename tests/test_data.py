@@ -231,7 +231,7 @@ def parquet_of(folder, columns):
         ({"label_column": "label"}, "--label_column is 'label', but the columns"),
         ({"caption_column": "text"}, "--caption_column is 'text', but the columns"),
         ({"train_batch_size": 13}, "--train_batch_size 13 .* takes 13 pairs, but there are 12"),
-        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no folder nowhere"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
     ],
 )
 def test_bad_arguments(run_sd15, no_models, options, message):
