@@ -1,0 +1,691 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What an optimization step costs: in operations and memory, counted, and in time, measured.
+
+    python benchmarks/step_cost.py count                    # any machine: FLOPs and memory of SDXL and SD1.5, no weights needed
+    python benchmarks/step_cost.py time --json result.json  # a GPU: pairs per second and peak memory of SDXL
+    python benchmarks/step_cost.py time --model small       # any machine: the same steps with a small model
+
+Every step is the training scripts' own `training_step` on their own policy, with random weights and latents. The step that
+it is compared with, "the authors' way", measures the literal eq. 13 with a second U-Net, which is kept for its encoder:
+three passes of one prediction each and no gradient checkpointing in them, after the VAE, in float32, and the text encoders
+have encoded the batch. Its encoder stops at the mid block, as ours does.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ncp_loss import NoiseConditionedPerception, preference_loss  # noqa: E402
+
+
+class Model(NamedTuple):
+    """Where the training step is, and the configurations of the models, as in the released checkpoints."""
+
+    script: str
+    resolution: int
+    rank: int
+    unet: dict
+    vae: dict
+    text_encoders: dict
+
+
+def vae_config(channels):
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+    }
+
+
+def text_config(hidden_size, num_hidden_layers, num_attention_heads, **options):
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        **options,
+    }
+
+
+def sdxl_unet_config(channels, **options):
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        **options,
+    }
+
+
+CLIP_L = text_config(768, 12, 12)
+MODELS = {
+    "sdxl": Model(
+        script="train_ncp_dpo_sdxl",
+        resolution=1024,
+        rank=64,
+        unet=sdxl_unet_config(
+            (320, 640, 1280),
+            sample_size=128,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        vae=vae_config((128, 256, 512, 512)),
+        text_encoders={
+            "": (CLIPTextModel, CLIP_L),
+            "_2": (CLIPTextModelWithProjection, text_config(1280, 32, 20, projection_dim=1280, hidden_act="gelu")),
+        },
+    ),
+    "sd15": Model(
+        script="train_ncp_dpo_sd15",
+        resolution=512,
+        rank=64,
+        unet={"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+        vae=vae_config((128, 256, 512, 512)),
+        text_encoders={"": (CLIPTextModel, CLIP_L)},
+    ),
+    # SDXL's blocks with a tenth of its channels. Of the U-Net's FLOPs the encoder has 40 %, and encoding the batch costs
+    # 70 %; of SDXL's they are 43 % and 73 %.
+    "small": Model(
+        script="train_ncp_dpo_sdxl",
+        resolution=192,
+        rank=8,
+        unet=sdxl_unet_config(
+            (32, 64, 128),
+            sample_size=24,
+            transformer_layers_per_block=(1, 1, 4),
+            attention_head_dim=(2, 4, 8),
+            cross_attention_dim=64,
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=6 * 32 + 32,
+            norm_num_groups=8,
+        ),
+        vae={**vae_config((8, 16, 32, 64)), "norm_num_groups": 8},
+        text_encoders={
+            "": (CLIPTextModel, text_config(32, 4, 2)),
+            "_2": (CLIPTextModelWithProjection, text_config(32, 8, 2, projection_dim=32)),
+        },
+    ),
+}
+
+
+class Variant(NamedTuple):
+    """A way to make a step. In half precision differences are central, unless `probe_rms` is 0: the literal formula."""
+
+    loss_space: str = "ncp"
+    loss_type: str = "dpo"
+    dtype: torch.dtype = torch.bfloat16
+    probe_rms: float | None = None
+    target_timestep: str = "previous"
+    cached: bool = True  # latents and text embeddings
+    second_unet: bool = False  # the authors' way
+
+
+VARIANTS = {
+    "latent DPO": Variant(loss_space="latent"),
+    "latent DPO, VAE in the loop": Variant(loss_space="latent", cached=False),
+    "NCP-DPO": Variant(),
+    "NCP-DPO, one-sided": Variant(probe_rms=0),
+    "NCP-DPO, one-sided, current timestep": Variant(probe_rms=0, target_timestep="current"),
+    "NCP-CPO": Variant(loss_type="cpo"),
+    "NCP-SFT": Variant(loss_type="sft"),
+    "NCP-DPO, the authors' way": Variant(probe_rms=0, cached=False, second_unet=True),
+}
+WARM_UP_STEPS = 3
+
+
+class Tokenizer:
+    """In place of a tokenizer, whose time does not count."""
+
+    model_max_length = 77
+
+    def __call__(self, captions, **options):
+        return SimpleNamespace(input_ids=torch.zeros(len(captions), self.model_max_length, dtype=torch.long))
+
+
+class Step:
+    """
+    A variant's training step, ready to run.
+
+    Args:
+        model (`Model`): random weights of these configurations are created on `device`.
+        variant (`Variant`): the way.
+        device (`str`): "meta" for none.
+        batch_size (`int`): pairs per step.
+        gradient_checkpointing (`bool`): in the policy, and so in the encoder where this is the same U-Net.
+        use_8bit_adam (`bool`): for [`~Step.create_optimizer`].
+    """
+
+    def __init__(self, model, variant, device, batch_size=1, gradient_checkpointing=False, use_8bit_adam=False):
+        self.model, self.variant, self.device, self.batch_size = model, variant, device, batch_size
+        self.script = importlib.import_module(model.script)
+        flags = ["--pretrained_model_name_or_path", "random", "--dataset_name", "random", "--mixed_precision", "no"]
+        flags += ["--rank", str(model.rank), "--loss_type", variant.loss_type, "--loss_space", variant.loss_space]
+        flags += ["--gradient_checkpointing"] * gradient_checkpointing + ["--use_8bit_adam"] * use_8bit_adam
+        flags += ["--cache_latents"] * variant.cached
+        self.args = self.script.parse_args(flags)
+
+        unet_class = self.script.UNet2DConditionModel
+        with mock.patch.object(unet_class, "from_pretrained", lambda *args, **kwargs: self.create_unet()):
+            self.policy = self.script.create_policy(self.args, SimpleNamespace(device=device), variant.dtype)
+        self.policy.train()
+        self.second_unet = self.perception = None
+        if variant.second_unet:
+            self.second_unet = self.create_unet().requires_grad_(False).to(variant.dtype)
+        if variant.loss_space == "ncp":
+            self.perception = NoiseConditionedPerception(
+                self.second_unet or self.policy,
+                self.create_scheduler(),
+                target_timestep=variant.target_timestep,
+                probe_rms=variant.probe_rms,
+            )
+        self.components = {} if variant.cached else self.create_components()
+        self.scheduler = self.create_scheduler()
+        self.batch = self.create_batch()
+
+    def create_unet(self):
+        with torch.device(self.device):
+            return UNet2DConditionModel(**self.model.unet)
+
+    def create_scheduler(self):
+        return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+    def create_components(self):
+        """VAE in float32 and text encoders in the precision of the U-Net, as peers have them."""
+        components = {}
+        with torch.device(self.device):
+            components["vae"] = AutoencoderKL(**self.model.vae).requires_grad_(False)
+            for suffix, (text_encoder_class, config) in self.model.text_encoders.items():
+                text_encoder = text_encoder_class(CLIPTextConfig(**config)).requires_grad_(False)
+                components["text_encoder" + suffix] = text_encoder.to(self.variant.dtype)
+                components["tokenizer" + suffix] = Tokenizer()
+        return components
+
+    def create_batch(self):
+        """Random pairs as the data loader gives them, images or, cached, latents and text embeddings."""
+        config, num_pairs = self.policy.config, self.batch_size
+        num_images = num_pairs if self.variant.loss_type == "sft" else 2 * num_pairs
+        latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        with torch.device(self.device):
+            batch = {
+                "timesteps": torch.randint(1000, (num_pairs,)),
+                "noise": torch.randn(num_pairs, *latent_shape),
+                "variance_noise": torch.randn(num_pairs, *latent_shape),
+                "time_ids": torch.ones(num_images, 6),
+            }
+            if not self.variant.cached:
+                resolution = self.model.resolution
+                return {
+                    **batch,
+                    "pixel_values": torch.rand(num_images, 3, resolution, resolution),
+                    "captions": [""] * num_pairs,
+                }
+            prompt = {"prompt_embeds": torch.randn(num_pairs, 77, config.cross_attention_dim)}
+            if config.addition_embed_type is not None:
+                pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+                prompt["pooled_prompt_embeds"] = torch.randn(num_pairs, pooled_dim)
+            prompt = {name: value.to(self.variant.dtype) for name, value in prompt.items()}
+            return {**batch, "latents": torch.randn(num_images, *latent_shape), "prompt": prompt}
+
+    def create_optimizer(self):
+        return self.script.create_optimizer(self.args, SimpleNamespace(num_processes=1), self.policy)
+
+    def denoising(self):
+        return self.script.noise_batch(self.args, self.batch, self.components, self.scheduler)
+
+    def loss(self, denoising):
+        if self.second_unet is None:
+            return self.script.training_step(self.args, denoising, self.policy, self.policy, self.perception)[0]
+        # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
+        ref_pred = denoising.predict_reference(self.policy)
+        anchor = self.perception.anchor(*denoising)
+        ref_errors = self.perception.error(ref_pred, anchor)
+        errors = self.perception.error(denoising.predict(self.policy), anchor)
+        return preference_loss(errors, ref_errors).loss
+
+    def num_parameters(self):
+        """Of the LoRA, of the U-Nets without it, and of VAE and text encoders."""
+        lora = sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
+        unets = sum(parameter.numel() for parameter in self.policy.parameters()) - lora
+        if self.second_unet is not None:
+            unets *= 2
+        return {"LoRA": lora, "U-Nets": unets, "VAE": self._size_of("vae"), "text": self._size_of("text_encoder")}
+
+    def _size_of(self, prefix):
+        components = [component for name, component in self.components.items() if name.startswith(prefix)]
+        return sum(parameter.numel() for component in components for parameter in component.parameters())
+
+
+# Counting
+
+
+def storages_of(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (tuple, list)):
+            yield from storages_of(value)
+
+
+class Meter(TorchDispatchMode):
+    """
+    Counts floating-point operations, by the formulas of `torch.utils.flop_counter`, and the bytes of the tensors created
+    meanwhile that are still alive, in a step and in each of its parts.
+
+    Attributes:
+        flops (`Counter`): operations by part.
+        peak (`Counter`): most bytes alive at a time, by part.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.peak = Counter(), Counter()
+        self.live = 0
+        self.storages = set()
+        self.current_part = None
+
+    @contextlib.contextmanager
+    def part(self, name):
+        outer, self.current_part = self.current_part, name
+        self.peak[name] = max(self.peak[name], self.live)
+        yield
+        self.current_part = outer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops[self.current_part] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        # Views and results written in place have an argument's storage, which may be older than the meter.
+        arguments = {storage._cdata for storage in storages_of([*args, *kwargs.values()])}
+        for storage in storages_of([result]):
+            if storage._cdata not in arguments:
+                self.watch(storage)
+        return result
+
+    def watch(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.storages:
+            self.storages.add(key)
+            self.live += size
+            self.peak[self.current_part] = max(self.peak[self.current_part], self.live)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.storages.remove(key)
+        self.live -= size
+
+
+@contextlib.contextmanager
+def autocast(dtype):
+    """Casts what `torch.autocast("cuda", dtype)` casts in a U-Net: the meta device has no autocast."""
+
+    def casting(function, dtype):
+        def cast_first(*args, **kwargs):  # Tensors are positional arguments everywhere in a U-Net.
+            args = [arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
+            return function(*args, **kwargs)
+
+        return cast_first
+
+    dtypes = dict.fromkeys(["linear", "conv2d", "scaled_dot_product_attention"], dtype)
+    dtypes.update(dict.fromkeys(["group_norm", "layer_norm"], torch.float32))
+    with mock.patch.multiple(F, **{name: casting(getattr(F, name), dtype) for name, dtype in dtypes.items()}):
+        yield
+
+
+def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """Attention that keeps no matrix of N x N, as on a GPU; on the meta device PyTorch chooses one that does."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+
+
+@contextlib.contextmanager
+def metered(step, meter):
+    """Lets the meter see the parts of a step, with the U-Net in autocast as accelerate wraps it."""
+    forward = step.policy.forward
+
+    def metered_forward(*args, **kwargs):
+        with meter.part("policy" if torch.is_grad_enabled() else "reference"), autocast(step.variant.dtype):
+            return forward(*args, **kwargs)
+
+    patches = [
+        mock.patch.object(step.policy, "forward", metered_forward),
+        mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
+    ]
+    for owner, name, part in [
+        (step.script, "encode_images", "VAE"),
+        (step.script, "encode_prompt", "text"),
+        (step.perception, "anchor", "anchor"),
+        (step.perception, "error", "error"),
+    ]:
+        if owner is not None:
+            patches.append(mock.patch.object(owner, name, meter.part(part)(getattr(owner, name))))
+    with contextlib.ExitStack() as stack:
+        for context in [*patches, meter]:
+            stack.enter_context(context)
+        yield
+
+
+class Cost(NamedTuple):
+    """
+    Of one step for one pair. The parts are "VAE", "text" (encoders), "reference", "anchor" (the encoder without gradient),
+    "policy", "error" (the encoder, forward and backward) and "backward" (the policy's, with what is computed again).
+    """
+
+    flops: Counter  # by part
+    peak: Counter  # bytes alive at most, beside the parameters, by part
+    num_parameters: dict  # by model
+    num_images: int
+
+
+def count(model, variant, gradient_checkpointing=False):
+    """Makes one step for one pair on the meta device, which computes shapes only, and returns its `Cost`."""
+    step, meter = Step(model, variant, "meta", gradient_checkpointing=gradient_checkpointing), Meter()
+    with metered(step, meter):
+        denoising = step.denoising()
+        loss = step.loss(denoising)
+        # In autocast, as checkpointed blocks run again.
+        with meter.part("backward"), autocast(variant.dtype):
+            loss.backward()
+    return Cost(meter.flops, meter.peak, step.num_parameters(), len(denoising.timesteps))
+
+
+def count_parts(costs):
+    """FLOPs of what steps consist of, per image (text encoders: per prompt), from the costs of all `VARIANTS`."""
+    latent, one_sided, current = (
+        costs[name].flops
+        for name in ("latent DPO, VAE in the loop", "NCP-DPO, one-sided", "NCP-DPO, one-sided, current timestep")
+    )
+    return {
+        "U-Net forward (F)": latent["reference"] / 2,
+        "policy forward (U-Net with LoRA)": latent["policy"] / 2,
+        "policy backward": latent["backward"] / 2,
+        "encoder forward (down and mid blocks)": current["anchor"] / 2,
+        "encoder forward and input-backward": one_sided["error"] / 2,
+        "VAE encode": latent["VAE"] / 2,
+        "text encoders, per prompt": latent["text"],
+    }
+
+
+def table(header, rows):
+    """A markdown table, its first column left-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def flops_tables(costs, checkpointed):
+    """Parts of a step, then variants, in markdown."""
+    parts = count_parts(costs)
+    forward = parts["U-Net forward (F)"]
+    yield table(
+        ["part, for one image", "TFLOP", "F"], [[n, f"{f / 1e12:.2f}", f"{f / forward:.2f}"] for n, f in parts.items()]
+    )
+
+    columns = ["VAE", "text", "reference", "anchor", "policy", "error", "backward"]
+    latent, latent_checkpointed = (sum(c["latent DPO"].flops.values()) for c in (costs, checkpointed))
+    rows = []
+    for name, cost in costs.items():
+        total, total_checkpointed = sum(cost.flops.values()), sum(checkpointed[name].flops.values())
+        unit = forward * cost.num_images
+        rows.append(
+            [name]
+            + [f"{cost.flops[part] / unit:.2f}" if cost.flops[part] else "" for part in columns]
+            + [f"**{total / unit:.2f}**", f"{total / latent:.2f}"]
+            + [f"{total_checkpointed / unit:.2f}", f"{total_checkpointed / latent_checkpointed:.2f}"]
+            + [f"{sum(cost.num_parameters.values()) / 1e9:.2f}"]
+        )
+    yield table(
+        ["step, F per image", *columns, "**all**", "× latent DPO", "checkpointed", "× latent DPO", "parameters, 10⁹"],
+        rows,
+    )
+
+
+def held_memory(num_parameters):
+    """Bytes of parameters and optimizer state, by arithmetic."""
+    return {
+        "U-Nets": 2 * num_parameters["U-Nets"],
+        "VAE, text encoders": 4 * num_parameters["VAE"] + 2 * num_parameters["text"],
+        "LoRA": 4 * num_parameters["LoRA"],
+        # Two moments of 8 bits, and a float32 scale per 256 of either.
+        "Adam": 2 * (1 + 4 / 256) * num_parameters["LoRA"],
+    }
+
+
+def peak_memory(cost):
+    """Bytes at the most expensive moment of a step."""
+    return sum(held_memory(cost.num_parameters).values()) + max(cost.peak.values())
+
+
+def memory_table(costs):
+    """Peak memory of a step in GB, in markdown, from counts with gradient checkpointing."""
+    columns = ["VAE", "reference", "anchor", "policy", "error", "backward"]
+    rows = []
+    for name, cost in costs.items():
+        held = held_memory(cost.num_parameters)
+        rows.append(
+            [name]
+            + [f"{size / 1e9:.2f}" if size else "" for size in held.values()]
+            + [f"{cost.peak[part] / 1e9:.2f}" if cost.flops[part] else "" for part in columns]
+            + [f"**{peak_memory(cost) / 1e9:.1f}**"]
+        )
+    return table(["GB", *held, *columns, "**peak**"], rows)
+
+
+COUNT_TEXT = """# What an optimization step costs, counted
+
+`python benchmarks/step_cost.py count` on the meta device: no weights, no GPU, torch {torch}, diffusers {diffusers}, peft
+{peft}. bf16, a LoRA of rank {rank} on the attention projections; a step is one pair, or one winner for SFT. FLOPs are those of
+`torch.utils.flop_counter`: matrix products, convolutions and attention (its backward with what flash attention computes
+again). Differences are central, one-sided where it says so (`--ncp_probe_rms 0`; fp32 takes them by default).
+"Checkpointed" is with gradient checkpointing, and "× latent DPO" compares whole steps.
+
+Parts: VAE and text encoders; *reference*, the U-Net without its LoRA; *anchor*, the encoder on the target and the
+reference's prediction without gradient (in the authors' way on the target only); *policy*, its forward; *error*, the encoder
+on the policy's prediction, forward and backward (in the authors' way on the reference's, too); *backward*, the policy's.
+"""
+MEMORY_TEXT = """
+Peak memory for one pair with gradient checkpointing, 8-bit Adam and, unless a VAE is shown, cached latents and text
+embeddings. Parameters and optimizer state by arithmetic: frozen weights at 2 bytes (the VAE's at 4), the LoRA at 4, Adam's
+state at 2.03. For the rest the same step on the meta device: the bytes of all tensors made since the step began that are alive
+at a time (activations, gradients, operations' results, autocast's copies), attention without its N x N matrix; the most in
+each part of the step. Not in it: the workspaces of kernels, the CUDA context, the allocator's fragmentation.
+"""
+
+
+def main_count(args):
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")}
+    print(COUNT_TEXT.format(rank=MODELS["sdxl"].rank, **versions))
+    for name, title in [("sdxl", "SDXL"), ("sd15", "SD1.5")]:
+        model = MODELS[name]
+        costs, checkpointed = (
+            {name: count(model, variant, checkpointing) for name, variant in VARIANTS.items()}
+            for checkpointing in (False, True)
+        )
+        print(f"## {title}, {model.resolution}²\n")
+        print(*flops_tables(costs, checkpointed), sep="\n\n")
+        print(MEMORY_TEXT, memory_table(checkpointed), sep="\n", end="\n\n", flush=True)
+
+
+# Timing
+
+
+def optimize(step, optimizer):
+    """One optimization step; returns its seconds."""
+    start = time.perf_counter()
+    step.loss(step.denoising()).backward()
+    torch.nn.utils.clip_grad_norm_(step.policy.parameters(), step.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def time_together(variants, model, device, args):
+    """
+    Makes steps of several variants in turns, so that whatever else the machine does falls on all alike.
+
+    Returns:
+        A dictionary per variant: "seconds_per_step" (the median after warm-up), "pairs_per_second", and on a GPU
+        "peak_memory_gb" (of all the variants that share its memory: give it one at a time).
+    """
+    steps = {}
+    for name, variant in variants.items():
+        step = Step(
+            model, variant, device, args.batch_size, args.gradient_checkpointing, use_8bit_adam=device == "cuda"
+        )
+        if variant.dtype != torch.float32:
+            # As accelerate does.
+            step.policy.forward = torch.autocast(device, variant.dtype)(step.policy.forward)
+        steps[name] = (step, step.create_optimizer())
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = {name: [] for name in variants}
+    for _ in range(WARM_UP_STEPS + args.steps):
+        for name, (step, optimizer) in steps.items():
+            seconds[name].append(optimize(step, optimizer))
+    results = {}
+    for name in variants:
+        median = statistics.median(seconds[name][WARM_UP_STEPS:])
+        results[name] = {"seconds_per_step": median, "pairs_per_second": args.batch_size / median}
+        if device == "cuda":
+            results[name]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return results
+
+
+def time_variants(model, device, args):
+    """`time_together`'s results for all `VARIANTS`: on a GPU one after the other, on a CPU in float32 and in turns."""
+    if device != "cuda":
+        variants = {}
+        for name, variant in VARIANTS.items():
+            # Where every difference is one-sided.
+            variant = variant._replace(dtype=torch.float32, probe_rms=None)
+            if variant not in variants.values():
+                variants[name] = variant
+        return time_together(variants, model, device, args)
+    results = {}
+    for name, variant in VARIANTS.items():
+        try:
+            results |= time_together({name: variant}, model, device, args)
+        except torch.cuda.OutOfMemoryError:
+            results[name] = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def timing_table(results, device):
+    rows = []
+    for name, result in results.items():
+        if result is None:
+            rows.append([name, "out of memory", "", ""])
+            continue
+        peak = f"{result['peak_memory_gb']:.1f}" if device == "cuda" else "not measured"
+        rows.append([name, f"{result['seconds_per_step']:.3f}", f"{result['pairs_per_second']:.2f}", peak])
+    return table(["step", "seconds", "pairs per second", "peak memory, GB"], rows)
+
+
+def main_time(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.model != "small":
+        raise SystemExit("Without a GPU only `--model small` can be timed.")
+    model = MODELS[args.model]
+    torch.manual_seed(0)
+    results = time_variants(model, device, args)
+    description = {
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+        "model": args.model,
+        "precision": "bf16" if device == "cuda" else "fp32",
+        "resolution": model.resolution,
+        "rank": model.rank,
+        "batch_size": args.batch_size,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "optimizer": "8-bit AdamW" if device == "cuda" else "AdamW",
+        "steps": args.steps,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "diffusers", "peft", *["bitsandbytes"] * (device == "cuda"))
+        },
+    }
+    print(", ".join(f"{name} {value}" for name, value in description.items() if name != "versions"))
+    print(", ".join(f"{name} {version}" for name, version in description["versions"].items()), end="\n\n")
+    print(timing_table(results, device), end="\n\n")
+
+    ratios = {}
+    for name in ("NCP-DPO, the authors' way", "latent DPO, VAE in the loop"):
+        if results["NCP-DPO"] and results[name]:
+            ratios[name] = results["NCP-DPO"]["pairs_per_second"] / results[name]["pairs_per_second"]
+            print(f"NCP-DPO makes {ratios[name]:.2f} times the pairs per second of: {name}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {**description, "results": results, "ncp_dpo_pairs_per_second_relative_to": ratios}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    modes.add_parser("count", help="FLOPs and memory, counted on the meta device")
+    timing = modes.add_parser("time", help="time and memory, measured")
+    timing.add_argument("--model", choices=list(MODELS), default="sdxl")
+    timing.add_argument("--batch_size", type=int, default=1, help="pairs per step")
+    timing.add_argument(
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: yes, but not for small"
+    )
+    timing.add_argument("--steps", type=int, default=10, help=f"measured steps, after {WARM_UP_STEPS} to warm up")
+    timing.add_argument("--json", type=Path, default=None, help="file to write the results to")
+    args = parser.parse_args(input_args)
+    if args.mode == "time" and args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.model != "small"
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    logging.set_verbosity_error()
+    {"count": main_count, "time": main_time}[args.mode](args)

@@ -1,0 +1,104 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The perceptual error in half precision against the literal formula in float64. See `benchmarks/precision.py`."""
+
+import copy
+
+import precision
+import pytest
+import torch
+from ncp_loss import NoiseConditionedPerception
+from tiny_unets import conditioning, sd15_unet
+
+
+DEFAULTS = {
+    "fp32": precision.Variant(torch.float32),
+    "fp16": precision.Variant(torch.float16),
+    "bf16": precision.Variant(torch.bfloat16),
+}
+HALF = ["fp16", "bf16"]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return precision.measure(DEFAULTS)
+
+
+@pytest.mark.parametrize("rms", precision.PREDICTION_RMS)
+@pytest.mark.parametrize(("name", "bound"), [("fp32", 0.9999), ("fp16", 0.99), ("bf16", 0.99)])
+def test_gradient_points_the_right_way(measured, name, bound, rms):
+    assert measured[name].min_cosine[rms] >= bound
+
+
+@pytest.mark.parametrize("rms", precision.PREDICTION_RMS)
+@pytest.mark.parametrize("name", HALF)
+def test_error_is_right(measured, name, rms):
+    assert measured[name].mean_error[rms] <= 0.05
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_margin_follows_the_exact_one(measured, name):
+    assert measured[name].correlation >= 0.98
+    assert measured[name].right_sign >= 0.95
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_gradient_does_not_underflow(measured, name):
+    assert measured[name].zeros < 1e-3
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+def test_many_features_do_not_underflow_in_fp16(loss_scale):
+    torch.manual_seed(0)
+    # Features as large as the latents, and sixteen times as many.
+    base = sd15_unet(
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        norm_num_groups=8,
+    ).requires_grad_(False)
+    for parameter in base.parameters():
+        parameter.data = precision.exact_in_half(parameter.data).float()
+    exact, half = copy.deepcopy(base).double(), precision.accumulate_in_float32(copy.deepcopy(base).half())
+    scheduler = precision.SCHEDULERS["v_prediction"]
+    timesteps = torch.tensor([1, 500, 950])
+    latents, target, off = torch.randn(3, 3, 4, 32, 32)
+    prediction = target + 0.05 * off
+    encoder_hidden_states = precision.exact_in_half(conditioning(base, 3)[0])
+
+    _, expected = precision.literal_errors(
+        exact,
+        (prediction.double(),),
+        latents.double(),
+        timesteps,
+        target.double(),
+        (encoder_hidden_states.double(), None),
+        scheduler,
+    )
+    perception = NoiseConditionedPerception(half, scheduler)
+    anchor = perception.anchor(latents, timesteps, target, encoder_hidden_states)
+    prediction.requires_grad_(True)
+    (perception.error(prediction, anchor).sum() * loss_scale).backward()
+    gradient = prediction.grad / loss_scale
+
+    n = 64 * 32 * 32
+    assert anchor.center_features[0].numel() == n
+    # What a plain backward pass would start from is below the smallest number that fp16 has.
+    typical = 2 / n * (anchor.center_features.float().std() * 1e-3)
+    assert typical.half() == 0
+    assert (gradient == 0).double().mean() < 1e-3
+    assert precision.cosine_of(gradient.double(), expected).min() >= 0.99
+    ratio = gradient.double().flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0.05, atol=0)
