@@ -28,6 +28,7 @@ import pytest
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
 
+from demo import build_tokenizer
 from prepare_preferences import image_bytes, main, pair_ranks, parse_args, row_groups
 
 
@@ -230,9 +231,7 @@ def test_empty_and_long_captions_alone_do_not_stop_training(tmp_path, capsys):
 
 
 def test_check_counts_tokens(tmp_path, capsys):
-    from tiny_checkpoints import build_tokenizer
-
-    build_tokenizer().save_pretrained(tmp_path / "model" / "tokenizer")
+    build_tokenizer(tmp_path / "model" / "tokenizer")
     captions = ["short", "x" * 75, "x" * 76, "x" * 76, "\U0001f63a" * 30]  # a byte-level tokenizer: 4 tokens a cat
     folder = write_parquet(tmp_path / "data", pair_columns(5, caption=captions))
     flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--num_proc", 1]
