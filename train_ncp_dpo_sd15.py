@@ -1034,6 +1034,19 @@ def prepare_dataloader(args, accelerator, dataloader):
     return accelerator.prepare(dataloader)
 
 
+def remaining_batches(args, accelerator, dataloader, steps_per_epoch, state):
+    """Batches from `state["global_step"]` on, which the caller counts, until `--max_train_steps`, epoch by epoch."""
+    while state["global_step"] < args.max_train_steps:
+        epoch, steps_done = divmod(state["global_step"], steps_per_epoch)
+        dataloader.set_epoch(epoch)
+        for batch in accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps):
+            yield batch
+            if state["global_step"] == args.max_train_steps:
+                return
+        if divmod(state["global_step"], steps_per_epoch) == (epoch, steps_done):
+            raise ValueError("No pair of the dataset can be read: `prepare_preferences.py check` says why.")
+
+
 def create_policy(args, accelerator, weight_dtype):
     """The frozen U-Net in `weight_dtype` with a LoRA in float32 that does nothing yet."""
     unet = UNet2DConditionModel.from_pretrained(
@@ -1424,7 +1437,6 @@ def main(args):
         steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
-    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
@@ -1468,62 +1480,57 @@ def main(args):
     )
     unet.train()
     stop_signals = note_stop_signals()
-    observed, flat_steps, skipped_steps, num_skipped, num_ties = [], 0, 0, 0, 0
-    for epoch in range(state["global_step"] // steps_per_epoch, args.num_train_epochs):
-        train_dataloader.set_epoch(epoch)
-        batches_done = state["global_step"] % steps_per_epoch * args.gradient_accumulation_steps
-        for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
-            for reason in batch["skipped"]:
-                logger.warning(f"{reason}. The next pair takes its place.", main_process_only=False)
-            num_skipped += len(batch["skipped"])
-            num_ties += batch["ties"]
-            with accelerator.accumulate(unet):
-                denoising = noise_batch(args, batch, components, noise_scheduler)
-                loss, observed_in_batch = training_step(args, denoising, unet, policy, perception)
-                observed.append({**observed_in_batch, "rows": batch["rows"]})
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    metrics, rows = gather_metrics(args, accelerator, observed)
-                    observed.clear()
-                    metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-                    skipped_steps = 0 if is_finite(accelerator, metrics) else skipped_steps + 1
-                    if skipped_steps > 0:
-                        refuse_step(args, state["global_step"] + 1, skipped_steps, metrics, rows)
-                        optimizer.zero_grad()
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
+    observed, flat_steps, skipped_steps, num_skipped, num_ties, stops = [], 0, 0, 0, 0, False
+    for batch in remaining_batches(args, accelerator, train_dataloader, steps_per_epoch, state):
+        for reason in batch["skipped"]:
+            logger.warning(f"{reason}. The next pair takes its place.", main_process_only=False)
+        num_skipped += len(batch["skipped"])
+        num_ties += batch["ties"]
+        with accelerator.accumulate(unet):
+            denoising = noise_batch(args, batch, components, noise_scheduler)
+            loss, observed_in_batch = training_step(args, denoising, unet, policy, perception)
+            observed.append({**observed_in_batch, "rows": batch["rows"]})
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                metrics, rows = gather_metrics(args, accelerator, observed)
+                observed.clear()
+                metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+                skipped_steps = 0 if is_finite(accelerator, metrics) else skipped_steps + 1
+                if skipped_steps > 0:
+                    refuse_step(args, state["global_step"] + 1, skipped_steps, metrics, rows)
+                    optimizer.zero_grad()
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
 
-            state["global_step"] += 1
-            flat_steps = flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
-            if flat_steps == 100:
-                logger.warning(
-                    f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
-                    " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
-                )
-            progress_bar.update()
-            progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
-            accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])
-            # The signal may not have reached every process.
-            stops = accelerator.reduce(torch.tensor(sum(stop_signals), device=accelerator.device)).item() > 0
-            if state["global_step"] % args.checkpointing_steps == 0 or stops:
-                save_checkpoint(args, accelerator, state["global_step"])
-            if stops:
-                stop(args, accelerator, stop_signals)
-            if (
-                args.run_validation
-                and state["global_step"] % args.validation_steps == 0
-                and accelerator.is_main_process
-            ):
-                log_validation(args, accelerator, policy, components, weight_dtype, state["global_step"])
-            if state["global_step"] == args.max_train_steps:
-                break
+        state["global_step"] += 1
+        flat_steps = flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
+        if flat_steps == 100:
+            logger.warning(
+                f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
+                " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
+            )
+        progress_bar.update()
+        progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
+        accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])
+        # The signal may not have reached every process.
+        stops = accelerator.reduce(torch.tensor(sum(stop_signals), device=accelerator.device)).item() > 0
+        if state["global_step"] % args.checkpointing_steps == 0 or stops:
+            save_checkpoint(args, accelerator, state["global_step"])
+        if stops:
+            break
+        if args.run_validation and state["global_step"] % args.validation_steps == 0 and accelerator.is_main_process:
+            log_validation(args, accelerator, policy, components, weight_dtype, state["global_step"])
 
     accelerator.wait_for_everyone()
+    # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads may want.
+    unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if num_skipped or num_ties:
         logger.info(f"{num_skipped} unreadable pairs were skipped, {num_ties} ties left out", main_process_only=False)
+    if stops:
+        stop(args, accelerator, stop_signals)
     finish(args, accelerator, policy, components, weight_dtype, state)
 
 
