@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python demo.py
 
 test: quality
-	$(BIN)/pytest --numprocesses 2 --cov ncp_loss --cov-branch --cov-report term-missing --cov-fail-under 100
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --cov ncp_loss --cov-branch --cov-report term-missing --cov-fail-under 100
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -112,6 +112,8 @@ FREE_ARGUMENTS = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "gradient_checkpointing",
+    "compile",
+    "channels_last",
     "dataloader_num_workers",
     "cache_dir",
     "cache_latents",
@@ -383,6 +385,14 @@ def add_common_arguments(parser):
         choices=["no", "fp16", "bf16"],
         help="Precision of all but the LoRA's weights. Default: accelerate's configuration.",
     )
+    training.add_argument(
+        "--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes."
+    )
+    training.add_argument(
+        "--channels_last",
+        action="store_true",
+        help="Keep the U-Net's convolutions in the channels-last memory format.",
+    )
     training.add_argument("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
     training.add_argument("--learning_rate", type=float, default=5e-4)
     training.add_argument(
@@ -603,7 +613,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 class UnreadableImage(ValueError):
-    """Names the row, the column and what is wrong with the image."""
+    """Names the row, its caption, the column and what is wrong with the image."""
 
 
 class PreferencePairs(torch.utils.data.Dataset):
@@ -663,7 +673,11 @@ class PreferencePairs(torch.utils.data.Dataset):
             try:
                 image = read_image(values[column])
             except Exception as error:
-                raise UnreadableImage(f"Row {row}: {column} cannot be read as an image: {error}") from error
+                # By its caption a pair is found in a stream as well, where rows are numbered as they are shuffled.
+                caption = values[self.args.caption_column]
+                raise UnreadableImage(
+                    f"Row {row} ({caption!r:.80}): {column} cannot be read as an image: {error}"
+                ) from error
             images.append(preprocess_image(image, self.args, crop_position, flip))
         return {"images": images, "caption": values[self.args.caption_column]}
 
@@ -1065,6 +1079,10 @@ def create_policy(args, accelerator, weight_dtype):
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if args.compile:
+        unet.compile_repeated_blocks()
     return unet
 
 

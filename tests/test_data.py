@@ -292,7 +292,7 @@ def test_only_ties(run_sd15, no_models, tmp_path):
 def test_unreadable_image_in_the_first_batch(run_sd15, no_models, tmp_path):
     columns = pair_columns(2)
     columns["jpg_1"][1] = columns["jpg_1"][1][:100]
-    with pytest.raises(ValueError, match="Row 1: jpg_1 cannot be read as an image: .+"):
+    with pytest.raises(ValueError, match=r"Row 1 \('.*'\): jpg_1 cannot be read as an image: .+"):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
 
 
@@ -301,7 +301,7 @@ def test_unreadable_image_later(run_sd15, tmp_path, workers):
     columns = pair_columns(12)
     bad = list(EpochSampler(list(range(12)), seed=0))[-1][1]
     columns["jpg_0"][bad] = b"no image"
-    with pytest.raises(ValueError, match=f"Row {bad}: jpg_0 cannot be read as an image"):
+    with pytest.raises(ValueError, match=rf"Row {bad} \('.*'\): jpg_0 cannot be read as an image"):
         run_sd15(
             dataset_name=parquet_of(tmp_path / "data", columns),
             loss_space="latent",
@@ -394,7 +394,7 @@ def test_bad_image_stops_with_row_and_column(run_sd15, tmp_path, kind_of_image, 
     columns = pair_columns(4)
     bad = [row for _, row in EpochSampler(list(range(4)), seed=0)][0 if position == "first" else -1]
     columns["jpg_1"][bad] = BAD_IMAGES[kind_of_image]
-    with pytest.raises(ValueError, match=f"Row {bad}: jpg_1 cannot be read as an image: ."):
+    with pytest.raises(ValueError, match=rf"Row {bad} \('.*'\): jpg_1 cannot be read as an image: ."):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns), loss_space="latent", max_train_steps=4)
 
 
@@ -414,8 +414,9 @@ def test_bad_images_are_skipped_and_named(run_sd15, tmp_path, caplog, flags):
     )
     # A shuffled stream counts in its own order.
     first, second = (r"\d+", r"\d+") if flags == ["--streaming"] else (2, 4)
-    assert re.search(f"Row {first}: jpg_1 cannot be read as an image", caplog.text)
-    assert re.search(f"Row {second}: jpg_0 cannot be read as an image", caplog.text)
+    first_caption, second_caption = (re.escape(repr(columns["caption"][row])) for row in (2, 4))
+    assert re.search(rf"Row {first} \({first_caption}\): jpg_1 cannot be read as an image", caplog.text)
+    assert re.search(rf"Row {second} \({second_caption}\): jpg_0 cannot be read as an image", caplog.text)
     assert "unreadable pairs were skipped" in caplog.text
     assert all(weight.any() for weight in run_sd15.up_weights().values())
 

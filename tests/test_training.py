@@ -109,6 +109,37 @@ def test_gradient_checkpointing_changes_nothing(run_sd15):
         torch.testing.assert_close(weight, without[name], rtol=1e-4, atol=1e-6)
 
 
+def test_channels_last_changes_nothing(run_sd15):
+    run_sd15()
+    plain = run_sd15.scalars("loss")
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = run_sd15.output_dir.with_name("channels_last")
+    run_sd15("--channels_last")
+    assert run_sd15.scalars("loss") == pytest.approx(plain, rel=1e-2)
+
+
+def test_compiled_blocks_train_the_adapter(run, monkeypatch):
+    # Without inductor, which generates and compiles C++ for a minute. What may go wrong comes before: one block with its
+    # adapter on and off, with a gradient and without, for the policy and within the encoder.
+    compiled = []
+
+    def compile_repeated_blocks(unet):
+        compiled.append(unet)
+        compile_with(unet, backend="aot_eager")
+
+    script = SCRIPT_MODULES[run.kind]
+    compile_with = script.UNet2DConditionModel.compile_repeated_blocks
+    monkeypatch.setattr(script.UNet2DConditionModel, "compile_repeated_blocks", compile_repeated_blocks)
+    options = {"max_train_steps": 3, "ncp_error_scale": 1000}
+    run("--gradient_checkpointing", **options)
+    plain = run.lora(), run.scalars("loss")
+    run.output_dir = run.arguments["--output_dir"] = run.output_dir.with_name("compiled")
+    run("--gradient_checkpointing", "--compile", **options)
+    assert len(compiled) == 1
+    assert run.scalars("loss") == pytest.approx(plain[1], rel=1e-3)
+    for name, weight in run.lora().items():
+        torch.testing.assert_close(weight, plain[0][name], atol=1e-4, rtol=0)
+
+
 def test_accumulation_equals_a_larger_batch(run_sd15):
     options = {"max_train_steps": 1, "loss_space": "latent", "lr_scheduler": "constant"}
     run_sd15("--no_hflip", train_batch_size=4, **options)

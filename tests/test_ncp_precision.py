@@ -31,6 +31,9 @@ DEFAULTS = {
 }
 HALF = ["fp16", "bf16"]
 
+# One process measures for all.
+pytestmark = pytest.mark.xdist_group("precision")
+
 
 @pytest.fixture(scope="module")
 def measured():
