@@ -130,26 +130,34 @@ def adapters_disabled(unet):
     """
     Makes a U-Net with LoRA adapters its own reference model within the `with` block; a U-Net without is left alone.
 
-    Blocks may be nested. At the end every parameter requires a gradient again exactly if it did before: what PEFT's
-    own switch sets for all active adapters.
+    Blocks may be nested. What requires a gradient is left as it is.
 
     Args:
         unet (`UNet2DConditionModel`): the model itself, not a distributed wrapper around it.
     """
-    # PEFT's layers have a property of that name, which is True while they are switched off; the model has a method.
-    disabled_already = any(getattr(module, "disable_adapters", None) is True for module in unet.modules())
-    if disabled_already or not getattr(unet, "_hf_peft_config_loaded", False):
-        yield
-        return
-
-    requires_grad = {parameter: parameter.requires_grad for parameter in unet.parameters()}
-    unet.disable_adapters()
+    layers = [layer for layer in _adapter_layers(unet) if not layer.disable_adapters]
+    # Of PEFT's switch only this: the rest of it takes every step of SDXL 0.2 s to visit all parameters.
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        unet.enable_adapters()
-        for parameter, required in requires_grad.items():
-            parameter.requires_grad_(required)
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _adapter_layers(unet):
+    if not getattr(unet, "_hf_peft_config_loaded", False):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [unet]
+    while modules:
+        module = modules.pop()
+        if isinstance(module, BaseTunerLayer):
+            yield module
+        else:
+            modules.extend(module.children())
 
 
 class StepTable(NamedTuple):

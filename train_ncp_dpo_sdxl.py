@@ -1143,6 +1143,8 @@ def create_policy(args, accelerator, weight_dtype):
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.compile:
+        # Each size of block is compiled with its adapter on and off, with gradients and without, in autocast and out of it.
+        torch._dynamo.config.recompile_limit = 64
         unet.compile_repeated_blocks()
     return unet
 

@@ -27,6 +27,10 @@ TINY_UNET = {**SMALL.unet, "block_out_channels": (8, 16, 16), "sample_size": 8, 
 TINY = SMALL._replace(unet=TINY_UNET, resolution=64, rank=2)
 
 
+# Counts are kept for the tests that follow, in one process.
+pytestmark = pytest.mark.xdist_group("step_cost")
+
+
 @functools.cache
 def count(model, variant, gradient_checkpointing=False):
     configuration = TINY if model == "tiny" else step_cost.MODELS[model]
@@ -128,6 +132,7 @@ def test_checkpointing_trades_memory_for_flops():
 def test_timing_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step_cost.MODELS, "small", TINY)
     monkeypatch.setattr(step_cost, "WARM_UP_STEPS", 0)
+    monkeypatch.delitem(step_cost.TIMED_VARIANTS, "NCP-DPO, --compile")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "results" / "cost.json"
     step_cost.main_time(step_cost.parse_args(["time", "--model", "small", "--steps", "1", "--json", str(file)]))
