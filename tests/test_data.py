@@ -235,21 +235,25 @@ def parquet_of(folder, columns):
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
     ],
 )
+@pytest.mark.bad_input
 def test_bad_arguments(run_sd15, no_models, options, message):
     with pytest.raises(ValueError, match=message):
         run_sd15(**options)
 
 
+@pytest.mark.bad_input
 def test_validation_needs_a_prompt(run_sd15, no_models):
     with pytest.raises(ValueError, match="--run_validation needs a --validation_prompt"):
         run_sd15("--run_validation")
 
 
+@pytest.mark.bad_input
 def test_token_does_not_go_to_wandb(run_sd15, no_models):
     with pytest.raises(ValueError, match="--hub_token"):
         run_sd15(report_to="wandb", hub_token="secret")
 
 
+@pytest.mark.bad_input
 def test_epsilon_with_zero_terminal_snr(run_sd15, no_models):
     folder = Path(run_sd15.arguments["--pretrained_model_name_or_path"])
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
@@ -263,6 +267,7 @@ def test_epsilon_with_zero_terminal_snr(run_sd15, no_models):
 
 
 @pytest.mark.parametrize("label", [2.0, None, float("nan"), -1.0])
+@pytest.mark.bad_input
 def test_bad_label(run_sd15, no_models, tmp_path, label):
     columns = pair_columns(4)
     columns["label_0"][2] = label
@@ -270,6 +275,7 @@ def test_bad_label(run_sd15, no_models, tmp_path, label):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
 
 
+@pytest.mark.bad_input
 def test_label_of_text(run_sd15, no_models, tmp_path):
     columns = pair_columns(4)
     columns["label_0"] = ["left"] * 5
@@ -277,6 +283,7 @@ def test_label_of_text(run_sd15, no_models, tmp_path):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
 
 
+@pytest.mark.bad_input
 def test_missing_caption(run_sd15, no_models, tmp_path):
     columns = pair_columns(4)
     columns["caption"][3] = None
@@ -284,11 +291,13 @@ def test_missing_caption(run_sd15, no_models, tmp_path):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns))
 
 
+@pytest.mark.bad_input
 def test_only_ties(run_sd15, no_models, tmp_path):
     with pytest.raises(ValueError, match="No pair is left: .* has 5 rows, all ties"):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", pair_columns(0, num_ties=5)))
 
 
+@pytest.mark.bad_input
 def test_unreadable_image_in_the_first_batch(run_sd15, no_models, tmp_path):
     columns = pair_columns(2)
     columns["jpg_1"][1] = columns["jpg_1"][1][:100]
@@ -297,6 +306,7 @@ def test_unreadable_image_in_the_first_batch(run_sd15, no_models, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.bad_input
 def test_unreadable_image_later(run_sd15, tmp_path, workers):
     columns = pair_columns(12)
     bad = list(EpochSampler(list(range(12)), seed=0))[-1][1]
@@ -349,6 +359,7 @@ def test_image_folder_equals_parquet(tmp_path, parquet):
         ("../outside.png", "row 1: jpg_0_file_name '../outside.png' is not a file in"),
     ],
 )
+@pytest.mark.bad_input
 def test_image_folder_with_a_wrong_name(run_sd15, no_models, tmp_path, name, message):
     folder = tmp_path / "images"
     build_image_folder(folder, num_pairs=3)
@@ -360,16 +371,19 @@ def test_image_folder_with_a_wrong_name(run_sd15, no_models, tmp_path, name, mes
         run_sd15(dataset_name=None, train_data_dir=folder)
 
 
+@pytest.mark.bad_input
 def test_image_folder_without_metadata(run_sd15, no_models, tmp_path):
     with pytest.raises(ValueError, match="--train_data_dir: there is no file .*metadata.jsonl"):
         run_sd15(dataset_name=None, train_data_dir=tmp_path)
 
 
+@pytest.mark.bad_input
 def test_cache_refuses_random_crop(run_sd15, no_models):
     with pytest.raises(ValueError, match="--random_crop does not go with it"):
         run_sd15("--cache_latents", "--random_crop")
 
 
+@pytest.mark.bad_input
 def test_streaming_needs_an_end(run_sd15, no_models):
     with pytest.raises(ValueError, match="--streaming needs a --dataset_name and --max_train_steps"):
         run_sd15("--streaming", max_train_steps=None)
@@ -390,6 +404,7 @@ BAD_IMAGES = {
 
 @pytest.mark.parametrize("kind_of_image", BAD_IMAGES)
 @pytest.mark.parametrize("position", ["first", "last"])
+@pytest.mark.bad_input
 def test_bad_image_stops_with_row_and_column(run_sd15, tmp_path, kind_of_image, position):
     columns = pair_columns(4)
     bad = [row for _, row in EpochSampler(list(range(4)), seed=0)][0 if position == "first" else -1]
@@ -399,6 +414,7 @@ def test_bad_image_stops_with_row_and_column(run_sd15, tmp_path, kind_of_image, 
 
 
 @pytest.mark.parametrize("flags", [[], ["--cache_latents"], ["--streaming"]])
+@pytest.mark.bad_input
 def test_bad_images_are_skipped_and_named(run_sd15, tmp_path, caplog, flags):
     caplog.set_level(logging.INFO)
     columns = pair_columns(6)
@@ -431,6 +447,7 @@ def test_the_next_row_takes_a_bad_ones_place():
         make_pairs(columns, on_bad_sample="skip")[0, 1]
 
 
+@pytest.mark.bad_input
 def test_an_image_of_one_pixel_is_an_image(run_sd15, tmp_path):
     columns = pair_columns(2)
     columns["jpg_0"] = [encoded(Image.new("RGB", (1, 1)))] * 3
@@ -439,6 +456,7 @@ def test_an_image_of_one_pixel_is_an_image(run_sd15, tmp_path):
 
 
 @pytest.mark.parametrize("caption", ["", "word " * 2000, "🐈‍⬛ 在 sofa"])
+@pytest.mark.bad_input
 def test_any_text_is_a_caption(run_sd15, tmp_path, caption):
     columns = pair_columns(2)
     columns["caption"] = [caption] * 3
@@ -446,6 +464,7 @@ def test_any_text_is_a_caption(run_sd15, tmp_path, caption):
     assert run_sd15.lora()
 
 
+@pytest.mark.bad_input
 def test_a_list_is_no_caption(run_sd15, no_models, tmp_path):
     columns = pair_columns(2)
     columns["caption"] = [["a", "b"]] * 3
@@ -454,12 +473,14 @@ def test_a_list_is_no_caption(run_sd15, no_models, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--streaming"]])
+@pytest.mark.bad_input
 def test_empty_dataset(run_sd15, no_models, tmp_path, flags):
     columns = {name: values[:0] for name, values in pair_columns(1).items()}
     with pytest.raises(ValueError, match='No pair is left|"train" corresponds to no data'):
         run_sd15(*flags, dataset_name=parquet_of(tmp_path / "data", columns))
 
 
+@pytest.mark.bad_input
 def test_one_pair_and_a_batch_of_four(run_sd15, no_models, tmp_path):
     with pytest.raises(ValueError, match="--train_batch_size 4 .* takes 4 pairs, but there are 1"):
         run_sd15(dataset_name=parquet_of(tmp_path / "data", pair_columns(1)), train_batch_size=4)
@@ -650,6 +671,7 @@ def test_streaming_is_reproducible_and_resumes(run_sd15):
     assert all(torch.equal(weight, uninterrupted[name]) for name, weight in run_sd15.lora().items())
 
 
+@pytest.mark.bad_input
 def test_streamed_label_and_image_are_checked(run_sd15, no_models, tmp_path):
     columns = pair_columns(4)
     columns["label_0"][0] = 3.0

@@ -162,6 +162,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.bad_input
 def test_check_names_unreadable_images(tmp_path, capsys, kind):
     make, reason = BAD_IMAGES[kind]
     rows = good_rows(5)
@@ -186,6 +187,7 @@ def test_check_names_small_images_and_uses_exif_orientation(tmp_path, capsys):
     assert "row 0, jpg_1: 1x1" in output and "20x9 (1)" in output
 
 
+@pytest.mark.bad_input
 def test_check_finds_bad_images_first_last_and_in_worker_processes(tmp_path, capsys):
     columns = pair_columns(30)
     for row in (0, 17, 29):
@@ -203,6 +205,7 @@ def test_check_finds_bad_images_first_last_and_in_worker_processes(tmp_path, cap
     assert found[1][2] == "null instead of an image"
 
 
+@pytest.mark.bad_input
 def test_check_of_labels_and_captions(tmp_path, capsys):
     rows = good_rows(11)
     for row, label in zip(rows, (None, float("nan"), "1", 2, [1])):
@@ -272,6 +275,7 @@ def test_check_lists_as_many_findings_as_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet", "ties"])
+@pytest.mark.bad_input
 def test_check_without_a_pair(tmp_path, capsys, source):
     if source == "folder":
         flags = ["--train_data_dir", write_image_folder(tmp_path / "data", [])]
@@ -300,6 +304,7 @@ def test_check_as_a_command(tmp_path):
 # ---- Errors of the input as a whole ---------------------------------------------------------------------------------
 
 
+@pytest.mark.bad_input
 def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     folder = write_parquet(tmp_path / "data", pair_columns(4))
     images = write_image_folder(tmp_path / "images", good_rows(2))
@@ -336,6 +341,7 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--min_wins", "--max_pairs_per_prompt"])
+@pytest.mark.bad_input
 def test_counts_are_positive(flag, capsys):
     with pytest.raises(SystemExit) as exit:
         parse_args(["filter", "--dataset_name", "x", "--output_file", "y", flag, "0"])
@@ -468,6 +474,7 @@ def test_filter_of_an_image_folder_goes_by_file_names(tmp_path):
         ("image_1_uid", None, "row 5: image_1_uid (--image_1_uid_column) is null"),
     ],
 )
+@pytest.mark.bad_input
 def test_filter_names_rows_that_it_cannot_judge(tmp_path, capsys, column, value, message):
     rows = random_metadata(16, seed=3)
     rows[5][column] = value
@@ -476,6 +483,7 @@ def test_filter_names_rows_that_it_cannot_judge(tmp_path, capsys, column, value,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.bad_input
 def test_filter_names_columns_that_it_cannot_compare(tmp_path, capsys):
     rows = random_metadata(16, seed=3)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -492,6 +500,7 @@ def test_filter_names_columns_that_it_cannot_compare(tmp_path, capsys):
     assert "the dataset has no rows" in capsys.readouterr().err
 
 
+@pytest.mark.bad_input
 def test_filter_that_keeps_nothing_writes_nothing(tmp_path, capsys):
     rows = random_metadata(16, seed=3)
     folder = write_parquet(tmp_path / "data", pd.DataFrame(rows).to_dict("list"))
@@ -574,6 +583,7 @@ def test_convert_writes_shards_and_row_groups_of_bounded_size(tmp_path):
     assert load(tmp_path / "out")["caption"][:] == ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.bad_input
 def test_a_conversion_without_a_pair_or_with_an_error_leaves_nothing(tmp_path, capsys):
     columns = {"prompt": ["a", "b"], "chosen": [b"", b""], "rejected": [png(1), png(2)]}
     folder = write_parquet(tmp_path / "data", columns)
@@ -654,6 +664,7 @@ def test_convert_rankings_of_scores_in_groups(tmp_path, caplog):
     ]
 
 
+@pytest.mark.bad_input
 def test_convert_rankings_skips_rows_without_a_ranking(tmp_path, caplog):
     columns = {
         "prompt": ["a", "b", None],
@@ -760,6 +771,7 @@ def test_filter_then_convert_pick_a_pic(tmp_path):
         assert (uids[shade(row["jpg_0"])], uids[shade(row["jpg_1"])]) == (row["image_0_uid"], row["image_1_uid"])
 
 
+@pytest.mark.bad_input
 def test_convert_pick_a_pic_needs_images_from_one_place(tmp_path, capsys):
     rows = random_metadata(16, seed=4)
     folder = write_parquet(tmp_path / "data", pd.DataFrame(rows).to_dict("list"))

@@ -146,6 +146,7 @@ def test_latest_of_nothing_starts_anew(run_sd15):
         ),
     ],
 )
+@pytest.mark.bad_input
 def test_resume_refuses_changes(run_sd15, options, message):
     run_sd15(checkpointing_steps=2, loss_space="latent")
     with pytest.raises(ValueError, match=message):
@@ -172,6 +173,7 @@ def test_checkpoints_hold_no_token(run_sd15):
     assert "hf_secret" not in (run_sd15.output_dir / "checkpoint-2/training_state.json").read_text()
 
 
+@pytest.mark.bad_input
 def test_full_disk(run_sd15):
     run_sd15(max_train_steps=2, checkpointing_steps=2, loss_space="latent")
 
