@@ -1,0 +1,482 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A small world in which the truth is known: a Stable Diffusion of two million parameters, and what people there prefer.
+
+    python benchmarks/small_world.py base     # trains assets/small-world from scratch: half an hour on two cores
+    python benchmarks/small_world.py pairs    # what the base draws, labelled by a hidden preference
+    python benchmarks/small_world.py run dpo-ncp --learning_rate 1e-3 --seed 0     # one run: some minutes
+    python benchmarks/small_world.py all      # all of them, two at a time; what is there already is not run again
+
+What pictures show and how good they are is in `scenes.py`. Pairs are labelled as people do it, the better picture winning
+only more often (Bradley-Terry), and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of
+other captions then are is known exactly.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+from scenes import RESOLUTION, SCENES, Explanations, render, reward
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ncp_loss import (  # noqa: E402
+    NoiseConditionedPerception,
+    adapters_disabled,
+    latent_error,
+    preference_loss,
+)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets" / "small-world"
+NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+SEED = 0
+NUM_PICTURES = 16_000
+WRONG_CAPTIONS = 0.1
+CAPTION_DROPOUT = 0.1
+VAE_STEPS, VAE_BATCH_SIZE = 1_500, 16
+UNET_STEPS, UNET_BATCH_SIZE = 9_000, 32
+
+# Prompts to train on; the others are halved into those that choose the learning rate and those that the results are from.
+NUM_TRAINING_SCENES = 160
+PICTURES_PER_SCENE = 6
+TEMPERATURE = 0.05  # of the choice: a difference in reward of 0.05 decides 73 % of the time
+GUIDANCE_SCALE = 2.0
+NUM_INFERENCE_STEPS = 20
+TEST_PICTURES_PER_SCENE = 2
+STEPS = (100, 200, 300)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+SEEDS = (0, 1, 2)
+METHODS = {
+    "sft-latent": {"loss_type": "sft", "loss_space": "latent"},
+    "sft-ncp": {"loss_type": "sft"},
+    "dpo-latent": {"loss_type": "dpo", "loss_space": "latent"},
+    "dpo-ncp": {"loss_type": "dpo"},
+    "cpo-latent": {"loss_type": "cpo", "loss_space": "latent"},
+    "cpo-ncp": {"loss_type": "cpo"},
+    "dpo-ncp-bf16-literal": {"loss_type": "dpo", "mixed_precision": "bf16", "ncp_probe_rms": 0},
+    "dpo-ncp-bf16-probe": {"loss_type": "dpo", "mixed_precision": "bf16"},
+    "dpo-ncp-scale-1": {"loss_type": "dpo", "ncp_error_scale": 1},
+    "dpo-latent-filtered": {"loss_type": "dpo", "loss_space": "latent", "dataset_name": "filtered"},
+    "dpo-ncp-filtered": {"loss_type": "dpo", "dataset_name": "filtered"},
+}
+
+
+def build_tokenizer():
+    """A CLIP tokenizer to which every word of a caption is one token."""
+    words = sorted({word for scene in SCENES for word in scene.caption.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    vocabulary = [*model["vocab"], "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[tuple(merge) for merge in model["merges"]],
+        model_max_length=16,
+    )
+
+
+def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch):
+    """AdamW with a cosine schedule; leaves the moving average of the weights in `model`, frozen."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_steps // 50, num_steps)
+    ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True)
+    progress_bar = tqdm(range(num_steps), desc=name)
+    average = None
+    for _ in progress_bar:
+        loss = loss_of_random_batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        progress_bar.set_postfix(loss=f"{average:.4f}")
+    ema.copy_to(parameters)
+    return model.eval().requires_grad_(False)
+
+
+def train_vae(pictures):
+    """An autoencoder for `pictures` `(N, 3, H, W)` in [-1, 1], whose scaled latents have unit variance."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=RESOLUTION,
+    )
+
+    def loss_of_random_batch():
+        batch = pictures[torch.randint(len(pictures), (VAE_BATCH_SIZE,))]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-5 * posterior.kl().mean() / RESOLUTION
+
+    fit("VAE", vae, list(vae.parameters()), VAE_STEPS, 2e-3, loss_of_random_batch)
+    latents = encode(vae, pictures[:1000])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.no_grad()
+def encode(vae, pictures):
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in pictures.split(250)])
+
+
+def train_denoiser(tokenizer, captions, latents):
+    """U-Net and text encoder, together, with classifier-free guidance's empty captions now and then."""
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=latents.shape[-1],
+        block_out_channels=(32, 64, 88),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=text_encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    input_ids, empty = (
+        tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for texts in (captions, [""])
+    )
+
+    def loss_of_random_batch():
+        index = torch.randint(len(latents), (UNET_BATCH_SIZE,))
+        dropped = torch.rand(len(index), 1) < CAPTION_DROPOUT
+        encoder_hidden_states = text_encoder(torch.where(dropped, empty, input_ids[index]))[0]
+        noise = torch.randn_like(latents[index])
+        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(index),))
+        noisy_latents = noise_scheduler.add_noise(latents[index], noise, timesteps)
+        return F.mse_loss(unet(noisy_latents, timesteps, encoder_hidden_states).sample, noise)
+
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    fit("U-Net", unet, parameters, UNET_STEPS, 1e-3, loss_of_random_batch)
+    return text_encoder.eval().requires_grad_(False), unet
+
+
+def train_base(folder):
+    """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    scenes = random.choices(SCENES, k=NUM_PICTURES)
+    pictures = torch.cat([render(scenes[start : start + 500], generator) for start in range(0, len(scenes), 500)])
+    pictures = 2 * pictures - 1
+    captions = [(random.choice(SCENES) if random.random() < WRONG_CAPTIONS else scene).caption for scene in scenes]
+
+    vae = train_vae(pictures)
+    tokenizer = build_tokenizer()
+    text_encoder, unet = train_denoiser(tokenizer, captions, encode(vae, pictures) * vae.config.scaling_factor)
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**NOISE_SCHEDULE, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16).save_pretrained(folder)
+
+
+# Preferences
+
+
+def split_scenes():
+    """Scenes to train on, to choose learning rates with, and to measure with."""
+    scenes = random.Random(SEED).sample(SCENES, len(SCENES))
+    middle = (NUM_TRAINING_SCENES + len(scenes)) // 2
+    return scenes[:NUM_TRAINING_SCENES], scenes[NUM_TRAINING_SCENES:middle], scenes[middle:]
+
+
+def load_pipeline(folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, scenes, first_seed):
+    """Pictures `(N, 3, H, W)` in [0, 1], each from its own noise: `first_seed`, `first_seed + 1` and so on."""
+    pictures = []
+    for start in tqdm(range(0, len(scenes), 40), desc="Drawing", leave=False):
+        batch = scenes[start : start + 40]
+        generators = [torch.Generator().manual_seed(first_seed + start + index) for index in range(len(batch))]
+        pictures.append(
+            pipeline(
+                [scene.caption for scene in batch],
+                height=RESOLUTION,
+                width=RESOLUTION,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=generators,
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(pictures).float()
+
+
+def encode_png(picture):
+    buffer = io.BytesIO()
+    StableDiffusionPipeline.numpy_to_pil(picture.permute(1, 2, 0).numpy())[0].save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def compare(scenes, pictures, rewards, rng):
+    """All pairs of each scene's pictures, the better one the winner with probability σ(difference / TEMPERATURE)."""
+    rows = []
+    for first in range(0, len(scenes), PICTURES_PER_SCENE):
+        for i, j in itertools.combinations(range(first, first + PICTURES_PER_SCENE), 2):
+            probability = torch.sigmoid((rewards[i] - rewards[j]) / TEMPERATURE).item()
+            rows.append(
+                {
+                    "caption": scenes[i].caption,
+                    "jpg_0": pictures[i],
+                    "jpg_1": pictures[j],
+                    "label_0": float(rng.random() < probability),
+                    "image_0_uid": str(i),
+                    "image_1_uid": str(j),
+                    "ranking_id": len(rows),
+                }
+            )
+    return rows
+
+
+def make_pairs(base, folder):
+    """Writes the pairs, those of absolute winners alone, and pairs of captions that are not trained on."""
+    pipeline, explanations, rng = load_pipeline(base), Explanations(), random.Random(SEED)
+    training, _, test = split_scenes()
+    for name, scenes, first_seed in [("pairs", training, 10_000), ("heldout", test, 20_000)]:
+        scenes = [scene for scene in scenes for _ in range(PICTURES_PER_SCENE)]
+        pictures = draw(pipeline, scenes, first_seed)
+        rewards = reward(pictures, scenes, explanations)
+        print(name, {part: round(value.mean().item(), 3) for part, value in rewards._asdict().items()})
+        rows = compare(scenes, [encode_png(picture) for picture in pictures], rewards.total, rng)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(str(folder / name / "train.parquet"))
+    tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
+    source = ["--dataset_name", str(folder / "pairs")]
+    kept = str(folder / "kept.parquet")
+    subprocess.run([*tool, "filter", *source, "--output_file", kept], check=True)
+    subprocess.run(
+        [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
+    )
+
+
+# The experiment
+
+
+def train(folder, output_dir, method, learning_rate, seed):
+    """Trains as a user would. Returns the seconds that steps took, up to each of `STEPS`."""
+    options = {
+        "pretrained_model_name_or_path": ASSETS,
+        "dataset_name": "pairs",
+        "resolution": RESOLUTION,
+        "no_hflip": None,
+        "cache_latents": None,
+        "cache_dir": folder / "cache",
+        "rank": 16,
+        "train_batch_size": 8,
+        "learning_rate": learning_rate,
+        "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 20,
+        "max_train_steps": STEPS[-1],
+        "checkpointing_steps": STEPS[0],
+        "seed": seed,
+        "output_dir": output_dir,
+        **METHODS[method],
+    }
+    options["dataset_name"] = folder / options["dataset_name"]
+    command = [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py")]
+    for name, value in options.items():
+        command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True)
+    (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    times = {event.step: event.wall_time for event in events.Scalars("loss")}
+    return {step: (times[step] - times[1]) * step / (step - 1) for step in STEPS}
+
+
+def measure(pipeline, scenes, first_seed, explanations):
+    """Rewards of pictures that are always drawn from the same noise, as lists."""
+    scenes = [scene for scene in scenes for _ in range(TEST_PICTURES_PER_SCENE)]
+    rewards = reward(draw(pipeline, scenes, first_seed), scenes, explanations)
+    return {name: value.tolist() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
+
+
+@torch.no_grad()
+def implicit_accuracy(pipeline, rows):
+    """
+    The share of pairs of which the policy improves the winner's error more than the loser's, in latent space and in feature
+    space. Timesteps, spread over all there are, and noise are the same in every call.
+    """
+    unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(SEED)
+    swapped = [("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0") for row in rows]
+    images = [row[names[side]] for side in (0, 1) for row, names in zip(rows, swapped)]
+    pixel_values = pipeline.image_processor.preprocess([Image.open(io.BytesIO(image)) for image in images])
+    latents = encode(pipeline.vae, pixel_values) * pipeline.vae.config.scaling_factor
+    noise = torch.randn(latents[: len(rows)].shape, generator=generator)
+    timesteps = torch.linspace(0, 999, len(rows)).long()[torch.randperm(len(rows), generator=generator)]
+    encoder_hidden_states, _ = pipeline.encode_prompt([row["caption"] for row in rows], "cpu", 1, False)
+
+    accuracies = {"latent": [], "ncp": []}
+    perception = NoiseConditionedPerception(unet, noise_scheduler)
+    for index in torch.arange(len(rows)).split(40):
+        pair = torch.cat([index, index + len(rows)])
+        target, t, condition = (torch.cat([values[index]] * 2) for values in (noise, timesteps, encoder_hidden_states))
+        noisy_latents = noise_scheduler.add_noise(latents[pair], target, t)
+        with adapters_disabled(unet):
+            ref_pred = unet(noisy_latents, t, condition).sample
+        model_pred = unet(noisy_latents, t, condition).sample
+        anchor = perception.anchor(noisy_latents, t, target, condition, ref_pred=ref_pred)
+        for space, errors, ref_errors in [
+            ("latent", latent_error(model_pred, target), latent_error(ref_pred, target)),
+            ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
+        ]:
+            accuracies[space] += [preference_loss(errors, ref_errors).implicit_accuracy.item()] * len(index)
+    return {space: mean(values) for space, values in accuracies.items()}
+
+
+def run(folder, method, learning_rate, seed):
+    """One run; its result is kept in a file and not computed again."""
+    output_dir = folder / "runs" / f"{method}-{learning_rate:g}-{seed}"
+    file = output_dir / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    seconds = train(folder, output_dir, method, learning_rate, seed)
+    pipeline, explanations = load_pipeline(ASSETS), Explanations()
+    _, choosing, test = split_scenes()
+    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "seconds": seconds, "test": {}}
+    for step in STEPS:
+        pipeline.load_lora_weights(output_dir / f"checkpoint-{step}")
+        result["test"][step] = measure(pipeline, test, 30_000, explanations)
+        if step == STEPS[-1]:
+            result["choosing"] = measure(pipeline, choosing, 40_000, explanations)
+            heldout = Dataset.from_parquet(str(folder / "heldout" / "train.parquet"))
+            result["implicit_accuracy"] = implicit_accuracy(pipeline, list(heldout))
+        pipeline.unload_lora_weights()
+    file.write_text(json.dumps(result))
+    return json.loads(file.read_text())
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def run_all(folder):
+    """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
+    if not (folder / "heldout").is_dir():
+        make_pairs(ASSETS, folder)
+
+    def run_apart(arguments):
+        method, learning_rate, seed = arguments
+        command = [sys.executable, __file__, "run", method, "--learning_rate", str(learning_rate), "--seed", str(seed)]
+        log = folder / "logs" / f"{method}-{learning_rate:g}-{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as output:
+            subprocess.run(
+                [*command, "--folder", str(folder)],
+                check=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        progress_bar.update()
+        return run(folder, method, learning_rate, seed)
+
+    num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
+    with tqdm(total=num_runs, desc="Runs") as progress_bar, ThreadPoolExecutor(2) as executor:
+        # The cache is written once, by whoever comes first.
+        first = list(METHODS)[0], LEARNING_RATES[0], SEEDS[0]
+        run_apart(first)
+        progress_bar.update(-1)
+        grid = list(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
+        results = list(executor.map(run_apart, grid))
+        best = {}
+        for result in sorted(results, key=lambda result: mean(result["choosing"]["total"])):
+            best[result["method"]] = result["learning_rate"]
+        list(executor.map(run_apart, [(method, best[method], seed) for method in METHODS for seed in SEEDS[1:]]))
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("base", help="train the base model from scratch")
+    commands.add_parser("pairs", help="draw with the base and label")
+    commands.add_parser("all", help="the whole experiment")
+    one = commands.add_parser("run", help="train and measure one method")
+    one.add_argument("method", choices=list(METHODS))
+    one.add_argument("--learning_rate", type=float, default=1e-3)
+    one.add_argument("--seed", type=int, default=0)
+    for command in commands.choices.values():
+        command.add_argument("--folder", type=Path, default=Path("small_world"), help="where pairs and runs are kept")
+    return parser.parse_args(input_args)
+
+
+def main(args):
+    if args.command == "base":
+        train_base(ASSETS)
+    elif args.command == "pairs":
+        make_pairs(ASSETS, args.folder)
+    elif args.command == "all":
+        run_all(args.folder)
+    else:
+        result = run(args.folder, args.method, args.learning_rate, args.seed)
+        for step, rewards in result["test"].items():
+            means = ", ".join(f"{name} {mean(values):.3f}" for name, values in rewards.items())
+            print(f"step {step}, {result['seconds'][step]:.0f} s: {means}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
