@@ -1,0 +1,230 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+import eval_win_rate
+from demo import build_tokenizer
+
+
+PROMPTS = ["a cat", "a dog", "a bird, and <b>more</b>"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small CLIP with its processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": len(tokenizer), **ids},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluate(checkpoints, clip, tmp_path):
+    def run(*flags, output_dir=tmp_path / "evaluation", prompts=PROMPTS, **options):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        options = {
+            "pretrained_model_name_or_path": checkpoints["sd15"],
+            "pickscore_model_name_or_path": clip,
+            "pickscore_processor_name_or_path": clip,
+            "clipscore_model_name_or_path": clip,
+            "num_inference_steps": 2,
+            "resolution": 32,
+            "output_dir": output_dir,
+            **options,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words += ["--prompts", *prompts] if prompts else []
+        eval_win_rate.main(eval_win_rate.parse_args([*words, *flags]))
+        return output_dir
+
+    return run
+
+
+def picture(folder, side, index):
+    return np.asarray(Image.open(folder / side / f"{index:05}.png")).astype(float)
+
+
+def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
+    run_sd15(loss_space="latent", learning_rate=0.1)
+    folder = evaluate("--scorers", "pickscore", "clipscore", lora_weights=run_sd15.output_dir)
+    rows = list(csv.DictReader(open(folder / "scores.csv")))
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for index in range(len(PROMPTS)):
+        assert np.abs(picture(folder, "model", index) - picture(folder, "baseline", index)).max() > 0
+    wins = sum(float(row["pickscore_model"]) > float(row["pickscore_baseline"]) for row in rows)
+    assert "| pickscore |" in capsys.readouterr().out
+    assert f" {wins / 3:.1%} " in (folder / "summary.md").read_text().splitlines()[2]
+
+    page = (folder / "index.html").read_text()
+    assert "&lt;b&gt;more" in page and "<b>more" not in page
+    margins = [float(margin) for margin in re.findall(r"<br>([+-][\d.e-]+)</td>", page)]
+    assert len(margins) == 3 and margins == sorted(margins, reverse=True)
+
+
+def test_a_model_against_itself(evaluate):
+    folder = evaluate("--scorers", "clipscore")
+    for index in range(len(PROMPTS)):
+        assert np.array_equal(picture(folder, "model", index), picture(folder, "baseline", index))
+    assert "| 50.0% |" in (folder / "summary.md").read_text()
+    assert not np.array_equal(picture(folder, "model", 0), picture(folder, "model", 1))
+
+
+def test_noise_does_not_depend_on_the_batch(evaluate, tmp_path):
+    one, three = (evaluate(output_dir=tmp_path / str(size), batch_size=size) for size in (1, 3))
+    for index in range(len(PROMPTS)):
+        assert np.abs(picture(one, "model", index) - picture(three, "model", index)).max() <= 1
+
+
+def test_pictures_are_drawn_once(evaluate, monkeypatch):
+    folder = evaluate(prompts=PROMPTS[:2])
+    drawn = []
+    save = Image.Image.save
+
+    def note(image, path, *args, **kwargs):
+        drawn.append(path)
+        save(image, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", note)
+    (folder / "model" / "00001.png").unlink()
+    evaluate()
+    # The one that was removed, and both sides of the prompt that is new.
+    assert sorted(f"{path.parent.name}/{path.stem}" for path in drawn) == [
+        "baseline/00002",
+        "model/00001",
+        "model/00002",
+    ]
+
+
+def test_broken_pictures_are_errors(evaluate):
+    folder = evaluate()
+    (folder / "baseline" / "00001.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="baseline/00001.png cannot be read"):
+        evaluate()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "options, message",
+    [({"seed": 1}, "--seed is 1, but was 0"), ({"prompts": ["a fish"]}, "the prompts are others")],
+)
+def test_pictures_of_other_settings_are_not_mixed(evaluate, options, message):
+    evaluate()
+    with pytest.raises(ValueError, match=message):
+        evaluate(**options)
+
+
+def test_prompts_from_everywhere(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "prompts.tsv").write_text('Prompt\tCategory\na "cat"\tAnimals\na dog\tAnimals\n')
+    Dataset.from_dict({"caption": ["a cat", "a dog"]}).to_parquet(str(tmp_path / "prompts.parquet"))
+    Dataset.from_dict({"caption": ["a cat", "a dog"]}).to_parquet(str(tmp_path / "folder" / "train.parquet"))
+
+    def prompts(*flags):
+        words = ["--pretrained_model_name_or_path", "none", *map(str, flags)]
+        return eval_win_rate.load_prompts(eval_win_rate.parse_args(words))
+
+    assert prompts("--prompts", "a cat", "a dog") == ["a cat", "a dog"]
+    assert prompts("--prompts_file", tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    assert prompts("--prompts_file", tmp_path / "prompts.tsv", "--prompt_column", "Prompt") == ['a "cat"', "a dog"]
+    assert prompts("--prompts_file", tmp_path / "prompts.parquet", "--max_prompts", 1) == ["a cat"]
+    assert prompts("--dataset_name", tmp_path / "folder") == ["a cat", "a dog"]
+    for flags, message in [
+        ([], "Give one of --prompts, --prompts_file and --dataset_name, not 0"),
+        (["--prompts", "x", "--dataset_name", "y"], "not 2"),
+        (["--prompts_file", tmp_path / "prompts.json"], "must end in"),
+        (["--prompts_file", tmp_path / "prompts.parquet", "--prompt_column", "text"], "there are only caption"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prompts(*flags)
+
+
+def test_comparison():
+    result = eval_win_rate.compare([*range(1, 9), 0, 0], [*[0] * 8, 1, 1])
+    assert result.win_rate == 0.8
+    # Wilson's interval and the sign test as R's binom::binom.wilson and binom.test give them
+    assert (result.low, result.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert result.p_value == pytest.approx(0.1094, abs=1e-4)
+    assert (result.median, result.baseline_median) == (3.5, 0)
+    tied = eval_win_rate.compare([1, 2, 3], [1, 2, 3])
+    assert tied.win_rate == 0.5 and tied.p_value == 1
+
+
+def test_clipscore_is_the_cosine(clip):
+    args = eval_win_rate.parse_args(
+        ["--pretrained_model_name_or_path", "none", "--clipscore_model_name_or_path", str(clip)]
+    )
+    scorer = eval_win_rate.load_clipscore(args, "cpu")
+    image = Image.new("RGB", (40, 20), "red")
+    inputs = scorer.processor(text=["a cat"], images=[image], return_tensors="pt")
+    with torch.no_grad():
+        text = scorer.model.get_text_features(inputs.input_ids, inputs.attention_mask).pooler_output
+        picture = scorer.model.get_image_features(inputs.pixel_values).pooler_output
+        expected = 100 * torch.nn.functional.cosine_similarity(text, picture).item()
+        assert scorer("a cat", image) == pytest.approx(expected, abs=1e-3)
+
+
+def test_aesthetic_head(evaluate, clip, tmp_path):
+    torch.manual_seed(0)
+    sizes = {0: (12, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    state = {}
+    for number, (width, out) in sizes.items():
+        state[f"layers.{number}.weight"] = torch.randn(out, width) / width**0.5
+        state[f"layers.{number}.bias"] = torch.randn(out)
+    torch.save(state, tmp_path / "head.pth")
+    folder = evaluate("--scorers", "aesthetic", aesthetic_weights=tmp_path / "head.pth")
+    row = next(csv.DictReader(open(folder / "scores.csv")))
+
+    scorer = eval_win_rate.CLIPSimilarity(clip, clip, "cpu")
+    with torch.no_grad():
+        _, x = scorer.embed("", Image.open(folder / "model" / "00000.png"))
+        for number in sizes:
+            x = x @ state[f"layers.{number}.weight"].mT + state[f"layers.{number}.bias"]
+    assert float(row["aesthetic_model"]) == pytest.approx(x.item(), rel=1e-4)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "scorer, message",
+    [
+        ("hpsv2", "pip install hpsv2"),
+        ("imagereward", "pip install image-reward"),
+        ("aesthetic", "needs --aesthetic_weights"),
+    ],
+)
+def test_scorers_that_are_not_there(evaluate, scorer, message, tmp_path):
+    with pytest.raises((ImportError, ValueError), match=message):
+        evaluate("--scorers", scorer)
+    assert not (tmp_path / "evaluation").exists(), "nothing is drawn before"
