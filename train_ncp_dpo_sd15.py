@@ -1111,6 +1111,28 @@ def create_optimizer(args, accelerator, unet):
     )
 
 
+def settle_steps(args, dataloader):
+    """Sets `--max_train_steps` if only epochs are given, and returns the steps of an epoch. A stream is a single one."""
+    if args.streaming:
+        return args.max_train_steps
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    return steps_per_epoch
+
+
+def create_lr_scheduler(args, accelerator, optimizer):
+    # accelerate steps it once per process.
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
 class Denoising(NamedTuple):
     """What the U-Net is asked for a batch of N images, in the order of [`NoiseConditionedPerception.anchor`]."""
 
@@ -1220,6 +1242,18 @@ def refuse_step(args, step, skipped_steps, metrics, rows):
     logger.warning(f"{message}. It is skipped.")
 
 
+def count_flat_steps(args, metrics, flat_steps):
+    """Steps in a row whose logits do not spread; says so at the hundredth."""
+    if metrics.get("logit_spread", math.inf) >= 0.01:
+        return 0
+    if flat_steps == 99:
+        logger.warning(
+            f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
+            " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
+        )
+    return flat_steps + 1
+
+
 @contextlib.contextmanager
 def perturbed_lora(policy, seed):
     """A small random LoRA, every layer's update 2 % of its weight, in place of the initial one, which does nothing."""
@@ -1262,6 +1296,24 @@ def measure_error_scale(args, accelerator, dataloader, policy, components, noise
     spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
     # So few digits that the flag that is printed gives the very same run.
     return float(f"{spread['latent'] / spread['ncp']:.4g}")
+
+
+def create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, state):
+    """What errors are measured with, its scale given, resumed from `state` or measured now; `None` for latent space."""
+    if args.loss_space == "latent":
+        return None
+    perception = NoiseConditionedPerception(
+        policy, noise_scheduler, args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
+    )
+    if args.ncp_error_scale != "auto":
+        state["error_scale"] = args.ncp_error_scale
+    elif state["error_scale"] is None:
+        state["error_scale"] = measure_error_scale(
+            args, accelerator, dataloader, policy, components, noise_scheduler, perception
+        )
+    perception.error_scale = state["error_scale"]
+    logger.info(f"Perceptual errors are scaled by --ncp_error_scale {perception.error_scale}")
+    return perception
 
 
 def register_checkpoint_hooks(accelerator, policy, state):
@@ -1451,20 +1503,8 @@ def main(args):
     optimizer = create_optimizer(args, accelerator, policy)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = prepare_dataloader(args, accelerator, dataloader)
-    if args.streaming:
-        steps_per_epoch = args.max_train_steps
-    else:
-        steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * steps_per_epoch
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    steps_per_epoch = settle_steps(args, train_dataloader)
+    lr_scheduler = create_lr_scheduler(args, accelerator, optimizer)
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
 
@@ -1474,19 +1514,7 @@ def main(args):
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"Resumed from {checkpoint}")
-    perception = None
-    if args.loss_space == "ncp":
-        perception = NoiseConditionedPerception(
-            policy, noise_scheduler, args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
-        )
-        if args.ncp_error_scale != "auto":
-            state["error_scale"] = args.ncp_error_scale
-        elif state["error_scale"] is None:
-            state["error_scale"] = measure_error_scale(
-                args, accelerator, dataloader, policy, components, noise_scheduler, perception
-            )
-        perception.error_scale = state["error_scale"]
-        logger.info(f"Perceptual errors are scaled by --ncp_error_scale {perception.error_scale}")
+    perception = create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, state)
     accelerator.init_trackers(args.tracker_name, {**settings, "ncp_error_scale": state["error_scale"]})
     if args.run_validation and state["global_step"] == 0 and accelerator.is_main_process:
         log_validation(args, accelerator, policy, components, weight_dtype, 0)
@@ -1526,12 +1554,7 @@ def main(args):
             continue
 
         state["global_step"] += 1
-        flat_steps = flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
-        if flat_steps == 100:
-            logger.warning(
-                f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
-                " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
-            )
+        flat_steps = count_flat_steps(args, metrics, flat_steps)
         progress_bar.update()
         progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
         accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=state["global_step"])

@@ -291,18 +291,27 @@ def compare(scenes, pictures, rewards, rng):
     return rows
 
 
+def write_pairs(pipeline, explanations, scenes, first_seed, folder):
+    """
+    Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training.
+
+    Returns:
+        `Reward` of the pictures.
+    """
+    scenes = [scene for scene in scenes for _ in range(PICTURES_PER_SCENE)]
+    pictures = draw(pipeline, scenes, first_seed)
+    rewards = reward(pictures, scenes, explanations)
+    rows = compare(scenes, [encode_png(picture) for picture in pictures], rewards.total, random.Random(SEED))
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    return rewards
+
+
 def make_pairs(base, folder):
     """Writes the pairs, those of absolute winners alone, and pairs of captions that are not trained on."""
-    pipeline, explanations, rng = load_pipeline(base), Explanations(), random.Random(SEED)
+    pipeline, explanations = load_pipeline(base), Explanations()
     training, _, test = split_scenes()
-    for name, scenes, first_seed in [("pairs", training, 10_000), ("heldout", test, 20_000)]:
-        scenes = [scene for scene in scenes for _ in range(PICTURES_PER_SCENE)]
-        pictures = draw(pipeline, scenes, first_seed)
-        rewards = reward(pictures, scenes, explanations)
-        print(name, {part: round(value.mean().item(), 3) for part, value in rewards._asdict().items()})
-        rows = compare(scenes, [encode_png(picture) for picture in pictures], rewards.total, rng)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows).to_parquet(str(folder / name / "train.parquet"))
+    write_pairs(pipeline, explanations, training, 10_000, folder / "pairs")
     tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
     kept = str(folder / "kept.parquet")
@@ -310,6 +319,7 @@ def make_pairs(base, folder):
     subprocess.run(
         [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
     )
+    write_pairs(pipeline, explanations, test, 20_000, folder / "heldout")
 
 
 # The experiment
