@@ -1279,10 +1279,17 @@ def measure_error_scale(args, accelerator, dataloader, policy, components, noise
     the winners' errors for the margin.
     """
     num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * accelerator.num_processes))
+    first, stride = 0, 1
+    if not args.streaming:
+        # Every process takes other pairs, all of them as many. A stream's process has its own already.
+        first, stride = accelerator.process_index, accelerator.num_processes
+        num_batches = min(num_batches, len(dataloader) // stride)
+    batches = itertools.islice(dataloader, first, num_batches * stride, stride)
     margins = {"latent": [], "ncp": []}
     with perturbed_lora(policy, args.seed):
-        batches = itertools.islice(dataloader, num_batches)
-        for batch in tqdm(batches, desc="Error scale", disable=not accelerator.is_local_main_process):
+        for batch in tqdm(
+            batches, desc="Error scale", total=num_batches, disable=not accelerator.is_local_main_process
+        ):
             batch = send_to_device(batch, accelerator.device)
             denoising = noise_batch(args, batch, components, noise_scheduler)
             ref_pred, model_pred = denoising.predict_reference(policy), denoising.predict(policy)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from conftest import Run
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
@@ -68,6 +69,12 @@ def make_pairs(columns, module=train_ncp_dpo_sd15, **options):
 
 def images(example):
     return [image["pixel_values"] for image in example["images"]]
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """What the scripts' functions log through, when a test calls them without `main`."""
+    PartialState()
 
 
 def test_the_winner_comes_first():
