@@ -1051,13 +1051,14 @@ def prepare_dataloader(args, accelerator, dataloader):
 def remaining_batches(args, accelerator, dataloader, steps_per_epoch, state):
     """Batches from `state["global_step"]` on, which the caller counts, until `--max_train_steps`, epoch by epoch."""
     while state["global_step"] < args.max_train_steps:
-        epoch, steps_done = divmod(state["global_step"], steps_per_epoch)
+        start = state["global_step"]
+        epoch, steps_done = divmod(start, steps_per_epoch)
         dataloader.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps):
             yield batch
             if state["global_step"] == args.max_train_steps:
                 return
-        if divmod(state["global_step"], steps_per_epoch) == (epoch, steps_done):
+        if state["global_step"] == start:
             raise ValueError("No pair of the dataset can be read: `prepare_preferences.py check` says why.")
 
 

@@ -50,7 +50,8 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from ncp_loss import (  # noqa: E402
     NoiseConditionedPerception,
@@ -60,7 +61,6 @@ from ncp_loss import (  # noqa: E402
 )
 
 
-ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets" / "small-world"
 NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 SEED = 0
@@ -424,6 +424,12 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def best_learning_rate(results):
+    """Of one method's runs with the first seed, the learning rate that its choosing captions come out best with."""
+    runs = [result for result in results if result["seed"] == SEEDS[0]]
+    return max(runs, key=lambda result: mean(result["choosing"]["total"]))["learning_rate"]
+
+
 def run_all(folder):
     """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
     if not (folder / "heldout").is_dir():
@@ -447,15 +453,11 @@ def run_all(folder):
 
     num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
     with tqdm(total=num_runs, desc="Runs") as progress_bar, ThreadPoolExecutor(2) as executor:
-        # The cache is written once, by whoever comes first.
-        first = list(METHODS)[0], LEARNING_RATES[0], SEEDS[0]
-        run_apart(first)
-        progress_bar.update(-1)
-        grid = list(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
-        results = list(executor.map(run_apart, grid))
-        best = {}
-        for result in sorted(results, key=lambda result: mean(result["choosing"]["total"])):
-            best[result["method"]] = result["learning_rate"]
+        results = list(executor.map(run_apart, itertools.product(METHODS, LEARNING_RATES, SEEDS[:1])))
+        best = {
+            method: best_learning_rate([result for result in results if result["method"] == method])
+            for method in METHODS
+        }
         list(executor.map(run_apart, [(method, best[method], seed) for method in METHODS for seed in SEEDS[1:]]))
 
 

@@ -33,9 +33,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import small_world  # noqa: E402
 from PIL import Image  # noqa: E402
-from scipy.stats import binomtest  # noqa: E402
 
 from diffusers import StableDiffusionPipeline  # noqa: E402
+from eval_win_rate import compare  # noqa: E402
 
 
 LATENT_TWINS = {
@@ -59,11 +59,8 @@ def load_results(folder):
     for method in small_world.METHODS:
         runs = [result for result in results if result["method"] == method]
         if runs:
-            best = max(
-                (result for result in runs if result["seed"] == small_world.SEEDS[0]),
-                key=lambda result: np.mean(result["choosing"]["total"]),
-            )
-            chosen[method] = [result for result in runs if result["learning_rate"] == best["learning_rate"]]
+            best = small_world.best_learning_rate(runs)
+            chosen[method] = [result for result in runs if result["learning_rate"] == best]
     return chosen
 
 
@@ -78,9 +75,8 @@ def win_rate(ours, theirs):
     Args:
         ours, theirs (`np.ndarray` of shape `(N,)`): rewards of pictures of the same captions from the same noise.
     """
-    wins = (ours > theirs).sum() + 0.5 * (ours == theirs).sum()
-    interval = binomtest(round(wins), len(ours)).proportion_ci(method="wilson")
-    return f"{wins / len(ours):.1%} ({interval.low:.0%} – {interval.high:.0%})"
+    result = compare(ours.tolist(), theirs.tolist())
+    return f"{result.win_rate:.1%} ({result.low:.0%} – {result.high:.0%})"
 
 
 def table(chosen, base):

@@ -51,6 +51,12 @@ def kind(request):
     return request.param
 
 
+def reset_accelerate():
+    """Forgets the accelerator of an earlier run in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 class Run:
     """Trains a tiny model: `Run(...)("--flag", value, ...)` in this process, `.launch(...)` through accelerate."""
 
@@ -74,8 +80,7 @@ class Run:
         return [str(word) for word in [*words, *flags]]
 
     def __call__(self, *flags, **options):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
         script = importlib.import_module(SCRIPTS[self.kind])
         script.main(script.parse_args(self.command(flags, {f"--{name}": value for name, value in options.items()})))
         return self

@@ -19,7 +19,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import reset_accelerate
 from datasets import Dataset
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
@@ -53,8 +53,7 @@ def clip(tmp_path_factory):
 @pytest.fixture
 def evaluate(checkpoints, clip, tmp_path):
     def run(*flags, output_dir=tmp_path / "evaluation", prompts=PROMPTS, **options):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
         options = {
             "pretrained_model_name_or_path": checkpoints["sd15"],
             "pickscore_model_name_or_path": clip,
