@@ -37,8 +37,8 @@ COLOURS = {
     "white": (0.95, 0.95, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 8.0, "large": 14.0}  # radius in pixels
-OUTLINE = 1.5  # width in pixels
+SIZES = {"small": 10.0, "large": 15.0}  # radius in pixels
+OUTLINE = 2.5  # width in pixels
 OUTLINE_COLOUR = (0.05, 0.05, 0.05)
 
 
@@ -65,8 +65,8 @@ def signed_distance(shape, x, y, radius):
     if shape == "triangle":
         # Equilateral, standing on its base
         return torch.maximum(x.abs() * math.cos(math.pi / 6) - y * 0.5, y) - 0.55 * radius
-    upright = torch.maximum(x.abs() - 0.42 * radius, y.abs() - 1.05 * radius)
-    level = torch.maximum(x.abs() - 1.05 * radius, y.abs() - 0.42 * radius)
+    upright = torch.maximum(x.abs() - 0.48 * radius, y.abs() - radius)
+    level = torch.maximum(x.abs() - radius, y.abs() - 0.48 * radius)
     return torch.minimum(upright, level)
 
 
@@ -107,7 +107,7 @@ def render(scenes, generator, well_drawn=0.5):
 
     n = len(scenes)
     radii = torch.tensor([SIZES[scene.size] for scene in scenes]) * uniform(0.9, 1.1, n)
-    centers = RESOLUTION / 2 + uniform(-6, 6, n, 2)
+    centers = RESOLUTION / 2 + uniform(-5, 5, n, 2)
     outlined = torch.rand(n, 1, 1, generator=generator) < 0.5
     inside, whole = torch.empty(2, n, RESOLUTION, RESOLUTION)
     for shape in SHAPES:
@@ -128,7 +128,7 @@ def render(scenes, generator, well_drawn=0.5):
         blur = uniform(0.3, 2.0, 1).item()
         pictures[index] = gaussian_blur(pictures[index], blur)
         pictures[index] = 0.5 + uniform(0.35, 1.0, 1) * (pictures[index] - 0.5)
-        grain = uniform(0, 0.12, 1) * torch.randn(3, RESOLUTION, RESOLUTION, generator=generator)
+        grain = uniform(0, 0.08, 1) * torch.randn(3, RESOLUTION, RESOLUTION, generator=generator)
         pictures[index] += grain
     return pictures.clamp(0, 1)
 
@@ -158,7 +158,7 @@ class Explanations:
     """
 
     def __init__(self):
-        grid = RESOLUTION / 2 + torch.arange(-7.0, 7.1)
+        grid = RESOLUTION / 2 + torch.arange(-6.0, 6.1)
         radii = [radius * factor for radius in SIZES.values() for factor in (0.92, 1.0, 1.08)]
         self.candidates = list(itertools.product(SHAPES, radii, grid.tolist(), grid.tolist()))
         self.projections = regions_and_projections(self.candidates)

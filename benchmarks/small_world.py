@@ -67,7 +67,7 @@ SEED = 0
 NUM_PICTURES = 16_000
 WRONG_CAPTIONS = 0.1
 CAPTION_DROPOUT = 0.1
-VAE_STEPS, VAE_BATCH_SIZE = 1_500, 16
+VAE_STEPS, VAE_BATCH_SIZE = 4_000, 8
 UNET_STEPS, UNET_BATCH_SIZE = 9_000, 32
 
 # Prompts to train on; the others are halved into those that choose the learning rate and those that the results are from.

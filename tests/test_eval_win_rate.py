@@ -22,10 +22,10 @@ import torch
 from conftest import reset_accelerate
 from datasets import Dataset
 from PIL import Image
+from tiny_checkpoints import build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 import eval_win_rate
-from demo import build_tokenizer
 
 
 PROMPTS = ["a cat", "a dog", "a bird, and <b>more</b>"]

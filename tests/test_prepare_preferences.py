@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
+from tiny_checkpoints import build_tokenizer
 
-from demo import build_tokenizer
 from prepare_preferences import image_bytes, main, pair_ranks, parse_args, row_groups
 
 

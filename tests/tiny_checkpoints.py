@@ -22,13 +22,23 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tiny_unets import sd15_unet, sdxl_unet
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from demo import build_tokenizer
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 
 RESOLUTION = 32
+
+
+def build_tokenizer(folder):
+    """A byte-level CLIP tokenizer, saved in `folder`: every byte is a token, once within and once at the end of a word."""
+    symbols = sorted(ByteLevel.alphabet())
+    words = symbols + [symbol + "</w>" for symbol in symbols] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def text_config(tokenizer, hidden_size, projection_dim=8):
