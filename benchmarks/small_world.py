@@ -16,8 +16,8 @@
 
     python benchmarks/small_world.py base     # trains assets/small-world from scratch: half an hour on two cores
     python benchmarks/small_world.py pairs    # what the base draws, labelled by a hidden preference
-    python benchmarks/small_world.py run dpo-ncp --learning_rate 1e-3 --seed 0     # one run: some minutes
-    python benchmarks/small_world.py all      # all of them, two at a time; what is there already is not run again
+    python benchmarks/small_world.py run dpo-ncp --learning_rate 1e-3 --seed 0 1 2     # a row of the table: some minutes
+    python benchmarks/small_world.py all      # all runs, two at a time; what is there already is not run again
 
 What pictures show and how good they are is in `scenes.py`. Pairs are labelled as people do it, the better picture winning
 only more often (Bradley-Terry), and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of
@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ NUM_PICTURES = 16_000
 WRONG_CAPTIONS = 0.1
 CAPTION_DROPOUT = 0.1
 VAE_STEPS, VAE_BATCH_SIZE = 4_000, 8
-UNET_STEPS, UNET_BATCH_SIZE = 9_000, 32
+UNET_STEPS, UNET_BATCH_SIZE = 6_000, 32
 
 # Prompts to train on; the others are halved into those that choose the learning rate and those that the results are from.
 NUM_TRAINING_SCENES = 160
@@ -77,6 +78,8 @@ TEMPERATURE = 0.05  # of the choice: a difference in reward of 0.05 decides 73 %
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 20
 TEST_PICTURES_PER_SCENE = 2
+# The first seed of the noise that pictures are drawn from
+PAIRS_NOISE, HELDOUT_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 20_000, 30_000, 40_000
 STEPS = (100, 200, 300)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -265,9 +268,13 @@ def draw(pipeline, scenes, first_seed):
     return torch.cat(pictures).float()
 
 
-def encode_png(picture):
+def to_pil(pictures):
+    return StableDiffusionPipeline.numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy())
+
+
+def encode_png(image):
     buffer = io.BytesIO()
-    StableDiffusionPipeline.numpy_to_pil(picture.permute(1, 2, 0).numpy())[0].save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -301,7 +308,7 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
     scenes = [scene for scene in scenes for _ in range(PICTURES_PER_SCENE)]
     pictures = draw(pipeline, scenes, first_seed)
     rewards = reward(pictures, scenes, explanations)
-    rows = compare(scenes, [encode_png(picture) for picture in pictures], rewards.total, random.Random(SEED))
+    rows = compare(scenes, [encode_png(image) for image in to_pil(pictures)], rewards.total, random.Random(SEED))
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
     return rewards
@@ -311,7 +318,7 @@ def make_pairs(base, folder):
     """Writes the pairs, those of absolute winners alone, and pairs of captions that are not trained on."""
     pipeline, explanations = load_pipeline(base), Explanations()
     training, _, test = split_scenes()
-    write_pairs(pipeline, explanations, training, 10_000, folder / "pairs")
+    write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
     tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
     kept = str(folder / "kept.parquet")
@@ -319,14 +326,19 @@ def make_pairs(base, folder):
     subprocess.run(
         [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
     )
-    write_pairs(pipeline, explanations, test, 20_000, folder / "heldout")
+    write_pairs(pipeline, explanations, test, HELDOUT_NOISE, folder / "heldout")
 
 
 # The experiment
 
 
 def train(folder, output_dir, method, learning_rate, seed):
-    """Trains as a user would. Returns the seconds that steps took, up to each of `STEPS`."""
+    """
+    Trains as a user would.
+
+    Returns:
+        The command, which runs in the repository's root, and the seconds that steps took, up to each of `STEPS`.
+    """
     options = {
         "pretrained_model_name_or_path": ASSETS,
         "dataset_name": "pairs",
@@ -343,22 +355,31 @@ def train(folder, output_dir, method, learning_rate, seed):
         "checkpointing_steps": STEPS[0],
         "seed": seed,
         "output_dir": output_dir,
+        "resume_from_checkpoint": "latest",
         **METHODS[method],
     }
     options["dataset_name"] = folder / options["dataset_name"]
-    command = [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py")]
+    words = ["train_ncp_dpo_sd15.py"]
     for name, value in options.items():
-        command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
-    subprocess.run([*command, "--resume_from_checkpoint", "latest"], check=True)
+        value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
+        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    command = shlex.join(["python", *words])
+    print(command, flush=True)
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
     (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
     events = EventAccumulator(str(logs))
     events.Reload()
     times = {event.step: event.wall_time for event in events.Scalars("loss")}
-    return {step: (times[step] - times[1]) * step / (step - 1) for step in STEPS}
+    return command, {step: (times[step] - times[1]) * step / (step - 1) for step in STEPS}
+
+
+def test_noise(seed):
+    """Runs of one seed are compared from the same noise, those of another from another."""
+    return TEST_NOISE + 1_000 * seed
 
 
 def measure(pipeline, scenes, first_seed, explanations):
-    """Rewards of pictures that are always drawn from the same noise, as lists."""
+    """Rewards of pictures, by name, as lists."""
     scenes = [scene for scene in scenes for _ in range(TEST_PICTURES_PER_SCENE)]
     rewards = reward(draw(pipeline, scenes, first_seed), scenes, explanations)
     return {name: value.tolist() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
@@ -404,15 +425,16 @@ def run(folder, method, learning_rate, seed):
     file = output_dir / "result.json"
     if file.is_file():
         return json.loads(file.read_text())
-    seconds = train(folder, output_dir, method, learning_rate, seed)
+    command, seconds = train(folder, output_dir, method, learning_rate, seed)
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
     _, choosing, test = split_scenes()
-    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "seconds": seconds, "test": {}}
+    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command, "seconds": seconds}
+    result["test"] = {}
     for step in STEPS:
         pipeline.load_lora_weights(output_dir / f"checkpoint-{step}")
-        result["test"][step] = measure(pipeline, test, 30_000, explanations)
+        result["test"][step] = measure(pipeline, test, test_noise(seed), explanations)
         if step == STEPS[-1]:
-            result["choosing"] = measure(pipeline, choosing, 40_000, explanations)
+            result["choosing"] = measure(pipeline, choosing, CHOOSING_NOISE, explanations)
             heldout = Dataset.from_parquet(str(folder / "heldout" / "train.parquet"))
             result["implicit_accuracy"] = implicit_accuracy(pipeline, list(heldout))
         pipeline.unload_lora_weights()
@@ -432,8 +454,6 @@ def best_learning_rate(results):
 
 def run_all(folder):
     """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
-    if not (folder / "heldout").is_dir():
-        make_pairs(ASSETS, folder)
 
     def run_apart(arguments):
         method, learning_rate, seed = arguments
@@ -470,7 +490,7 @@ def parse_args(input_args=None):
     one = commands.add_parser("run", help="train and measure one method")
     one.add_argument("method", choices=list(METHODS))
     one.add_argument("--learning_rate", type=float, default=1e-3)
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int, nargs="+", default=[0])
     for command in commands.choices.values():
         command.add_argument("--folder", type=Path, default=Path("small_world"), help="where pairs and runs are kept")
     return parser.parse_args(input_args)
@@ -479,15 +499,17 @@ def parse_args(input_args=None):
 def main(args):
     if args.command == "base":
         train_base(ASSETS)
-    elif args.command == "pairs":
+        return
+    if args.command == "pairs" or not (args.folder / "heldout" / "train.parquet").is_file():
         make_pairs(ASSETS, args.folder)
-    elif args.command == "all":
+    if args.command == "all":
         run_all(args.folder)
-    else:
-        result = run(args.folder, args.method, args.learning_rate, args.seed)
-        for step, rewards in result["test"].items():
-            means = ", ".join(f"{name} {mean(values):.3f}" for name, values in rewards.items())
-            print(f"step {step}, {result['seconds'][step]:.0f} s: {means}")
+    elif args.command == "run":
+        for seed in args.seed:
+            result = run(args.folder, args.method, args.learning_rate, seed)
+            for step, rewards in result["test"].items():
+                means = ", ".join(f"{name} {mean(values):.3f}" for name, values in rewards.items())
+                print(f"seed {seed}, step {step}, {result['seconds'][step]:.0f} s: {means}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What came out of `small_world.py all`: a table, plots and pictures.
 
 python benchmarks/small_world_report.py     # reads small_world/runs, writes benchmarks/results/small_world
@@ -34,7 +33,6 @@ import numpy as np  # noqa: E402
 import small_world  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from diffusers import StableDiffusionPipeline  # noqa: E402
 from eval_win_rate import compare  # noqa: E402
 
 
@@ -53,7 +51,7 @@ NUM_SHOWN = 8
 
 
 def load_results(folder):
-    """The runs of each method at the learning rate that its choosing prompts preferred, by seed."""
+    """The runs of each method at the learning rate that its choosing captions preferred, one per seed, and all runs."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
     chosen = {}
     for method in small_world.METHODS:
@@ -61,11 +59,28 @@ def load_results(folder):
         if runs:
             best = small_world.best_learning_rate(runs)
             chosen[method] = [result for result in runs if result["learning_rate"] == best]
-    return chosen
+    return chosen, results
+
+
+def measure_base():
+    """Rewards of the base's pictures, by seed and name."""
+    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), small_world.Explanations()
+    _, _, test = small_world.split_scenes()
+    return {
+        seed: small_world.measure(pipeline, test, small_world.test_noise(seed), explanations)
+        for seed in small_world.SEEDS
+    }
 
 
 def final(result, part="total"):
     return np.array(result["test"][str(small_world.STEPS[-1])][part])
+
+
+def curve(result, base):
+    """Steps, seconds and mean reward of a run, from the base on."""
+    steps = [str(step) for step in small_world.STEPS]
+    rewards = [np.mean(base[result["seed"]]["total"]), *(np.mean(result["test"][step]["total"]) for step in steps)]
+    return [0, *small_world.STEPS], [0, *(result["seconds"][step] for step in steps)], rewards
 
 
 def win_rate(ours, theirs):
@@ -73,58 +88,82 @@ def win_rate(ours, theirs):
     Share of pictures with the higher reward, ties counting half, with its 95 % confidence interval (Wilson).
 
     Args:
-        ours, theirs (`np.ndarray` of shape `(N,)`): rewards of pictures of the same captions from the same noise.
+        ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by seed, rewards of pictures of the same captions from the
+            same noise.
     """
-    result = compare(ours.tolist(), theirs.tolist())
-    return f"{result.win_rate:.1%} ({result.low:.0%} – {result.high:.0%})"
+    result = compare(np.concatenate(ours).tolist(), np.concatenate(theirs).tolist())
+    return f"{result.win_rate:.0%} ({result.low:.0%} – {result.high:.0%})"
+
+
+def mean_and_spread(values):
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def table(chosen, base):
-    lines = [
-        "| method | learning rate | reward | quality | match | style | beats base | beats its latent twin"
-        " | implicit accuracy, latent | ncp | seconds per 100 steps |",
-        "|---" * 11 + "|",
-        "| base | | " + " | ".join(f"{np.mean(base[part]):.3f}" for part in PARTS) + " | | | | | |",
+    columns = [
+        "method",
+        "learning rate",
+        "reward",
+        *PARTS[1:],
+        "beats base",
+        "beats latent twin",
+        "reward at its time",
     ]
+    columns += ["implicit accuracy, latent", "ncp", "seconds"]
+    base_means = " | ".join(mean_and_spread([np.mean(rewards[part]) for rewards in base.values()]) for part in PARTS)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", f"| base | | {base_means} |" + " |" * 6]
     for method, runs in chosen.items():
-        means = {part: [final(run, part).mean() for run in runs] for part in PARTS}
-        ours = np.concatenate([final(run) for run in runs])
-        beats_base = win_rate(ours, np.tile(base["total"], len(runs)))
+        means = [mean_and_spread([final(run, part).mean() for run in runs]) for part in PARTS]
+        beats_base = win_rate([final(run) for run in runs], [np.array(base[run["seed"]]["total"]) for run in runs])
         twins = {run["seed"]: run for run in chosen.get(LATENT_TWINS.get(method), [])}
-        paired = [(final(run), final(twins[run["seed"]])) for run in runs if run["seed"] in twins]
-        beats_twin = win_rate(*(np.concatenate(side) for side in zip(*paired))) if paired else ""
-        spread = f" ± {np.std(means['total'], ddof=1):.3f}" if len(runs) > 1 else ""
-        accuracy = {space: np.mean([run["implicit_accuracy"][space] for run in runs]) for space in ("latent", "ncp")}
-        seconds = np.mean([run["seconds"][str(small_world.STEPS[-1])] for run in runs]) / small_world.STEPS[-1] * 100
-        lines.append(
-            f"| {method} | {runs[0]['learning_rate']:g} | {np.mean(means['total']):.3f}{spread} | "
-            + " | ".join(f"{np.mean(means[part]):.3f}" for part in PARTS[1:])
-            + f" | {beats_base} | {beats_twin} | {accuracy['latent']:.2f} | {accuracy['ncp']:.2f} | {seconds:.0f} |"
-        )
+        pairs = [(run, twins[run["seed"]]) for run in runs if run["seed"] in twins]
+        beats_twin = at_equal_time = ""
+        if pairs:
+            beats_twin = win_rate(*([final(run) for run in side] for side in zip(*pairs)))
+            at_equal_time = mean_and_spread(
+                [np.interp(curve(twin, base)[1][-1], *curve(run, base)[1:]) for run, twin in pairs]
+            )
+        accuracies = (np.mean([run["implicit_accuracy"][space] for run in runs]) for space in ("latent", "ncp"))
+        seconds = np.mean([curve(run, base)[1][-1] for run in runs])
+        cells = [method, f"{runs[0]['learning_rate']:g}", *means, beats_base, beats_twin, at_equal_time]
+        cells += [*(f"{accuracy:.2f}" for accuracy in accuracies), f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learning_rate_table(results):
+    """What learning rates were chosen by: the mean reward on captions that are in no other table."""
+    rates = sorted({result["learning_rate"] for result in results})
+    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for method in small_world.METHODS:
+        means = {
+            result["learning_rate"]: f"{np.mean(result['choosing']['total']):.3f}"
+            for result in results
+            if result["method"] == method and result["seed"] == small_world.SEEDS[0]
+        }
+        if means:
+            lines.append(f"| {method} | {' | '.join(means.get(rate, '') for rate in rates)} |")
     return "\n".join(lines)
 
 
 def plot(chosen, base, path):
     """Reward against steps and against seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for method, runs in chosen.items():
-        steps = np.array([0, *small_world.STEPS])
-        seconds = np.array([0, *(np.mean([run["seconds"][str(step)] for run in runs]) for step in small_world.STEPS)])
-        rewards = np.array(
-            [
-                [np.mean(base["total"]), *(np.mean(run["test"][str(step)]["total"]) for step in small_world.STEPS)]
-                for run in runs
-            ]
-        )
-        style = {"linestyle": "--" if "latent" in method else "-", "marker": "."}
-        for axis, x in zip(axes, (steps, seconds)):
-            (line,) = axis.plot(x, rewards.mean(axis=0), label=method, **style)
-            axis.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), color=line.get_color(), alpha=0.12)
-    axes[0].set(xlabel="steps", ylabel="true reward on held-out captions")
-    axes[1].set(xlabel="seconds of training on one core")
-    axes[1].legend(fontsize=7)
+    losses_and_spaces = [method for method in chosen if method.count("-") == 1]
+    variants = [method for method in chosen if method.startswith("dpo")]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharey=True)
+    for row, methods in zip(axes, (losses_and_spaces, variants)):
+        for method in methods:
+            curves = [curve(run, base) for run in chosen[method]]
+            steps, seconds, rewards = (np.array(values) for values in zip(*curves))
+            for axis, x in zip(row, (steps.mean(axis=0), seconds.mean(axis=0))):
+                style = "--" if "latent" in method else "-"
+                (line,) = axis.plot(x, rewards.mean(axis=0), style, marker=".", label=method)
+                axis.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), color=line.get_color(), alpha=0.12)
+        row[0].set(ylabel="true reward on held-out captions", xlabel="steps")
+        row[1].set(xlabel="seconds of training on one core")
+        row[1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def save_pictures(folder, chosen, path):
@@ -137,8 +176,8 @@ def save_pictures(folder, chosen, path):
         if run is not None:
             name = f"{method}-{run['learning_rate']:g}-{run['seed']}"
             pipeline.load_lora_weights(folder / "runs" / name)
-        for axis, scene, picture in zip(row, scenes, small_world.draw(pipeline, scenes, 30_000)):
-            image = StableDiffusionPipeline.numpy_to_pil(picture.permute(1, 2, 0).numpy())[0]
+        pictures = small_world.draw(pipeline, scenes, small_world.TEST_NOISE)
+        for axis, scene, image in zip(row, scenes, small_world.to_pil(pictures)):
             axis.imshow(image.resize((144, 144), Image.Resampling.NEAREST))
             axis.set(xticks=[], yticks=[])
             if run is None:
@@ -150,26 +189,42 @@ def save_pictures(folder, chosen, path):
 
 
 def main(args):
-    chosen = load_results(args.folder)
-    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), small_world.Explanations()
-    base = small_world.measure(pipeline, small_world.split_scenes()[2], 30_000, explanations)
+    chosen, results = load_results(args.folder)
+    base = measure_base()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(chosen, base, args.output_dir / "rewards.png")
     save_pictures(args.folder, chosen, args.output_dir / "pictures.png")
+    commands = [run["command"] for runs in chosen.values() for run in runs]
+    (args.output_dir / "commands.txt").write_text("\n".join(commands) + "\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    num_seeds = max(len(runs) for runs in chosen.values())
+    num_pictures = len(base[small_world.SEEDS[0]]["total"])
     report = f"""# Small world
 
 `python benchmarks/small_world.py all`, then `python benchmarks/small_world_report.py`; Python {platform.python_version()},
-{versions}. {small_world.STEPS[-1]} steps, up to {num_seeds} seeds (± is their standard deviation), learning rates chosen on
-captions of their own; {len(base["total"])} pictures of held-out captions a run, all methods from the same noise. Win rates are
-with their 95 % confidence intervals.
+{versions}. What the columns mean is said below, what was run is in [`commands.txt`](commands.txt).
 
 {table(chosen, base)}
 
 ![Reward against steps and seconds](rewards.png)
 
-![The same captions and noise by every method](pictures.png)
+- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], after
+  {small_world.STEPS[-1]} steps, of {num_pictures} pictures per seed. Captions are held out; runs of one seed start from the same noise.
+  ± is the standard deviation over seeds {", ".join(map(str, small_world.SEEDS))}.
+- *beats*: share of pictures with the higher reward than that from the same noise by the base, or by the same method in latent
+  space (for variants of NCP-DPO: latent DPO), with its 95 % confidence interval.
+- *reward at its time*: interpolated at the seconds that the latent twin takes for all its steps.
+- *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
+- *seconds* for all steps on one core, two runs at a time.
+
+## The same captions from the same noise
+
+![A row of pictures per method](pictures.png)
+
+## Learning rates
+
+By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps with seed {small_world.SEEDS[0]}:
+
+{learning_rate_table(results)}
 """
     (args.output_dir / "README.md").write_text(report)
     print(report)

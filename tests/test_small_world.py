@@ -102,29 +102,43 @@ def test_from_pairs_to_a_result(quick, tmp_path, capsys):
     # A result is not computed again.
     file.write_text(json.dumps({**result, "seconds": {"2": 7, "4": 7}}))
     small_world.main(small_world.parse_args(arguments))
-    assert "7 s" in capsys.readouterr().out
+    assert "step 4, 7 s" in capsys.readouterr().out
 
 
 def test_report(quick, tmp_path):
-    base = tmp_path / "world"
-    small_world.make_pairs(small_world.ASSETS, base)
+    world = tmp_path / "world"
+    small_world.make_pairs(small_world.ASSETS, world)
+    rewards = {}
     for method in ("dpo-latent", "dpo-ncp"):
-        small_world.run(base, method, 1e-3, 0)
-    small_world_report.main(argparse.Namespace(folder=base, output_dir=tmp_path / "report"))
+        result = small_world.run(world, method, 1e-3, 0)
+        rewards[method] = np.mean(result["test"]["4"]["total"])
+    small_world_report.main(argparse.Namespace(folder=world, output_dir=tmp_path / "report"))
     lines = (tmp_path / "report" / "README.md").read_text().splitlines()
-    rewards = {
-        name: np.mean(
-            json.loads((base / "runs" / f"{name}-0.001-0" / "result.json").read_text())["test"]["4"]["total"]
-        )
-        for name in ("dpo-latent", "dpo-ncp")
-    }
     for name, mean in rewards.items():
-        (line,) = (line for line in lines if line.startswith(f"| {name} |"))
+        line, _ = (line for line in lines if line.startswith(f"| {name} |"))
         assert f"| {mean:.3f} |" in line
+    assert sum("--loss_space latent" in line for line in open(tmp_path / "report" / "commands.txt")) == 1
     for name in ("rewards.png", "pictures.png"):
         assert Image.open(tmp_path / "report" / name).size > (500, 200)
 
 
+def test_reward_at_equal_time():
+    runs = [
+        {"method": method, "seed": 0, "learning_rate": 1, "seconds": dict(zip(("100", "200", "300"), seconds))}
+        for method, seconds in {"dpo-latent": (5, 10, 15), "dpo-ncp": (10, 20, 30)}.items()
+    ]
+    for run in runs:
+        run["implicit_accuracy"] = {"latent": 1, "ncp": 1}
+        run["test"] = {
+            step: dict.fromkeys(small_world_report.PARTS, [reward, reward])
+            for step, reward in zip(("100", "200", "300"), (0.6, 0.8, 0.9))
+        }
+    base = {0: dict.fromkeys(small_world_report.PARTS, [0.4, 0.6])}
+    table = small_world_report.table({run["method"]: [run] for run in runs}, base)
+    # Half way between the first and the second hundred steps
+    assert table.splitlines()[-1].split(" | ")[8] == "0.700"
+
+
 def test_win_rate():
-    ours, theirs = np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 3, 5])
-    assert small_world_report.win_rate(ours, theirs).startswith("62.5% (")
+    ours, theirs = [np.array([1.0, 2]), np.array([3.0, 4])], [np.array([0.0, 1]), np.array([3.0, 5])]
+    assert small_world_report.win_rate(ours, theirs).startswith("62% (")
