@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the error scale is for, shown on the demo's base model: `python demo.py`, then `python benchmarks/error_scale.py`.
+"""What the error scale is for, shown in the small world: `python benchmarks/small_world.py pairs`, then
+`python benchmarks/error_scale.py`.
 
 NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the paper has them (scale 1) and at the measured
 scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes a table to standard output.
@@ -34,13 +35,13 @@ ADAM_EPSILON = 1e-8
 WINDOW = 25
 
 
-def train(demo, name, **options):
+def train(folder, name, **options):
     """Trains as a user would and returns all scalars that were logged, by name, one per step."""
-    output_dir = demo / "error_scale" / name
+    output_dir = folder / "error_scale" / name
     options = {
-        "pretrained_model_name_or_path": demo / "base",
-        "train_data_dir": demo / "pairs",
-        "resolution": 64,
+        "pretrained_model_name_or_path": ROOT / "assets" / "small-world",
+        "dataset_name": folder / "pairs",
+        "resolution": 48,
         "rank": 16,
         "train_batch_size": 4,
         "lr_scheduler": "constant",
@@ -51,8 +52,8 @@ def train(demo, name, **options):
     }
     words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
     subprocess.run([sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), "--no_hflip", *words], check=True)
-    (folder,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
 
@@ -68,7 +69,7 @@ def main(args):
     print("|---|---|---|---|---|")
     for scale in ("1", "auto"):
         scalars = train(
-            args.demo,
+            args.folder,
             f"dpo-{scale}",
             loss_type="dpo",
             ncp_error_scale=scale,
@@ -87,15 +88,20 @@ def main(args):
     print("|---|---|---|")
     for scale in ("1", "auto"):
         scalars = train(
-            args.demo, f"sft-{scale}", loss_type="sft", ncp_error_scale=scale, learning_rate=0, max_train_steps=WINDOW
+            args.folder,
+            f"sft-{scale}",
+            loss_type="sft",
+            ncp_error_scale=scale,
+            learning_rate=0,
+            max_train_steps=WINDOW,
         )
-        rms = np.median(scalars["grad_norm"]) / math.sqrt(count_parameters(args.demo / f"error_scale/sft-{scale}"))
+        rms = np.median(scalars["grad_norm"]) / math.sqrt(count_parameters(args.folder / f"error_scale/sft-{scale}"))
         print(f"| scale {scale} | {rms:.2g} | {rms / ADAM_EPSILON:.2g} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="The folder that the demo wrote.")
+    parser.add_argument("--folder", type=Path, default=Path("small_world"), help="where the small world's pairs are")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     main(parser.parse_args())
