@@ -101,7 +101,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("small_world"), help="where the small world's pairs are")
+    parser.add_argument("--folder", type=Path, default=Path("small-world"), help="where the small world's pairs are")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     main(parser.parse_args())

@@ -498,7 +498,7 @@ def parse_args(input_args=None):
     one.add_argument("--learning_rate", type=float, default=1e-3)
     one.add_argument("--seed", type=int, nargs="+", default=[0])
     for command in commands.choices.values():
-        command.add_argument("--folder", type=Path, default=Path("small_world"), help="where pairs and runs are kept")
+        command.add_argument("--folder", type=Path, default=Path("small-world"), help="where pairs and runs are kept")
     return parser.parse_args(input_args)
 
 

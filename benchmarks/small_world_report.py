@@ -14,7 +14,7 @@
 
 """What came out of `small_world.py all`: a table, plots and pictures.
 
-python benchmarks/small_world_report.py     # reads small_world/runs, writes benchmarks/results/small_world
+python benchmarks/small_world_report.py     # reads small-world/runs, writes benchmarks/results/small_world
 """
 
 import argparse
@@ -45,6 +45,14 @@ LATENT_TWINS = {
     "dpo-ncp-scale-1": "dpo-latent",
     "dpo-ncp-filtered": "dpo-latent-filtered",
 }
+# What a variant is for, in pictures won
+DUELS = (
+    ("dpo-ncp-bf16-probe", "dpo-ncp-bf16-literal"),
+    ("dpo-ncp-bf16-probe", "dpo-ncp"),
+    ("dpo-ncp", "dpo-ncp-scale-1"),
+    ("dpo-ncp-filtered", "dpo-ncp"),
+    ("dpo-latent-filtered", "dpo-latent"),
+)
 PARTS = ("total", "quality", "match", "style")
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
 NUM_SHOWN = 8
@@ -95,6 +103,16 @@ def win_rate(ours, theirs):
     return f"{result.win_rate:.0%} ({result.low:.0%} – {result.high:.0%})"
 
 
+def same_seeds(ours, theirs):
+    """Pairs of runs with the same seed."""
+    by_seed = {run["seed"]: run for run in theirs}
+    return [(run, by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
+
+
+def run_win_rate(pairs):
+    return win_rate(*([final(run) for run in side] for side in zip(*pairs)))
+
+
 def mean_and_spread(values):
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
@@ -115,11 +133,10 @@ def table(chosen, base):
     for method, runs in chosen.items():
         means = [mean_and_spread([final(run, part).mean() for run in runs]) for part in PARTS]
         beats_base = win_rate([final(run) for run in runs], [np.array(base[run["seed"]]["total"]) for run in runs])
-        twins = {run["seed"]: run for run in chosen.get(LATENT_TWINS.get(method), [])}
-        pairs = [(run, twins[run["seed"]]) for run in runs if run["seed"] in twins]
+        pairs = same_seeds(runs, chosen.get(LATENT_TWINS.get(method), []))
         beats_twin = at_equal_time = ""
         if pairs:
-            beats_twin = win_rate(*([final(run) for run in side] for side in zip(*pairs)))
+            beats_twin = run_win_rate(pairs)
             at_equal_time = mean_and_spread(
                 [np.interp(curve(twin, base)[1][-1], *curve(run, base)[1:]) for run, twin in pairs]
             )
@@ -128,6 +145,16 @@ def table(chosen, base):
         cells = [method, f"{runs[0]['learning_rate']:g}", *means, beats_base, beats_twin, at_equal_time]
         cells += [*(f"{accuracy:.2f}" for accuracy in accuracies), f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def duels(chosen):
+    """Win rates between methods that differ in one thing."""
+    lines = ["| | against | wins |", "|---|---|---|"]
+    for ours, theirs in DUELS:
+        pairs = same_seeds(chosen.get(ours, []), chosen.get(theirs, []))
+        if pairs:
+            lines.append(f"| {ours} | {theirs} | {run_win_rate(pairs)} |")
     return "\n".join(lines)
 
 
@@ -216,6 +243,10 @@ def main(args):
 - *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
 - *seconds* for all steps on one core, two runs at a time.
 
+## One thing apart
+
+{duels(chosen)}
+
 ## The same captions from the same noise
 
 ![A row of pictures per method](pictures.png)
@@ -232,6 +263,6 @@ By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("small_world"))
+    parser.add_argument("--folder", type=Path, default=Path("small-world"))
     parser.add_argument("--output_dir", type=Path, default=small_world.ROOT / "benchmarks" / "results" / "small_world")
     main(parser.parse_args())

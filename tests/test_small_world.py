@@ -24,20 +24,23 @@ import small_world
 import small_world_report
 import torch
 from PIL import Image
-from scenes import SCENES
+from scenes import SCENES, reward
 
 from diffusers import StableDiffusionPipeline
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def train_base(folder, **options):
     """A base model that has seen three batches."""
-    folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in {"NUM_PICTURES": 1000, "VAE_STEPS": 3, "UNET_STEPS": 3}.items():
+        for name, value in {"NUM_PICTURES": 1000, "VAE_STEPS": 3, "UNET_STEPS": 3, **options}.items():
             monkeypatch.setattr(small_world, name, value)
         small_world.train_base(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return train_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -78,15 +81,31 @@ def test_better_pictures_win_as_often_as_they_should():
         assert np.mean(labels) == pytest.approx(expected, abs=0.05)
 
 
-def test_base_model_is_small_and_of_the_usual_kind(base):
-    files = [path for path in base.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 8e6
+def test_base_model_is_of_the_usual_kind(base):
     pipeline = small_world.load_pipeline(base)
     assert isinstance(pipeline, StableDiffusionPipeline)
     scenes = small_world.split_scenes()[2][:16]
     pictures = small_world.draw(pipeline, scenes, 0)
     # The noise of a picture is its own, whatever it is drawn together with.
     torch.testing.assert_close(small_world.draw(pipeline, scenes[3:5], 3), pictures[3:5], atol=1e-3, rtol=0)
+
+
+def test_base_model_comes_from_a_seed(base, tmp_path):
+    def unet(folder):
+        return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    assert unet(train_base(tmp_path / "again")) == unet(base)
+    assert unet(train_base(tmp_path / "other", SEED=1)) != unet(base)
+
+
+def test_committed_base_model_draws_what_is_asked_for():
+    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), small_world.Explanations()
+    assert sum(path.stat().st_size for path in small_world.ASSETS.rglob("*") if path.is_file()) < 8e6
+    asked, other = SCENES[:10], SCENES[120:130]
+    pictures = small_world.draw(pipeline, asked, 0)
+    assert (
+        reward(pictures, asked, explanations).match.mean() > reward(pictures, other, explanations).match.mean() + 0.2
+    )
 
 
 def test_from_pairs_to_a_result(quick, tmp_path, capsys):
