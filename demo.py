@@ -20,6 +20,7 @@ pictures are labelled by a hidden preference: for sharp pictures of what was ask
 """
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ def save_before_after(scenes, before, after, path):
 def main(output_dir):
     pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), Explanations()
     training, _, test = small_world.split_scenes()
+    lora = output_dir / "lora"
 
     say("1/4 The base model draws pictures to compare")
     small_world.write_pairs(
@@ -75,11 +77,13 @@ def main(output_dir):
     pictures = {0: small_world.draw(pipeline, test, small_world.TEST_NOISE)}
 
     say("3/4 A LoRA is trained on the pairs")
-    small_world.train(output_dir, output_dir / "lora", METHOD, LEARNING_RATE, seed=0)
+    # Or else that of an earlier demo would be taken up.
+    shutil.rmtree(lora, ignore_errors=True)
+    small_world.train(small_world.training_command(output_dir, lora, METHOD, LEARNING_RATE, seed=0), lora)
 
     say("4/4 The other captions again, from the same noise")
     for step in small_world.STEPS:
-        pipeline.load_lora_weights(output_dir / "lora" / f"checkpoint-{step}")
+        pipeline.load_lora_weights(lora / f"checkpoint-{step}")
         pictures[step] = small_world.draw(pipeline, test, small_world.TEST_NOISE)
         pipeline.unload_lora_weights()
     save_before_after(test[:NUM_SHOWN], pictures[0], pictures[step], output_dir / "before_after.png")

@@ -28,6 +28,7 @@ are there already are not drawn again.
 
 import argparse
 import csv
+import hashlib
 import html
 import json
 import math
@@ -144,9 +145,18 @@ def load_prompt_column(args):
     return dataset[args.prompt_column][:]
 
 
+def digest_of_lora(path):
+    """What a local LoRA holds, since training may go on in the same folder; `None` of one from the hub."""
+    path = Path(path or "")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return digest.hexdigest()[:16] if files else None
+
+
 def check_settings(args, prompts):
     """Keeps with the pictures what they depend on; a `ValueError` if those in `--output_dir` were drawn otherwise."""
     settings = {name: getattr(args, name) for name in PICTURE_ARGUMENTS}
+    loras = {name: digest_of_lora(settings[name]) for name in ("lora_weights", "baseline_lora_weights")}
     file = Path(args.output_dir) / SETTINGS_NAME
     if file.is_file():
         saved = json.loads(file.read_text())
@@ -157,6 +167,7 @@ def check_settings(args, prompts):
             for name in settings
             if settings[name] != saved[name]
         ]
+        changes += [f"--{name} holds other weights" for name in loras if loras[name] != saved["loras"][name]]
         if saved["prompts"][:known] != prompts[:known]:
             changes.append("the prompts are others")
         if changes:
@@ -165,7 +176,7 @@ def check_settings(args, prompts):
             )
         prompts = max(prompts, saved["prompts"], key=len)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**settings, "prompts": prompts}, indent=2))
+    file.write_text(json.dumps({**settings, "loras": loras, "prompts": prompts}, indent=2))
 
 
 def picture_path(args, side, index):
@@ -253,7 +264,7 @@ class Aesthetic(CLIPSimilarity):
 
     def __call__(self, prompt, image):
         _, picture = self.embed(prompt, image)
-        return self.head(picture / picture.norm(dim=-1, keepdim=True)).item()
+        return self.head(picture).item()
 
 
 def load_pickscore(args, device):
@@ -303,8 +314,11 @@ def score_pictures(args, accelerator, prompts, scorers):
     for index in tqdm(share, desc="Scoring", disable=not accelerator.is_local_main_process):
         for side_number, side in enumerate(SIDES):
             image = load_picture(args, side, index)
-            for number, scorer in enumerate(scorers.values()):
-                scores[number, side_number, index] = scorer(prompts[index], image)
+            for number, (name, scorer) in enumerate(scorers.items()):
+                score = scorer(prompts[index], image)
+                if not math.isfinite(score):
+                    raise ValueError(f"{picture_path(args, side, index)}: its {name} is {score}.")
+                scores[number, side_number, index] = score
     scores = accelerator.reduce(scores).tolist()
     return {name: dict(zip(SIDES, values)) for name, values in zip(scorers, scores)}
 
@@ -326,8 +340,8 @@ class Comparison(NamedTuple):
 def compare(scores, baseline_scores):
     """The `Comparison` of two lists of scores of the same prompts."""
     n = len(scores)
-    wins = sum(ours > theirs for ours, theirs in zip(scores, baseline_scores))
-    losses = sum(ours < theirs for ours, theirs in zip(scores, baseline_scores))
+    wins = sum(ours > theirs for ours, theirs in zip(scores, baseline_scores, strict=True))
+    losses = sum(ours < theirs for ours, theirs in zip(scores, baseline_scores, strict=True))
     rate = (wins + 0.5 * (n - wins - losses)) / n
     z = statistics.NormalDist().inv_cdf(0.975)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)

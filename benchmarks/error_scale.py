@@ -21,6 +21,7 @@ scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes 
 
 import argparse
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ WINDOW = 25
 def train(folder, name, **options):
     """Trains as a user would and returns all scalars that were logged, by name, one per step."""
     output_dir = folder / "error_scale" / name
+    shutil.rmtree(output_dir, ignore_errors=True)
     options = {
         "pretrained_model_name_or_path": ROOT / "assets" / "small-world",
         "dataset_name": folder / "pairs",
@@ -58,8 +60,10 @@ def train(folder, name, **options):
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
 
 
-def count_parameters(folder):
-    return sum(weight.numel() for weight in load_file(folder / "pytorch_lora_weights.safetensors").values())
+def count_up_weights(folder):
+    """Those that have a gradient as long as they are zero."""
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    return sum(weight.numel() for name, weight in weights.items() if ".lora.up." in name)
 
 
 def main(args):
@@ -95,7 +99,7 @@ def main(args):
             learning_rate=0,
             max_train_steps=WINDOW,
         )
-        rms = np.median(scalars["grad_norm"]) / math.sqrt(count_parameters(args.folder / f"error_scale/sft-{scale}"))
+        rms = np.median(scalars["grad_norm"]) / math.sqrt(count_up_weights(args.folder / f"error_scale/sft-{scale}"))
         print(f"| scale {scale} | {rms:.2g} | {rms / ADAM_EPSILON:.2g} |")
 
 

@@ -15,8 +15,8 @@
 """The small world: captions, the pictures that they may mean, and what is hidden from the model: how good a picture is.
 
 A scene is one shape of one colour on a background of another, plain or with a dark outline. Pictures of it are drawn well
-or badly: blurred, grainy, pale. The reward of a picture is known exactly, since the scene that explains it best can be
-found by trying all of them.
+or badly: blurred, grainy, pale. The reward of a picture is known, since the scene that explains it best can be
+found by trying all of them, on a fine grid of places and sizes.
 """
 
 import itertools

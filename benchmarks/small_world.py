@@ -31,11 +31,12 @@ import json
 import os
 import random
 import shlex
-import statistics
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         progress_bar.set_postfix(loss=f"{average:.4f}")
     ema.copy_to(parameters)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
 def train_vae(pictures):
@@ -303,7 +304,8 @@ def compare(scenes, pictures, rewards, rng):
 
 def write_pairs(pipeline, explanations, scenes, first_seed, folder):
     """
-    Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training.
+    Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training, whole
+    or not at all.
 
     Returns:
         `Reward` of the pictures.
@@ -313,18 +315,23 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
     rewards = reward(pictures, scenes, explanations)
     rows = compare(scenes, [encode_png(image) for image in to_pil(pictures)], rewards.total, random.Random(SEED))
     folder.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    incomplete = folder / "incomplete"
+    Dataset.from_list(rows).to_parquet(str(incomplete))
+    incomplete.rename(folder / "train.parquet")
     return rewards
 
 
 def make_pairs(base, folder):
     """Writes the pairs, those of absolute winners alone, and pairs of captions that are not trained on."""
+    if (folder / "runs").exists():
+        raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
     pipeline, explanations = load_pipeline(base), Explanations()
     training, _, test = split_scenes()
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
     tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
     kept = str(folder / "kept.parquet")
+    shutil.rmtree(folder / "filtered", ignore_errors=True)
     subprocess.run([*tool, "filter", *source, "--output_file", kept], check=True)
     subprocess.run(
         [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
@@ -335,13 +342,8 @@ def make_pairs(base, folder):
 # The experiment
 
 
-def train(folder, output_dir, method, learning_rate, seed):
-    """
-    Trains as a user would.
-
-    Returns:
-        The command, which runs in the repository's root, and the seconds that steps took, up to each of `STEPS`.
-    """
+def training_command(folder, output_dir, method, learning_rate, seed):
+    """What a user would run in the repository's root, as words after `python`."""
     options = {
         "pretrained_model_name_or_path": ASSETS,
         "dataset_name": "pairs",
@@ -367,16 +369,20 @@ def train(folder, output_dir, method, learning_rate, seed):
     for name, value in options.items():
         value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
         words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
-    command = shlex.join(["python", *words])
-    print(command, flush=True)
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+    return words
+
+
+def train(command, output_dir):
+    """Runs a `training_command` on one core. Returns the seconds that steps took, without all else, up to each of `STEPS`."""
+    print(shlex.join(["python", *command]), flush=True)
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
     events = EventAccumulator(str(logs))
     events.Reload()
     times = [event.wall_time for event in events.Scalars("loss")]
     # Whatever else the machine did, and checkpoints, are not in the median.
-    seconds_per_step = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
-    return command, {step: step * seconds_per_step for step in STEPS}
+    seconds_per_step = median(later - earlier for earlier, later in itertools.pairwise(times))
+    return {step: step * seconds_per_step for step in STEPS}
 
 
 def test_noise(seed):
@@ -422,82 +428,97 @@ def implicit_accuracy(pipeline, rows):
             ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
         ]:
             accuracies[space] += [preference_loss(errors, ref_errors).implicit_accuracy.item()] * len(index)
-    return {space: mean(values) for space, values in accuracies.items()}
+    return {space: fmean(values) for space, values in accuracies.items()}
+
+
+def result_file(folder, method, learning_rate, seed):
+    return folder / "runs" / f"{method}-{learning_rate:g}-{seed}" / "result.json"
 
 
 def run(folder, method, learning_rate, seed):
     """One run; its result is kept in a file and not computed again."""
-    output_dir = folder / "runs" / f"{method}-{learning_rate:g}-{seed}"
-    file = output_dir / "result.json"
+    file = result_file(folder, method, learning_rate, seed)
+    words = training_command(folder, file.parent, method, learning_rate, seed)
+    command = shlex.join(["python", *words])
     if file.is_file():
-        return json.loads(file.read_text())
-    command, seconds = train(folder, output_dir, method, learning_rate, seed)
+        result = json.loads(file.read_text())
+        if result["command"] != command:
+            raise ValueError(
+                f"{file} is of another command: {result['command']}. Remove it, or give another --folder."
+            )
+        return result
+    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command}
+    result["seconds"] = train(words, file.parent)
+    result["test"] = {}
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
     _, choosing, test = split_scenes()
-    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command, "seconds": seconds}
-    result["test"] = {}
     for step in STEPS:
-        pipeline.load_lora_weights(output_dir / f"checkpoint-{step}")
+        pipeline.load_lora_weights(file.parent / f"checkpoint-{step}")
         result["test"][step] = measure(pipeline, test, test_noise(seed), explanations)
         if step == STEPS[-1]:
             result["choosing"] = measure(pipeline, choosing, CHOOSING_NOISE, explanations)
             heldout = Dataset.from_parquet(str(folder / "heldout" / "train.parquet"))
             result["implicit_accuracy"] = implicit_accuracy(pipeline, list(heldout))
         pipeline.unload_lora_weights()
-    file.write_text(json.dumps(result))
+    incomplete = file.with_suffix(".incomplete")
+    incomplete.write_text(json.dumps(result))
+    incomplete.rename(file)
     return json.loads(file.read_text())
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def best_learning_rate(results):
     """Of one method's runs with the first seed, the learning rate that its choosing captions come out best with."""
     runs = [result for result in results if result["seed"] == SEEDS[0]]
-    return max(runs, key=lambda result: mean(result["choosing"]["total"]))["learning_rate"]
+    return max(runs, key=lambda result: fmean(result["choosing"]["total"]))["learning_rate"]
 
 
 def run_all(folder):
     """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
+    failed = []
 
     def run_apart(arguments):
         method, learning_rate, seed = arguments
-        command = [sys.executable, __file__, "run", method, "--learning_rate", str(learning_rate), "--seed", str(seed)]
-        log = folder / "logs" / f"{method}-{learning_rate:g}-{seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as output:
-            subprocess.run(
-                [*command, "--folder", str(folder)],
-                check=True,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        if not result_file(folder, *arguments).is_file():
+            command = [sys.executable, __file__, "run", method, "--learning_rate", str(learning_rate)]
+            command += ["--seed", str(seed), "--folder", str(folder)]
+            log = folder / "logs" / f"{method}-{learning_rate:g}-{seed}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as output:
+                process = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
+            if process.returncode:
+                failed.append(str(log))
         progress_bar.update()
-        return run(folder, method, learning_rate, seed)
+        return run(folder, *arguments) if result_file(folder, *arguments).is_file() else None
+
+    def run_two_at_a_time(all_arguments):
+        with ThreadPoolExecutor(2) as executor:
+            return [result for result in executor.map(run_apart, all_arguments) if result is not None]
 
     num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
-    with tqdm(total=num_runs, desc="Runs") as progress_bar, ThreadPoolExecutor(2) as executor:
-        results = list(executor.map(run_apart, itertools.product(METHODS, LEARNING_RATES, SEEDS[:1])))
+    with tqdm(total=num_runs, desc="Runs") as progress_bar:
+        results = run_two_at_a_time(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
         best = {
             method: best_learning_rate([result for result in results if result["method"] == method])
-            for method in METHODS
+            for method in dict.fromkeys(result["method"] for result in results)
         }
-        list(executor.map(run_apart, [(method, best[method], seed) for method in METHODS for seed in SEEDS[1:]]))
+        run_two_at_a_time((method, rate, seed) for method, rate in best.items() for seed in SEEDS[1:])
+    if failed:
+        raise RuntimeError(f"Runs failed, see {', '.join(failed)}. `all` takes up those that are missing.")
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("base", help="train the base model from scratch")
-    commands.add_parser("pairs", help="draw with the base and label")
-    commands.add_parser("all", help="the whole experiment")
+    commands.add_parser("base", help="train the base model from scratch, into assets/small-world")
+    pairs = commands.add_parser("pairs", help="draw with the base and label")
+    everything = commands.add_parser("all", help="the whole experiment")
     one = commands.add_parser("run", help="train and measure one method")
     one.add_argument("method", choices=list(METHODS))
     one.add_argument("--learning_rate", type=float, default=1e-3)
     one.add_argument("--seed", type=int, nargs="+", default=[0])
-    for command in commands.choices.values():
+    for command in (pairs, everything, one):
         command.add_argument("--folder", type=Path, default=Path("small-world"), help="where pairs and runs are kept")
     return parser.parse_args(input_args)
 
@@ -514,7 +535,7 @@ def main(args):
         for seed in args.seed:
             result = run(args.folder, args.method, args.learning_rate, seed)
             for step, rewards in result["test"].items():
-                means = ", ".join(f"{name} {mean(values):.3f}" for name, values in rewards.items())
+                means = ", ".join(f"{name} {fmean(values):.3f}" for name, values in rewards.items())
                 print(f"seed {seed}, step {step}, {result['seconds'][step]:.0f} s: {means}")
 
 

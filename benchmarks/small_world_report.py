@@ -19,6 +19,7 @@ python benchmarks/small_world_report.py     # reads small-world/runs, writes ben
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -60,7 +61,9 @@ NUM_SHOWN = 8
 
 def load_results(folder):
     """The runs of each method at the learning rate that its choosing captions preferred, one per seed, and all runs."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+    of_all = itertools.product(small_world.METHODS, small_world.LEARNING_RATES, small_world.SEEDS)
+    files = [small_world.result_file(folder, *arguments) for arguments in of_all]
+    results = [json.loads(file.read_text()) for file in files if file.is_file()]
     chosen = {}
     for method in small_world.METHODS:
         runs = [result for result in results if result["method"] == method]
@@ -93,14 +96,19 @@ def curve(result, base):
 
 def win_rate(ours, theirs):
     """
-    Share of pictures with the higher reward, ties counting half, with its 95 % confidence interval (Wilson).
+    Share of pictures with the higher reward, ties counting half. Pictures of one caption are not independent, so that the 95 %
+    confidence interval is that of the mean over captions (bootstrap).
 
     Args:
         ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by seed, rewards of pictures of the same captions from the
-            same noise.
+            same noise, those of one caption together.
     """
-    result = compare(np.concatenate(ours).tolist(), np.concatenate(theirs).tolist())
-    return f"{result.win_rate:.0%} ({result.low:.0%} – {result.high:.0%})"
+    rate = compare(np.concatenate(ours).tolist(), np.concatenate(theirs).tolist()).win_rate
+    wins = (np.sign(np.subtract(ours, theirs)) + 1) / 2
+    by_caption = wins.reshape(len(ours), -1, small_world.TEST_PICTURES_PER_SCENE).mean(axis=(0, 2))
+    resampled = np.random.default_rng(0).choice(by_caption, (10_000, len(by_caption))).mean(axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return f"{rate:.0%} ({low:.0%} – {high:.0%})"
 
 
 def same_seeds(ours, theirs):
@@ -221,14 +229,14 @@ def main(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(chosen, base, args.output_dir / "rewards.png")
     save_pictures(args.folder, chosen, args.output_dir / "pictures.png")
-    commands = [run["command"] for runs in chosen.values() for run in runs]
+    commands = [result["command"] for result in results]
     (args.output_dir / "commands.txt").write_text("\n".join(commands) + "\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     num_pictures = len(base[small_world.SEEDS[0]]["total"])
     report = f"""# Small world
 
 `python benchmarks/small_world.py all`, then `python benchmarks/small_world_report.py`; Python {platform.python_version()},
-{versions}. What the columns mean is said below, what was run is in [`commands.txt`](commands.txt).
+{versions}. The commands of all {len(results)} runs are in [`commands.txt`](commands.txt).
 
 {table(chosen, base)}
 
@@ -238,10 +246,12 @@ def main(args):
   {small_world.STEPS[-1]} steps, of {num_pictures} pictures per seed. Captions are held out; runs of one seed start from the same noise.
   ± is the standard deviation over seeds {", ".join(map(str, small_world.SEEDS))}.
 - *beats*: share of pictures with the higher reward than that from the same noise by the base, or by the same method in latent
-  space (for variants of NCP-DPO: latent DPO), with its 95 % confidence interval.
+  space (for variants of NCP-DPO: latent DPO), with its 95 % confidence interval over captions; the spread between trainings
+  is not in it.
 - *reward at its time*: interpolated at the seconds that the latent twin takes for all its steps.
 - *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
-- *seconds* for all steps on one core, two runs at a time.
+- *seconds* for all steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
+  before.
 
 ## One thing apart
 

@@ -14,7 +14,11 @@
 
 
 import csv
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,8 +56,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(checkpoints, clip, tmp_path):
-    def run(*flags, output_dir=tmp_path / "evaluation", prompts=PROMPTS, **options):
-        reset_accelerate()
+    def command(*flags, output_dir=tmp_path / "evaluation", prompts=PROMPTS, **options):
         options = {
             "pretrained_model_name_or_path": checkpoints["sd15"],
             "pickscore_model_name_or_path": clip,
@@ -64,11 +67,20 @@ def evaluate(checkpoints, clip, tmp_path):
             "output_dir": output_dir,
             **options,
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        words += ["--prompts", *prompts] if prompts else []
-        eval_win_rate.main(eval_win_rate.parse_args([*words, *flags]))
-        return output_dir
+        return [
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+            "--prompts",
+            *prompts,
+            *flags,
+        ]
 
+    def run(*flags, **options):
+        reset_accelerate()
+        args = eval_win_rate.parse_args(command(*flags, **options))
+        eval_win_rate.main(args)
+        return Path(args.output_dir)
+
+    run.command = command
     return run
 
 
@@ -143,6 +155,25 @@ def test_pictures_of_other_settings_are_not_mixed(evaluate, options, message):
     evaluate()
     with pytest.raises(ValueError, match=message):
         evaluate(**options)
+
+
+@pytest.mark.bad_input
+def test_pictures_of_a_lora_that_trained_on_are_not_kept(evaluate, run_sd15):
+    run_sd15(loss_space="latent", max_train_steps=1)
+    evaluate(lora_weights=run_sd15.output_dir)
+    run_sd15(loss_space="latent", max_train_steps=2)
+    with pytest.raises(ValueError, match="--lora_weights holds other weights for the pictures in --output_dir"):
+        evaluate(lora_weights=run_sd15.output_dir)
+
+
+def test_processes_share_the_prompts(evaluate, tmp_path):
+    one = evaluate(output_dir=tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = evaluate.command(output_dir=tmp_path / "two")
+    subprocess.run(
+        [*launch, eval_win_rate.__file__, *two], check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
+    )
+    assert (tmp_path / "two" / "scores.csv").read_text() == (one / "scores.csv").read_text()
 
 
 def test_prompts_from_everywhere(tmp_path):

@@ -23,6 +23,7 @@ import pytest
 import small_world
 import small_world_report
 import torch
+from datasets import Dataset
 from PIL import Image
 from scenes import SCENES, reward
 
@@ -53,6 +54,7 @@ def quick(base, monkeypatch):
     monkeypatch.setattr(small_world, "TEST_PICTURES_PER_SCENE", 1)
     monkeypatch.setattr(small_world, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(small_world, "STEPS", (2, 4))
+    return base
 
 
 def test_every_word_is_a_token():
@@ -109,24 +111,70 @@ def test_committed_base_model_draws_what_is_asked_for():
 
 
 def test_from_pairs_to_a_result(quick, tmp_path, capsys):
-    small_world.main(small_world.parse_args(["pairs", "--folder", str(tmp_path)]))
     arguments = ["run", "dpo-ncp", "--learning_rate", "1e-3", "--folder", str(tmp_path)]
     small_world.main(small_world.parse_args(arguments))
     file = tmp_path / "runs" / "dpo-ncp-0.001-0" / "result.json"
     result = json.loads(file.read_text())
     assert result["test"].keys() == result["seconds"].keys() == {"2", "4"}
     assert len(result["test"]["4"]["total"]) == 2
-    assert all(0 <= accuracy <= 1 for accuracy in result["implicit_accuracy"].values())
 
-    # A result is not computed again.
+    pipeline = small_world.load_pipeline(quick)
+    rows = list(Dataset.from_parquet(str(tmp_path / "heldout" / "train.parquet")))
+    turned = [{**row, "label_0": 1 - row["label_0"]} for row in rows]
+    assert set(small_world.implicit_accuracy(pipeline, rows).values()) == {0.5}
+    pipeline.load_lora_weights(file.parent)
+    accuracies = small_world.implicit_accuracy(pipeline, rows)
+    assert accuracies == pytest.approx(result["implicit_accuracy"])
+    for space, accuracy in small_world.implicit_accuracy(pipeline, turned).items():
+        assert accuracy == pytest.approx(1 - accuracies[space])
+
+    # A result is not computed again, nor taken for that of another command.
     file.write_text(json.dumps({**result, "seconds": {"2": 7, "4": 7}}))
     small_world.main(small_world.parse_args(arguments))
     assert "step 4, 7 s" in capsys.readouterr().out
+    file.write_text(json.dumps({**result, "command": "another"}))
+    with pytest.raises(ValueError, match="is of another command: another"):
+        small_world.main(small_world.parse_args(arguments))
+    with pytest.raises(ValueError, match="holds runs on its pairs"):
+        small_world.main(small_world.parse_args(["pairs", "--folder", str(tmp_path)]))
+
+
+def test_pairs_that_were_interrupted_are_made_again(quick, tmp_path):
+    small_world.make_pairs(quick, tmp_path)
+    first = (tmp_path / "heldout" / "train.parquet").read_bytes()
+    (tmp_path / "heldout" / "train.parquet").unlink()
+    small_world.make_pairs(quick, tmp_path)
+    assert (tmp_path / "heldout" / "train.parquet").read_bytes() == first
+
+
+def outcome(method, seed, rewards, learning_rate=1e-3, seconds=10, choosing=0.5):
+    """A result with the same rewards of every part after every hundred steps, two pictures a caption."""
+    return {
+        "method": method,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "seconds": {str(step): seconds * step / 100 for step in small_world.STEPS},
+        "test": {
+            str(step): dict.fromkeys(small_world_report.PARTS, [reward, reward])
+            for step, reward in zip(small_world.STEPS, rewards)
+        },
+        "choosing": {"total": [choosing, choosing]},
+        "implicit_accuracy": {"latent": 1, "ncp": 1},
+    }
+
+
+def test_learning_rate_is_chosen_on_other_captions_with_the_first_seed():
+    results = [
+        outcome("dpo-ncp", 0, (0.9, 0.9, 0.9), learning_rate=1e-3, choosing=0.4),
+        outcome("dpo-ncp", 0, (0.1, 0.1, 0.1), learning_rate=3e-3, choosing=0.5),
+        outcome("dpo-ncp", 1, (0.9, 0.9, 0.9), learning_rate=1e-3, choosing=0.9),
+    ]
+    assert small_world.best_learning_rate(results) == 3e-3
 
 
 def test_report(quick, tmp_path):
     world = tmp_path / "world"
-    small_world.make_pairs(small_world.ASSETS, world)
+    small_world.make_pairs(quick, world)
     rewards = {}
     for method in ("dpo-latent", "dpo-ncp"):
         result = small_world.run(world, method, 1e-3, 0)
@@ -142,22 +190,27 @@ def test_report(quick, tmp_path):
 
 
 def test_reward_at_equal_time():
-    runs = [
-        {"method": method, "seed": 0, "learning_rate": 1, "seconds": dict(zip(("100", "200", "300"), seconds))}
-        for method, seconds in {"dpo-latent": (5, 10, 15), "dpo-ncp": (10, 20, 30)}.items()
-    ]
-    for run in runs:
-        run["implicit_accuracy"] = {"latent": 1, "ncp": 1}
-        run["test"] = {
-            step: dict.fromkeys(small_world_report.PARTS, [reward, reward])
-            for step, reward in zip(("100", "200", "300"), (0.6, 0.8, 0.9))
-        }
     base = {0: dict.fromkeys(small_world_report.PARTS, [0.4, 0.6])}
-    table = small_world_report.table({run["method"]: [run] for run in runs}, base)
+    chosen = {
+        "dpo-latent": [outcome("dpo-latent", 0, (0.6, 0.8, 0.9), seconds=5)],
+        "dpo-ncp": [outcome("dpo-ncp", 0, (0.6, 0.8, 0.9), seconds=10)],
+    }
+    table = small_world_report.table(chosen, base)
     # Half way between the first and the second hundred steps
     assert table.splitlines()[-1].split(" | ")[8] == "0.700"
 
 
+def test_duels_are_between_runs_of_one_seed():
+    chosen = {
+        "dpo-ncp": [outcome("dpo-ncp", seed, (0, 0, 0.5)) for seed in (0, 1, 2)],
+        "dpo-ncp-scale-1": [outcome("dpo-ncp-scale-1", seed, (0, 0, reward)) for seed, reward in ((2, 0.4), (0, 0.6))],
+    }
+    assert small_world_report.duels(chosen).splitlines()[2:] == ["| dpo-ncp | dpo-ncp-scale-1 | 50% (50% – 50%) |"]
+
+
 def test_win_rate():
-    ours, theirs = [np.array([1.0, 2]), np.array([3.0, 4])], [np.array([0.0, 1]), np.array([3.0, 5])]
-    assert small_world_report.win_rate(ours, theirs).startswith("62% (")
+    # Two captions with two pictures each: 1 and a half of two are won. Drawing captions anew, both may be either.
+    ours, theirs = [np.array([1.0, 2, 3, 4])], [np.array([0.0, 1, 3, 5])]
+    assert small_world_report.win_rate(ours, theirs) == "62% (25% – 100%)"
+    # As many captions with more pictures are no surer.
+    assert small_world_report.win_rate(3 * ours, 3 * theirs) == "62% (25% – 100%)"
