@@ -16,7 +16,8 @@
 
 A Stable Diffusion of two million parameters (`assets/small-world`) draws coloured shapes, well or badly. Pairs of its
 pictures are labelled by a hidden preference: for sharp pictures of what was asked for, with a dark outline.
-`train_ncp_dpo_sd15.py` trains a LoRA on them, and other captions are drawn with and without it from the same noise.
+`prepare_preferences.py` keeps those with absolute winners, `train_ncp_dpo_sd15.py` trains a LoRA on them, and other captions
+are drawn with and without it from the same noise.
 """
 
 import argparse
@@ -34,9 +35,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import small_world  # noqa: E402
 from scenes import Explanations, reward  # noqa: E402
 
+import diffusers  # noqa: E402
 
-NUM_TRAINING_SCENES = 80
-METHOD, LEARNING_RATE = "dpo-ncp", 1e-3
+
+METHOD, LEARNING_RATE = "dpo-ncp-filtered", 1e-3
+STEPS = (25, 50, 75, 100)
 NUM_SHOWN = 12
 START = time.monotonic()
 
@@ -64,25 +67,24 @@ def save_before_after(scenes, before, after, path):
 
 
 def main(output_dir):
-    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), Explanations()
-    training, _, test = small_world.split_scenes()
+    diffusers.logging.set_verbosity_error()
     lora = output_dir / "lora"
 
-    say("1/4 The base model draws pictures to compare")
-    small_world.write_pairs(
-        pipeline, explanations, training[:NUM_TRAINING_SCENES], small_world.PAIRS_NOISE, output_dir / "pairs"
-    )
+    say("1/4 The base model draws pictures, which are compared")
+    small_world.make_pairs(small_world.ASSETS, output_dir)
 
     say("2/4 It draws other captions, to measure with")
+    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), Explanations()
+    _, _, test = small_world.split_scenes()
     pictures = {0: small_world.draw(pipeline, test, small_world.TEST_NOISE)}
 
     say("3/4 A LoRA is trained on the pairs")
     # Or else that of an earlier demo would be taken up.
     shutil.rmtree(lora, ignore_errors=True)
-    small_world.train(small_world.training_command(output_dir, lora, METHOD, LEARNING_RATE, seed=0), lora)
+    small_world.train(small_world.training_command(output_dir, lora, METHOD, LEARNING_RATE, 0, STEPS), lora)
 
     say("4/4 The other captions again, from the same noise")
-    for step in small_world.STEPS:
+    for step in STEPS:
         pipeline.load_lora_weights(lora / f"checkpoint-{step}")
         pictures[step] = small_world.draw(pipeline, test, small_world.TEST_NOISE)
         pipeline.unload_lora_weights()

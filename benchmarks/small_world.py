@@ -342,8 +342,8 @@ def make_pairs(base, folder):
 # The experiment
 
 
-def training_command(folder, output_dir, method, learning_rate, seed):
-    """What a user would run in the repository's root, as words after `python`."""
+def training_command(folder, output_dir, method, learning_rate, seed, steps):
+    """What a user would run in the repository's root, as words after `python`, with checkpoints at all `steps`."""
     options = {
         "pretrained_model_name_or_path": ASSETS,
         "dataset_name": "pairs",
@@ -357,8 +357,8 @@ def training_command(folder, output_dir, method, learning_rate, seed):
         "learning_rate": learning_rate,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
-        "max_train_steps": STEPS[-1],
-        "checkpointing_steps": STEPS[0],
+        "max_train_steps": steps[-1],
+        "checkpointing_steps": steps[0],
         "seed": seed,
         "output_dir": output_dir,
         "resume_from_checkpoint": "latest",
@@ -373,7 +373,7 @@ def training_command(folder, output_dir, method, learning_rate, seed):
 
 
 def train(command, output_dir):
-    """Runs a `training_command` on one core. Returns the seconds that steps took, without all else, up to each of `STEPS`."""
+    """Runs a `training_command` on one core. Returns the seconds that a step took."""
     print(shlex.join(["python", *command]), flush=True)
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
@@ -381,8 +381,7 @@ def train(command, output_dir):
     events.Reload()
     times = [event.wall_time for event in events.Scalars("loss")]
     # Whatever else the machine did, and checkpoints, are not in the median.
-    seconds_per_step = median(later - earlier for earlier, later in itertools.pairwise(times))
-    return {step: step * seconds_per_step for step in STEPS}
+    return median(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def test_noise(seed):
@@ -438,7 +437,7 @@ def result_file(folder, method, learning_rate, seed):
 def run(folder, method, learning_rate, seed):
     """One run; its result is kept in a file and not computed again."""
     file = result_file(folder, method, learning_rate, seed)
-    words = training_command(folder, file.parent, method, learning_rate, seed)
+    words = training_command(folder, file.parent, method, learning_rate, seed, STEPS)
     command = shlex.join(["python", *words])
     if file.is_file():
         result = json.loads(file.read_text())
@@ -448,7 +447,8 @@ def run(folder, method, learning_rate, seed):
             )
         return result
     result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command}
-    result["seconds"] = train(words, file.parent)
+    seconds_per_step = train(words, file.parent)
+    result["seconds"] = {step: step * seconds_per_step for step in STEPS}
     result["test"] = {}
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
     _, choosing, test = split_scenes()
