@@ -212,6 +212,9 @@ def reward(pictures, scenes, explanations):
     """
     How good pictures of scenes are.
 
+    A small shape without an outline is as well explained by a large one whose outline has the background's colour, and may be
+    taken for it: its size is then wrong.
+
     Args:
         pictures (`torch.Tensor` of shape `(N, 3, RESOLUTION, RESOLUTION)`): in [0, 1].
         scenes (`list` of N `Scene`): what they should show.

@@ -107,7 +107,11 @@ def build_tokenizer():
     words = sorted({word for scene in SCENES for word in scene.caption.split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    # Given beforehand, letters that end words have the same numbers, and break ties between merges the same way, every time.
+    last_letters = sorted({f"{word[-1]}</w>" for word in words})
+    bpe.train_from_iterator(
+        words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False)
+    )
     model = json.loads(bpe.to_str())["model"]
     vocabulary = [*model["vocab"], "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(

@@ -245,6 +245,7 @@ def main(args):
 - *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], after
   {small_world.STEPS[-1]} steps, of {num_pictures} pictures per seed. Captions are held out; runs of one seed start from the same noise.
   ± is the standard deviation over seeds {", ".join(map(str, small_world.SEEDS))}.
+  A small shape without an outline fits a large one with an outline of the background's colour, and may be taken for it in *match*.
 - *beats*: share of pictures with the higher reward than that from the same noise by the base, or by the same method in latent
   space (for variants of NCP-DPO: latent DPO), with its 95 % confidence interval over captions; the spread between trainings
   is not in it.
