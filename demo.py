@@ -70,12 +70,13 @@ def main(output_dir):
     diffusers.logging.set_verbosity_error()
     lora = output_dir / "lora"
 
-    say("1/4 The base model draws pictures, which are compared")
-    small_world.make_pairs(small_world.ASSETS, output_dir)
-
-    say("2/4 It draws other captions, to measure with")
     pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), Explanations()
     _, _, test = small_world.split_scenes()
+
+    say("1/4 The base model draws pictures, which are compared")
+    small_world.make_training_pairs(pipeline, explanations, output_dir)
+
+    say("2/4 It draws other captions, to measure with")
     pictures = {0: small_world.draw(pipeline, test, small_world.TEST_NOISE)}
 
     say("3/4 A LoRA is trained on the pairs")
@@ -93,9 +94,9 @@ def main(output_dir):
     say("Done. How good the pictures are, from 0 to 1:\n")
     print(f"{'steps':>5}{'reward':>8}{'quality':>9}{'match':>7}{'style':>7}")
     rewards = {step: reward(drawn, test, explanations) for step, drawn in pictures.items()}
-    for step, (quality, match, style) in rewards.items():
-        total = rewards[step].total
-        print(f"{step:5}{total.mean():8.3f}{quality.mean():9.3f}{match.mean():7.3f}{style.mean():7.3f}")
+    for step, parts in rewards.items():
+        total, quality, match, style = (values.mean() for values in (parts.total, *parts))
+        print(f"{step:5}{total:8.3f}{quality:9.3f}{match:7.3f}{style:7.3f}")
     print(f"\nSee {output_dir / 'before_after.png'}")
     if rewards[step].total.mean() < rewards[0].total.mean() + 0.05:
         sys.exit("Failed: the LoRA has not learnt the preference.")

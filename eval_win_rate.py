@@ -146,17 +146,17 @@ def load_prompt_column(args):
 
 
 def digest_of_lora(path):
-    """What a local LoRA holds, since training may go on in the same folder; `None` of one from the hub."""
-    path = Path(path or "")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    return digest.hexdigest()[:16] if files else None
+    """What a local LoRA holds, since training may go on in the same folder. One from the hub holds nothing here."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def check_settings(args, prompts):
     """Keeps with the pictures what they depend on; a `ValueError` if those in `--output_dir` were drawn otherwise."""
     settings = {name: getattr(args, name) for name in PICTURE_ARGUMENTS}
-    loras = {name: digest_of_lora(settings[name]) for name in ("lora_weights", "baseline_lora_weights")}
+    names = ("lora_weights", "baseline_lora_weights")
+    loras = {name: settings[name] and digest_of_lora(settings[name]) for name in names}
     file = Path(args.output_dir) / SETTINGS_NAME
     if file.is_file():
         saved = json.loads(file.read_text())

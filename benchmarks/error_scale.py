@@ -22,16 +22,13 @@ scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes 
 import argparse
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import small_world
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-ROOT = Path(__file__).resolve().parents[1]
 ADAM_EPSILON = 1e-8
 WINDOW = 25
 
@@ -41,9 +38,10 @@ def train(folder, name, **options):
     output_dir = folder / "error_scale" / name
     shutil.rmtree(output_dir, ignore_errors=True)
     options = {
-        "pretrained_model_name_or_path": ROOT / "assets" / "small-world",
+        "pretrained_model_name_or_path": small_world.ASSETS,
         "dataset_name": folder / "pairs",
-        "resolution": 48,
+        "resolution": small_world.RESOLUTION,
+        "no_hflip": None,
         "rank": 16,
         "train_batch_size": 4,
         "lr_scheduler": "constant",
@@ -52,11 +50,7 @@ def train(folder, name, **options):
         "output_dir": output_dir,
         **options,
     }
-    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    subprocess.run([sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), "--no_hflip", *words], check=True)
-    (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(logs), size_guidance={"scalars": 0})
-    events.Reload()
+    events = small_world.train(small_world.training_words(options), output_dir)
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
 
 

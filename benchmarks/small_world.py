@@ -325,12 +325,9 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
     return rewards
 
 
-def make_pairs(base, folder):
-    """Writes the pairs, those of absolute winners alone, and pairs of captions that are not trained on."""
-    if (folder / "runs").exists():
-        raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
-    pipeline, explanations = load_pipeline(base), Explanations()
-    training, _, test = split_scenes()
+def make_training_pairs(pipeline, explanations, folder):
+    """Writes the pairs, and those of absolute winners alone."""
+    training, _, _ = split_scenes()
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
     tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
@@ -340,10 +337,31 @@ def make_pairs(base, folder):
     subprocess.run(
         [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
     )
+
+
+def make_pairs(folder):
+    """Writes the pairs to train on, and others of captions that are not trained on."""
+    if (folder / "runs").exists():
+        raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
+    pipeline, explanations = load_pipeline(ASSETS), Explanations()
+    _, _, test = split_scenes()
+    make_training_pairs(pipeline, explanations, folder)
     write_pairs(pipeline, explanations, test, HELDOUT_NOISE, folder / "heldout")
 
 
 # The experiment
+
+
+def training_words(options):
+    """
+    The training script with options, as words after `python` in the repository's root. Paths are made relative to it; options
+    that are `None` are flags.
+    """
+    words = ["train_ncp_dpo_sd15.py"]
+    for name, value in options.items():
+        value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
+        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    return words
 
 
 def training_command(folder, output_dir, method, learning_rate, seed, steps):
@@ -369,23 +387,15 @@ def training_command(folder, output_dir, method, learning_rate, seed, steps):
         **METHODS[method],
     }
     options["dataset_name"] = folder / options["dataset_name"]
-    words = ["train_ncp_dpo_sd15.py"]
-    for name, value in options.items():
-        value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
-        words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
-    return words
+    return training_words(options)
 
 
-def train(command, output_dir):
-    """Runs a `training_command` on one core. Returns the seconds that a step took."""
-    print(shlex.join(["python", *command]), flush=True)
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def train(words, output_dir):
+    """Runs `training_words` on one core. Returns what was logged."""
+    print(shlex.join(["python", *words]), file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
-    events = EventAccumulator(str(logs))
-    events.Reload()
-    times = [event.wall_time for event in events.Scalars("loss")]
-    # Whatever else the machine did, and checkpoints, are not in the median.
-    return median(later - earlier for earlier, later in itertools.pairwise(times))
+    return EventAccumulator(str(logs)).Reload()
 
 
 def test_noise(seed):
@@ -434,8 +444,12 @@ def implicit_accuracy(pipeline, rows):
     return {space: fmean(values) for space, values in accuracies.items()}
 
 
+def run_folder(folder, method, learning_rate, seed):
+    return folder / "runs" / f"{method}-{learning_rate:g}-{seed}"
+
+
 def result_file(folder, method, learning_rate, seed):
-    return folder / "runs" / f"{method}-{learning_rate:g}-{seed}" / "result.json"
+    return run_folder(folder, method, learning_rate, seed) / "result.json"
 
 
 def run(folder, method, learning_rate, seed):
@@ -451,7 +465,9 @@ def run(folder, method, learning_rate, seed):
             )
         return result
     result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command}
-    seconds_per_step = train(words, file.parent)
+    times = [event.wall_time for event in train(words, file.parent).Scalars("loss")]
+    # Whatever else the machine did, and checkpoints, are not in the median.
+    seconds_per_step = median(later - earlier for earlier, later in itertools.pairwise(times))
     result["seconds"] = {step: step * seconds_per_step for step in STEPS}
     result["test"] = {}
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
@@ -476,38 +492,42 @@ def best_learning_rate(results):
     return max(runs, key=lambda result: fmean(result["choosing"]["total"]))["learning_rate"]
 
 
+def best_learning_rates(results):
+    """Of every method that has results, in the order of `METHODS`."""
+    by_method = {method: [result for result in results if result["method"] == method] for method in METHODS}
+    return {method: best_learning_rate(runs) for method, runs in by_method.items() if runs}
+
+
 def run_all(folder):
     """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
     failed = []
 
     def run_apart(arguments):
         method, learning_rate, seed = arguments
+        log = folder / "logs" / f"{run_folder(folder, *arguments).name}.log"
         if not result_file(folder, *arguments).is_file():
             command = [sys.executable, __file__, "run", method, "--learning_rate", str(learning_rate)]
             command += ["--seed", str(seed), "--folder", str(folder)]
-            log = folder / "logs" / f"{method}-{learning_rate:g}-{seed}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "a") as output:
-                process = subprocess.run(
+                subprocess.run(
                     command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
                 )
-            if process.returncode:
-                failed.append(str(log))
         progress_bar.update()
-        return run(folder, *arguments) if result_file(folder, *arguments).is_file() else None
+        if result_file(folder, *arguments).is_file():
+            return [run(folder, *arguments)]
+        failed.append(str(log))
+        return []
 
     def run_two_at_a_time(all_arguments):
         with ThreadPoolExecutor(2) as executor:
-            return [result for result in executor.map(run_apart, all_arguments) if result is not None]
+            return list(itertools.chain.from_iterable(executor.map(run_apart, all_arguments)))
 
     num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
     with tqdm(total=num_runs, desc="Runs") as progress_bar:
         results = run_two_at_a_time(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
-        best = {
-            method: best_learning_rate([result for result in results if result["method"] == method])
-            for method in dict.fromkeys(result["method"] for result in results)
-        }
-        run_two_at_a_time((method, rate, seed) for method, rate in best.items() for seed in SEEDS[1:])
+        best = best_learning_rates(results).items()
+        run_two_at_a_time((method, rate, seed) for method, rate in best for seed in SEEDS[1:])
     if failed:
         raise RuntimeError(f"Runs failed, see {', '.join(failed)}. `all` takes up those that are missing.")
 
@@ -532,7 +552,7 @@ def main(args):
         train_base(ASSETS)
         return
     if args.command == "pairs" or not (args.folder / "heldout" / "train.parquet").is_file():
-        make_pairs(ASSETS, args.folder)
+        make_pairs(args.folder)
     if args.command == "all":
         run_all(args.folder)
     elif args.command == "run":

@@ -64,12 +64,10 @@ def load_results(folder):
     of_all = itertools.product(small_world.METHODS, small_world.LEARNING_RATES, small_world.SEEDS)
     files = [small_world.result_file(folder, *arguments) for arguments in of_all]
     results = [json.loads(file.read_text()) for file in files if file.is_file()]
-    chosen = {}
-    for method in small_world.METHODS:
-        runs = [result for result in results if result["method"] == method]
-        if runs:
-            best = small_world.best_learning_rate(runs)
-            chosen[method] = [result for result in runs if result["learning_rate"] == best]
+    chosen = {
+        method: [result for result in results if (result["method"], result["learning_rate"]) == (method, rate)]
+        for method, rate in small_world.best_learning_rates(results).items()
+    }
     return chosen, results
 
 
@@ -103,12 +101,14 @@ def win_rate(ours, theirs):
         ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by seed, rewards of pictures of the same captions from the
             same noise, those of one caption together.
     """
-    rate = compare(np.concatenate(ours).tolist(), np.concatenate(theirs).tolist()).win_rate
-    wins = (np.sign(np.subtract(ours, theirs)) + 1) / 2
-    by_caption = wins.reshape(len(ours), -1, small_world.TEST_PICTURES_PER_SCENE).mean(axis=(0, 2))
+    ours, theirs = (
+        np.reshape(side, (len(side), -1, small_world.TEST_PICTURES_PER_SCENE)).swapaxes(0, 1)
+        for side in (ours, theirs)
+    )
+    by_caption = [compare(a.flatten().tolist(), b.flatten().tolist()).win_rate for a, b in zip(ours, theirs)]
     resampled = np.random.default_rng(0).choice(by_caption, (10_000, len(by_caption))).mean(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return f"{rate:.0%} ({low:.0%} – {high:.0%})"
+    return f"{np.mean(by_caption):.0%} ({low:.0%} – {high:.0%})"
 
 
 def same_seeds(ours, theirs):
@@ -126,16 +126,8 @@ def mean_and_spread(values):
 
 
 def table(chosen, base):
-    columns = [
-        "method",
-        "learning rate",
-        "reward",
-        *PARTS[1:],
-        "beats base",
-        "beats latent twin",
-        "reward at its time",
-    ]
-    columns += ["implicit accuracy, latent", "ncp", "seconds"]
+    columns = ["method", "learning rate", "reward", *PARTS[1:], "beats base", "beats latent twin"]
+    columns += ["reward at its time", "implicit accuracy, latent", "ncp", "seconds"]
     base_means = " | ".join(mean_and_spread([np.mean(rewards[part]) for rewards in base.values()]) for part in PARTS)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", f"| base | | {base_means} |" + " |" * 6]
     for method, runs in chosen.items():
@@ -209,8 +201,7 @@ def save_pictures(folder, chosen, path):
     figure, axes = plt.subplots(len(rows), NUM_SHOWN, figsize=(1.3 * NUM_SHOWN, 1.35 * len(rows)), squeeze=False)
     for (method, run), row in zip(rows, axes):
         if run is not None:
-            name = f"{method}-{run['learning_rate']:g}-{run['seed']}"
-            pipeline.load_lora_weights(folder / "runs" / name)
+            pipeline.load_lora_weights(small_world.run_folder(folder, method, run["learning_rate"], run["seed"]))
         pictures = small_world.draw(pipeline, scenes, small_world.TEST_NOISE)
         for axis, scene, image in zip(row, scenes, small_world.to_pil(pictures)):
             axis.imshow(image.resize((144, 144), Image.Resampling.NEAREST))

@@ -57,6 +57,18 @@ def reset_accelerate():
         state._reset_state()
 
 
+def run_on_two_processes(script, words):
+    """Runs a script of ours as two processes that talk through gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
+
+
 class Run:
     """Trains a tiny model: `Run(...)("--flag", value, ...)` in this process, `.launch(...)` through accelerate."""
 
@@ -85,8 +97,8 @@ class Run:
         script.main(script.parse_args(self.command(flags, {f"--{name}": value for name, value in options.items()})))
         return self
 
-    def launch(self, *flags, processes=1, **options):
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    def launch(self, *flags, **options):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
         words = self.command(flags, {f"--{name}": value for name, value in options.items()})
         return subprocess.run(
             [*launcher, str(ROOT / f"{SCRIPTS[self.kind]}.py"), *words], capture_output=True, text=True, cwd=ROOT

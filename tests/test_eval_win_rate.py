@@ -14,16 +14,13 @@
 
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import reset_accelerate
+from conftest import reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from PIL import Image
 from tiny_checkpoints import build_tokenizer
@@ -168,11 +165,9 @@ def test_pictures_of_a_lora_that_trained_on_are_not_kept(evaluate, run_sd15):
 
 def test_processes_share_the_prompts(evaluate, tmp_path):
     one = evaluate(output_dir=tmp_path / "one", batch_size=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = evaluate.command(output_dir=tmp_path / "two", batch_size=1)
-    subprocess.run(
-        [*launch, eval_win_rate.__file__, *two], check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
-    )
+    result = run_on_two_processes("eval_win_rate.py", two)
+    assert result.returncode == 0, result.stderr
     rows, expected = (list(csv.DictReader(open(folder / "scores.csv"))) for folder in (tmp_path / "two", one))
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected):

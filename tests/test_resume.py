@@ -26,7 +26,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
 from scenes import SCENES, render
 from small_world import ASSETS, encode_png, to_pil
@@ -261,14 +261,7 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, los
     one = run.lora(), run.scalars("loss"), error_scale(run)
     run.output_dir = run.arguments["--output_dir"] = tmp_path / "two"
     words = run.command([], {f"--{name}": value for name, value in options.items()})
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(ROOT / "train_ncp_dpo_sd15.py"), *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )
+    result = run_on_two_processes("train_ncp_dpo_sd15.py", words)
     assert result.returncode == 0, result.stderr
     assert run.scalars("loss") == pytest.approx(one[1], abs=1e-5 if loss_space == "latent" else 1e-3)
     assert min(one[1]) < 0.69, "the policy left the reference"

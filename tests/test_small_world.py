@@ -140,10 +140,10 @@ def test_from_pairs_to_a_result(quick, tmp_path, capsys):
 
 
 def test_pairs_that_were_interrupted_are_made_again(quick, tmp_path):
-    small_world.make_pairs(quick, tmp_path)
+    small_world.make_pairs(tmp_path)
     first = (tmp_path / "heldout" / "train.parquet").read_bytes()
     (tmp_path / "heldout" / "train.parquet").unlink()
-    small_world.make_pairs(quick, tmp_path)
+    small_world.make_pairs(tmp_path)
     assert (tmp_path / "heldout" / "train.parquet").read_bytes() == first
 
 
@@ -174,7 +174,7 @@ def test_learning_rate_is_chosen_on_other_captions_with_the_first_seed():
 
 def test_report(quick, tmp_path):
     world = tmp_path / "world"
-    small_world.make_pairs(quick, world)
+    small_world.make_pairs(world)
     rewards = {}
     for method in ("dpo-latent", "dpo-ncp"):
         result = small_world.run(world, method, 1e-3, 0)
