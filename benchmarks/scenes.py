@@ -191,7 +191,13 @@ def fit_regions(picture, regions, inverse_gram):
     projected = regions @ picture.mT  # (K, 3 regions, 3 channels)
     colours = inverse_gram @ projected
     explained = (colours * projected).sum(dim=(1, 2))
-    index = explained.argmax().item()
+    # An outline of the background's colour would be the edge of a smaller shape that has none.
+    shape, outline, background = colours.unbind(dim=1)
+    from_shape, from_dark, from_background = (
+        (outline - other).square().sum(dim=1) for other in (shape, torch.tensor(OUTLINE_COLOUR), background)
+    )
+    possible = from_background > torch.minimum(from_shape, from_dark)
+    index = explained.where(possible, -math.inf).argmax().item()
     residual = (picture.square().sum() - explained[index]).clamp_min(0) / picture.numel()
     return index, colours[index], residual.sqrt().item()
 
@@ -211,9 +217,6 @@ class Reward(NamedTuple):
 def reward(pictures, scenes, explanations):
     """
     How good pictures of scenes are.
-
-    A small shape without an outline is as well explained by a large one whose outline has the background's colour, and may be
-    taken for it: its size is then wrong.
 
     Args:
         pictures (`torch.Tensor` of shape `(N, 3, RESOLUTION, RESOLUTION)`): in [0, 1].

@@ -51,17 +51,11 @@ def test_a_shape_has_its_colour_within_and_the_backgrounds_around():
 
 
 def test_the_best_explanation_is_the_truth(well_drawn, explanations):
-    sized = 0
     for scene, picture in zip(*well_drawn):
         explanation = explanations.best(picture)
         assert scenes.SHAPES[explanation.shape] == scene.shape
+        assert list(scenes.SIZES)[explanation.size] == scene.size
         assert explanation.residual < 0.04
-        # Only a small shape without an outline is explained by a larger one as well.
-        background = torch.tensor(scenes.COLOURS[scene.background])
-        if scene.size == "large" or (explanation.colours[1] - background).norm() > 0.3:
-            assert list(scenes.SIZES)[explanation.size] == scene.size
-            sized += 1
-    assert sized > 0.7 * len(well_drawn[0])
 
 
 def test_an_exact_scene_is_explained_without_a_rest(explanations):
@@ -76,8 +70,7 @@ def test_an_exact_scene_is_explained_without_a_rest(explanations):
 def test_reward_falls_with_every_fault(well_drawn, explanations):
     truth, pictures = well_drawn
     good = reward(pictures, truth, explanations)
-    told_apart = (good.style > 0.9) | torch.tensor([scene.size == "large" for scene in truth])
-    assert told_apart.sum() > 0.6 * len(truth) and good.match[told_apart].mean() > 0.97
+    assert good.match.mean() > 0.97
     for fault in (
         torch.stack([gaussian_blur(picture, 1.5) for picture in pictures]),
         pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)),
