@@ -17,7 +17,7 @@
     python benchmarks/small_world.py base     # trains assets/small-world from scratch: half an hour on two cores
     python benchmarks/small_world.py pairs    # what the base draws, labelled by a hidden preference
     python benchmarks/small_world.py run dpo-ncp --learning_rate 1e-3 --seed 0 1 2     # a row of the table: some minutes
-    python benchmarks/small_world.py all      # all runs, two at a time; what is there already is not run again
+    python benchmarks/small_world.py all      # all runs, two at a time, and the report; what is there is not run again
 
 What pictures show and how good they are is in `scenes.py`. Pairs are labelled as people do it, the better picture winning
 only more often (Bradley-Terry), and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of
@@ -25,9 +25,11 @@ other captions then are is known exactly.
 """
 
 import argparse
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shlex
@@ -80,12 +82,15 @@ TEMPERATURE = 0.05  # of the choice: a difference in reward of 0.05 decides 73 %
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 20
 TEST_PICTURES_PER_SCENE = 2
+WORLD_NAME = "world.sha256"
 # The first seed of the noise that pictures are drawn from
 PAIRS_NOISE, HELDOUT_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 20_000, 30_000, 40_000
 # The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576.
 BETA_DPO = 200
 STEPS = (100, 200, 300)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+# In feature space the same steps take longer. Latent runs go on, to be compared at equal time.
+LATENT_STEPS = (*STEPS, 450)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 METHODS = {
     "sft-latent": {"loss_type": "sft", "loss_space": "latent"},
@@ -217,6 +222,8 @@ def train_denoiser(tokenizer, captions, latents):
 
 def train_base(folder):
     """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
+    # Sums are in the order of the threads.
+    torch.set_num_threads(2)
     random.seed(SEED)
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -339,6 +346,29 @@ def make_training_pairs(pipeline, explanations, folder):
     )
 
 
+def digest_of_world():
+    """Of what pairs and results depend on: the base model, how it draws, and how its pictures are judged."""
+    files = [*sorted(ASSETS.rglob("*.safetensors")), Path(__file__).with_name("scenes.py")]
+    drawing = (
+        SEED,
+        NUM_TRAINING_SCENES,
+        PICTURES_PER_SCENE,
+        TEST_PICTURES_PER_SCENE,
+        GUIDANCE_SCALE,
+        NUM_INFERENCE_STEPS,
+    )
+    contents = [file.read_bytes() for file in files] + [repr((*drawing, TEMPERATURE)).encode()]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def check_world(folder):
+    """A `ValueError` if the pairs in `folder`, and so the runs on them, are of another world."""
+    if (folder / WORLD_NAME).read_text() != digest_of_world():
+        raise ValueError(
+            f"--folder {folder} holds pairs of another base model or another reward. Give another one, or remove it."
+        )
+
+
 def make_pairs(folder):
     """Writes the pairs to train on, and others of captions that are not trained on."""
     if (folder / "runs").exists():
@@ -347,6 +377,7 @@ def make_pairs(folder):
     _, _, test = split_scenes()
     make_training_pairs(pipeline, explanations, folder)
     write_pairs(pipeline, explanations, test, HELDOUT_NOISE, folder / "heldout")
+    (folder / WORLD_NAME).write_text(digest_of_world())
 
 
 # The experiment
@@ -380,7 +411,7 @@ def training_command(folder, output_dir, method, learning_rate, seed, steps):
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
         "max_train_steps": steps[-1],
-        "checkpointing_steps": steps[0],
+        "checkpointing_steps": math.gcd(*steps),
         "seed": seed,
         "output_dir": output_dir,
         "resume_from_checkpoint": "latest",
@@ -408,6 +439,12 @@ def measure(pipeline, scenes, first_seed, explanations):
     scenes = [scene for scene in scenes for _ in range(TEST_PICTURES_PER_SCENE)]
     rewards = reward(draw(pipeline, scenes, first_seed), scenes, explanations)
     return {name: value.tolist() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
+
+
+def measure_base(seed):
+    """What `measure` gives of the base, to compare the runs of a seed with."""
+    _, _, test = split_scenes()
+    return measure(load_pipeline(ASSETS), test, test_noise(seed), Explanations())
 
 
 @torch.no_grad()
@@ -452,10 +489,15 @@ def result_file(folder, method, learning_rate, seed):
     return run_folder(folder, method, learning_rate, seed) / "result.json"
 
 
+def steps_of(method):
+    """Steps after which pictures are measured."""
+    return LATENT_STEPS if METHODS[method].get("loss_space") == "latent" else STEPS
+
+
 def run(folder, method, learning_rate, seed):
     """One run; its result is kept in a file and not computed again."""
-    file = result_file(folder, method, learning_rate, seed)
-    words = training_command(folder, file.parent, method, learning_rate, seed, STEPS)
+    file, steps = result_file(folder, method, learning_rate, seed), steps_of(method)
+    words = training_command(folder, file.parent, method, learning_rate, seed, steps)
     command = shlex.join(["python", *words])
     if file.is_file():
         result = json.loads(file.read_text())
@@ -468,14 +510,14 @@ def run(folder, method, learning_rate, seed):
     times = [event.wall_time for event in train(words, file.parent).Scalars("loss")]
     # Whatever else the machine did, and checkpoints, are not in the median.
     seconds_per_step = median(later - earlier for earlier, later in itertools.pairwise(times))
-    result["seconds"] = {step: step * seconds_per_step for step in STEPS}
+    result["seconds"] = {step: step * seconds_per_step for step in steps}
     result["test"] = {}
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
     _, choosing, test = split_scenes()
-    for step in STEPS:
+    for step in steps:
         pipeline.load_lora_weights(file.parent / f"checkpoint-{step}")
         result["test"][step] = measure(pipeline, test, test_noise(seed), explanations)
-        if step == STEPS[-1]:
+        if step == STEPS[-1]:  # of latent runs as of all others
             result["choosing"] = measure(pipeline, choosing, CHOOSING_NOISE, explanations)
             heldout = Dataset.from_parquet(str(folder / "heldout" / "train.parquet"))
             result["implicit_accuracy"] = implicit_accuracy(pipeline, list(heldout))
@@ -484,6 +526,20 @@ def run(folder, method, learning_rate, seed):
     incomplete.write_text(json.dumps(result))
     incomplete.rename(file)
     return json.loads(file.read_text())
+
+
+def print_result(result):
+    """Rewards of a run from the base on."""
+    by_step = {0: measure_base(result["seed"]), **result["test"]}
+    for step, rewards in by_step.items():
+        wins = fmean(ours > base for ours, base in zip(rewards["total"], by_step[0]["total"]))
+        means = ", ".join(f"{name} {fmean(values):.3f}" for name, values in rewards.items())
+        print(
+            f"seed {result['seed']}, step {step}, {result['seconds'].get(step, 0):.0f} s: {means}, beats base {wins:.0%}"
+        )
+    print(
+        "implicit accuracy:", ", ".join(f"{space} {value:.2f}" for space, value in result["implicit_accuracy"].items())
+    )
 
 
 def best_learning_rate(results):
@@ -500,7 +556,6 @@ def best_learning_rates(results):
 
 def run_all(folder):
     """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
-    failed = []
 
     def run_apart(arguments):
         method, learning_rate, seed = arguments
@@ -514,22 +569,21 @@ def run_all(folder):
                     command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
                 )
         progress_bar.update()
-        if result_file(folder, *arguments).is_file():
-            return [run(folder, *arguments)]
-        failed.append(str(log))
-        return []
+        return run(folder, *arguments) if result_file(folder, *arguments).is_file() else log
 
     def run_two_at_a_time(all_arguments):
         with ThreadPoolExecutor(2) as executor:
-            return list(itertools.chain.from_iterable(executor.map(run_apart, all_arguments)))
+            results = list(executor.map(run_apart, all_arguments))
+        failed = [str(result) for result in results if isinstance(result, Path)]
+        if failed:
+            raise RuntimeError(f"Runs failed, see {', '.join(failed)}. `all` takes up those that are missing.")
+        return results
 
     num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
     with tqdm(total=num_runs, desc="Runs") as progress_bar:
         results = run_two_at_a_time(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
         best = best_learning_rates(results).items()
         run_two_at_a_time((method, rate, seed) for method, rate in best for seed in SEEDS[1:])
-    if failed:
-        raise RuntimeError(f"Runs failed, see {', '.join(failed)}. `all` takes up those that are missing.")
 
 
 def parse_args(input_args=None):
@@ -551,16 +605,16 @@ def main(args):
     if args.command == "base":
         train_base(ASSETS)
         return
-    if args.command == "pairs" or not (args.folder / "heldout" / "train.parquet").is_file():
+    if args.command == "pairs" or not (args.folder / WORLD_NAME).is_file():
         make_pairs(args.folder)
+    check_world(args.folder)
     if args.command == "all":
         run_all(args.folder)
+        report = [str(Path(__file__).with_name("small_world_report.py")), "--folder", str(args.folder)]
+        subprocess.run([sys.executable, *report], check=True)
     elif args.command == "run":
         for seed in args.seed:
-            result = run(args.folder, args.method, args.learning_rate, seed)
-            for step, rewards in result["test"].items():
-                means = ", ".join(f"{name} {fmean(values):.3f}" for name, values in rewards.items())
-                print(f"seed {seed}, step {step}, {result['seconds'][step]:.0f} s: {means}")
+            print_result(run(args.folder, args.method, args.learning_rate, seed))
 
 
 if __name__ == "__main__":

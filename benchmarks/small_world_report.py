@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What came out of `small_world.py all`: a table, plots and pictures.
+"""What came out of `small_world.py all`, which calls this: a table, plots and pictures.
 
 python benchmarks/small_world_report.py     # reads small-world/runs, writes benchmarks/results/small_world
 """
@@ -32,7 +32,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import small_world  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from scenes import render, reward  # noqa: E402
 
 from eval_win_rate import compare  # noqa: E402
 
@@ -60,25 +62,32 @@ NUM_SHOWN = 8
 
 
 def load_results(folder):
-    """The runs of each method at the learning rate that its choosing captions preferred, one per seed, and all runs."""
-    of_all = itertools.product(small_world.METHODS, small_world.LEARNING_RATES, small_world.SEEDS)
-    files = [small_world.result_file(folder, *arguments) for arguments in of_all]
-    results = [json.loads(file.read_text()) for file in files if file.is_file()]
-    chosen = {
-        method: [result for result in results if (result["method"], result["learning_rate"]) == (method, rate)]
-        for method, rate in small_world.best_learning_rates(results).items()
-    }
-    return chosen, results
+    """
+    The runs of each method at the learning rate that its choosing captions preferred, in the order of seeds, and those that
+    it was chosen by. A `FileNotFoundError` if one is missing.
+    """
+
+    def load(*arguments):
+        return json.loads(small_world.result_file(folder, *arguments).read_text())
+
+    methods, rates, seeds = small_world.METHODS, small_world.LEARNING_RATES, small_world.SEEDS
+    tried = [load(method, rate, seeds[0]) for method, rate in itertools.product(methods, rates)]
+    best = small_world.best_learning_rates(tried).items()
+    return {method: [load(method, rate, seed) for seed in seeds] for method, rate in best}, tried
 
 
-def measure_base():
-    """Rewards of the base's pictures, by seed and name."""
-    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), small_world.Explanations()
-    _, _, test = small_world.split_scenes()
-    return {
-        seed: small_world.measure(pipeline, test, small_world.test_noise(seed), explanations)
-        for seed in small_world.SEEDS
-    }
+@torch.no_grad()
+def measure_best():
+    """Rewards of pictures that nothing is wrong with, outlined, as the base's VAE passes them on: no policy draws better ones."""
+    scenes = small_world.split_scenes()[2] * 4
+    pictures = render(scenes, torch.Generator().manual_seed(small_world.SEED), well_drawn=1.0)
+    explanations = small_world.Explanations()
+    outlined = reward(pictures, scenes, explanations).style > 0.5
+    scenes, pictures = [scene for scene, has in zip(scenes, outlined) if has], pictures[outlined]
+    vae = small_world.load_pipeline(small_world.ASSETS).vae
+    decoded = vae.decode(small_world.encode(vae, 2 * pictures - 1)).sample
+    rewards = reward((decoded / 2 + 0.5).clamp(0, 1), scenes, explanations)
+    return {name: value.numpy() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
 
 
 def final(result, part="total"):
@@ -87,63 +96,66 @@ def final(result, part="total"):
 
 def curve(result, base):
     """Steps, seconds and mean reward of a run, from the base on."""
-    steps = [str(step) for step in small_world.STEPS]
+    steps = result["test"].keys()
     rewards = [np.mean(base[result["seed"]]["total"]), *(np.mean(result["test"][step]["total"]) for step in steps)]
-    return [0, *small_world.STEPS], [0, *(result["seconds"][step] for step in steps)], rewards
+    return [0, *map(int, steps)], [0, *(result["seconds"][step] for step in steps)], rewards
 
 
 def win_rate(ours, theirs):
     """
-    Share of pictures with the higher reward, ties counting half. Pictures of one caption are not independent, so that the 95 %
-    confidence interval is that of the mean over captions (bootstrap).
+    Share of pictures with the higher reward, ties counting half. Neither pictures of one caption nor those of one training are
+    independent: for the 95 % confidence interval both captions and trainings are drawn anew (bootstrap).
 
     Args:
-        ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by seed, rewards of pictures of the same captions from the
+        ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by training, rewards of pictures of the same captions from the
             same noise, those of one caption together.
     """
-    ours, theirs = (
-        np.reshape(side, (len(side), -1, small_world.TEST_PICTURES_PER_SCENE)).swapaxes(0, 1)
-        for side in (ours, theirs)
-    )
-    by_caption = [compare(a.flatten().tolist(), b.flatten().tolist()).win_rate for a, b in zip(ours, theirs)]
-    resampled = np.random.default_rng(0).choice(by_caption, (10_000, len(by_caption))).mean(axis=1)
+    ours, theirs = (np.reshape(side, (len(side), -1, small_world.TEST_PICTURES_PER_SCENE)) for side in (ours, theirs))
+    wins = np.array([[compare(a, b).win_rate for a, b in zip(*training)] for training in zip(ours, theirs)])
+    rng = np.random.default_rng(0)
+    trainings, captions = (rng.integers(size, size=(10_000, size)) for size in wins.shape)
+    resampled = wins[trainings[:, :, None], captions[:, None, :]].mean(axis=(1, 2))
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return f"{np.mean(by_caption):.0%} ({low:.0%} – {high:.0%})"
+    return f"{wins.mean():.0%} ({low:.0%} – {high:.0%})"
 
 
-def same_seeds(ours, theirs):
-    """Pairs of runs with the same seed."""
-    by_seed = {run["seed"]: run for run in theirs}
-    return [(run, by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
-
-
-def run_win_rate(pairs):
-    return win_rate(*([final(run) for run in side] for side in zip(*pairs)))
+def run_win_rate(ours, theirs):
+    return win_rate(*([final(run) for run in runs] for runs in (ours, theirs)))
 
 
 def mean_and_spread(values):
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    """Of one value for each seed."""
+    return f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f}"
 
 
-def table(chosen, base):
-    columns = ["method", "learning rate", "reward", *PARTS[1:], "beats base", "beats latent twin"]
-    columns += ["reward at its time", "implicit accuracy, latent", "ncp", "seconds"]
-    base_means = " | ".join(mean_and_spread([np.mean(rewards[part]) for rewards in base.values()]) for part in PARTS)
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", f"| base | | {base_means} |" + " |" * 6]
+def table(chosen, base, best):
+    columns = ["method", "learning rate", "reward", *PARTS[1:], "over base", "beats base", "over twin", "beats twin"]
+    columns += ["over twin at equal time", "implicit accuracy, latent", "ncp", "seconds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    of_base = {part: [np.mean(rewards[part]) for rewards in base.values()] for part in PARTS}
+    for name, rewards in {"best possible": best, "base": of_base}.items():
+        lines.append(f"| {name} | | {' | '.join(f'{np.mean(rewards[part]):.3f}' for part in PARTS)} |" + " |" * 8)
     for method, runs in chosen.items():
-        means = [mean_and_spread([final(run, part).mean() for run in runs]) for part in PARTS]
-        beats_base = win_rate([final(run) for run in runs], [np.array(base[run["seed"]]["total"]) for run in runs])
-        pairs = same_seeds(runs, chosen.get(LATENT_TWINS.get(method), []))
-        beats_twin = at_equal_time = ""
-        if pairs:
-            beats_twin = run_win_rate(pairs)
-            at_equal_time = mean_and_spread(
-                [np.interp(curve(twin, base)[1][-1], *curve(run, base)[1:]) for run, twin in pairs]
-            )
-        accuracies = (np.mean([run["implicit_accuracy"][space] for run in runs]) for space in ("latent", "ncp"))
-        seconds = np.mean([curve(run, base)[1][-1] for run in runs])
-        cells = [method, f"{runs[0]['learning_rate']:g}", *means, beats_base, beats_twin, at_equal_time]
-        cells += [*(f"{accuracy:.2f}" for accuracy in accuracies), f"{seconds:.0f}"]
+        rate = runs[0]["learning_rate"]
+        at_edge = rate in (small_world.LEARNING_RATES[0], small_world.LEARNING_RATES[-1])
+        cells = [method, f"{rate:g}" + " (edge)" * at_edge]
+        cells += [f"{np.mean([final(run, part) for run in runs]):.3f}" for part in PARTS]
+        of_base = [np.array(base[run["seed"]]["total"]) for run in runs]
+        cells += [mean_and_spread([(final(run) - rewards).mean() for run, rewards in zip(runs, of_base)])]
+        cells += [win_rate([final(run) for run in runs], of_base)]
+        if method in LATENT_TWINS:
+            twins = chosen[LATENT_TWINS[method]]
+            cells += [mean_and_spread([(final(run) - final(twin)).mean() for run, twin in zip(runs, twins)])]
+            cells += [run_win_rate(runs, twins)]
+            over_twin_in_time = []
+            for run, twin in zip(runs, twins):
+                _, seconds, rewards = curve(run, base)
+                over_twin_in_time.append(rewards[-1] - np.interp(seconds[-1], *curve(twin, base)[1:]))
+            cells += [mean_and_spread(over_twin_in_time)]
+        else:
+            cells += 3 * [""]
+        cells += [f"{np.mean([run['implicit_accuracy'][space] for run in runs]):.2f}" for space in ("latent", "ncp")]
+        cells += [f"{np.mean([run['seconds'][str(small_world.STEPS[-1])] for run in runs]):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,25 +163,28 @@ def table(chosen, base):
 def duels(chosen):
     """Win rates between methods that differ in one thing."""
     lines = ["| | against | wins |", "|---|---|---|"]
-    for ours, theirs in DUELS:
-        pairs = same_seeds(chosen.get(ours, []), chosen.get(theirs, []))
-        if pairs:
-            lines.append(f"| {ours} | {theirs} | {run_win_rate(pairs)} |")
+    lines += [f"| {ours} | {theirs} | {run_win_rate(chosen[ours], chosen[theirs])} |" for ours, theirs in DUELS]
     return "\n".join(lines)
 
 
-def learning_rate_table(results):
+def steps_table(chosen, base):
+    """Mean rewards after all steps."""
+    lines = [f"| method | {' | '.join(map(str, small_world.LATENT_STEPS))} |"]
+    lines += ["|---" * (len(small_world.LATENT_STEPS) + 1) + "|"]
+    for method, runs in chosen.items():
+        _, *means = np.mean([curve(run, base)[2] for run in runs], axis=0)
+        means += [None] * (len(small_world.LATENT_STEPS) - len(means))
+        lines.append(f"| {method} | {' | '.join('' if mean is None else f'{mean:.3f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def learning_rate_table(tried):
     """What learning rates were chosen by: the mean reward on captions that are in no other table."""
-    rates = sorted({result["learning_rate"] for result in results})
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
-    for method in small_world.METHODS:
-        means = {
-            result["learning_rate"]: f"{np.mean(result['choosing']['total']):.3f}"
-            for result in results
-            if result["method"] == method and result["seed"] == small_world.SEEDS[0]
-        }
-        if means:
-            lines.append(f"| {method} | {' | '.join(means.get(rate, '') for rate in rates)} |")
+    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in small_world.LEARNING_RATES)} |"]
+    lines += ["|---" * (len(small_world.LEARNING_RATES) + 1) + "|"]
+    for method, results in itertools.groupby(tried, key=lambda result: result["method"]):
+        means = [f"{np.mean(result['choosing']['total']):.3f}" for result in results]
+        lines.append(f"| {method} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 
@@ -194,15 +209,17 @@ def plot(chosen, base, path):
 
 
 def save_pictures(folder, chosen, path):
-    """A row per method: the first test captions, all from the same noise."""
+    """A row per method: the first test captions, the first picture of each that was measured with the first seed."""
     pipeline = small_world.load_pipeline(small_world.ASSETS)
     scenes = small_world.split_scenes()[2][:NUM_SHOWN]
+    repeated = [scene for scene in scenes for _ in range(small_world.TEST_PICTURES_PER_SCENE)]
     rows = [("base", None)] + [(method, runs[0]) for method, runs in chosen.items()]
     figure, axes = plt.subplots(len(rows), NUM_SHOWN, figsize=(1.3 * NUM_SHOWN, 1.35 * len(rows)), squeeze=False)
     for (method, run), row in zip(rows, axes):
         if run is not None:
             pipeline.load_lora_weights(small_world.run_folder(folder, method, run["learning_rate"], run["seed"]))
-        pictures = small_world.draw(pipeline, scenes, small_world.TEST_NOISE)
+        pictures = small_world.draw(pipeline, repeated, small_world.test_noise(small_world.SEEDS[0]))
+        pictures = pictures[:: small_world.TEST_PICTURES_PER_SCENE]
         for axis, scene, image in zip(row, scenes, small_world.to_pil(pictures)):
             axis.imshow(image.resize((144, 144), Image.Resampling.NEAREST))
             axis.set(xticks=[], yticks=[])
@@ -215,35 +232,42 @@ def save_pictures(folder, chosen, path):
 
 
 def main(args):
-    chosen, results = load_results(args.folder)
-    base = measure_base()
+    small_world.check_world(args.folder)
+    chosen, tried = load_results(args.folder)
+    base = {seed: small_world.measure_base(seed) for seed in small_world.SEEDS}
+    choosing_base = small_world.measure(
+        small_world.load_pipeline(small_world.ASSETS),
+        small_world.split_scenes()[1],
+        small_world.CHOOSING_NOISE,
+        small_world.Explanations(),
+    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(chosen, base, args.output_dir / "rewards.png")
     save_pictures(args.folder, chosen, args.output_dir / "pictures.png")
-    commands = [result["command"] for result in results]
+    commands = [result["command"] for result in [*tried, *(run for runs in chosen.values() for run in runs[1:])]]
     (args.output_dir / "commands.txt").write_text("\n".join(commands) + "\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     num_pictures = len(base[small_world.SEEDS[0]]["total"])
     report = f"""# Small world
 
-`python benchmarks/small_world.py all`, then `python benchmarks/small_world_report.py`; Python {platform.python_version()},
-{versions}. The commands of all {len(results)} runs are in [`commands.txt`](commands.txt).
+`python benchmarks/small_world.py all`; Python {platform.python_version()}, {versions}. The commands of all {len(commands)} runs are in
+[`commands.txt`](commands.txt).
 
-{table(chosen, base)}
+{table(chosen, base, measure_best())}
 
 ![Reward against steps and seconds](rewards.png)
 
 - *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], after
-  {small_world.STEPS[-1]} steps, of {num_pictures} pictures per seed. Captions are held out; runs of one seed start from the same noise.
-  ± is the standard deviation over seeds {", ".join(map(str, small_world.SEEDS))}.
-  A small shape without an outline fits a large one with an outline of the background's colour, and may be taken for it in *match*.
-- *beats*: share of pictures with the higher reward than that from the same noise by the base, or by the same method in latent
-  space (for variants of NCP-DPO: latent DPO), with its 95 % confidence interval over captions; the spread between trainings
-  is not in it.
-- *reward at its time*: interpolated at the seconds that the latent twin takes for all its steps.
+  {small_world.STEPS[-1]} steps, of {num_pictures} pictures for each of {len(small_world.SEEDS)} seeds. Captions are held out.
+  *best possible*: well-drawn, outlined pictures, encoded and decoded by the base's VAE.
+- *over*, *beats*: difference in reward, and share of pictures with the higher one, to the picture from the same noise by the base,
+  or by the twin: the same method in latent space (for variants of NCP-DPO: latent DPO), trained for as many steps.
+  ± is the standard deviation between trainings with different seeds; 95 % confidence intervals are over captions and trainings.
+- *over twin at equal time*: the twin was trained on, for {small_world.LATENT_STEPS[-1]} steps; its reward is interpolated at the seconds that the method took.
 - *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
-- *seconds* for all steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
+- *seconds* for {small_world.STEPS[-1]} steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
   before.
+- *(edge)*: no lower, or no higher, learning rate was tried than the one chosen.
 
 ## One thing apart
 
@@ -253,18 +277,26 @@ def main(args):
 
 ![A row of pictures per method](pictures.png)
 
+## Reward by steps
+
+{steps_table(chosen, base)}
+
 ## Learning rates
 
-By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps with seed {small_world.SEEDS[0]}:
+By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps with seed {small_world.SEEDS[0]}. The base's is {np.mean(choosing_base["total"]):.3f}.
 
-{learning_rate_table(results)}
+{learning_rate_table(tried)}
 """
     (args.output_dir / "README.md").write_text(report)
     print(report)
 
 
-if __name__ == "__main__":
+def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("small-world"))
     parser.add_argument("--output_dir", type=Path, default=small_world.ROOT / "benchmarks" / "results" / "small_world")
-    main(parser.parse_args())
+    return parser.parse_args(input_args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -13,10 +13,11 @@
 # limitations under the License.
 
 
-import argparse
 import itertools
 import json
 import random
+import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def quick(base, monkeypatch):
     monkeypatch.setattr(small_world, "TEST_PICTURES_PER_SCENE", 1)
     monkeypatch.setattr(small_world, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(small_world, "STEPS", (2, 4))
+    monkeypatch.setattr(small_world, "LATENT_STEPS", (2, 4, 6))
     return base
 
 
@@ -93,11 +95,12 @@ def test_base_model_is_of_the_usual_kind(base):
 
 
 def test_base_model_comes_from_a_seed(base, tmp_path):
-    def unet(folder):
-        return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    def contents(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    assert unet(train_base(tmp_path / "again")) == unet(base)
-    assert unet(train_base(tmp_path / "other", SEED=1)) != unet(base)
+    assert contents(train_base(tmp_path / "again")) == contents(base)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (train_base(tmp_path / "other", SEED=1) / unet).read_bytes() != (base / unet).read_bytes()
 
 
 def test_committed_base_model_draws_what_is_asked_for():
@@ -110,7 +113,7 @@ def test_committed_base_model_draws_what_is_asked_for():
     )
 
 
-def test_from_pairs_to_a_result(quick, tmp_path, capsys):
+def test_from_pairs_to_a_result(quick, tmp_path, capsys, monkeypatch):
     arguments = ["run", "dpo-ncp", "--learning_rate", "1e-3", "--folder", str(tmp_path)]
     small_world.main(small_world.parse_args(arguments))
     file = tmp_path / "runs" / "dpo-ncp-0.001-0" / "result.json"
@@ -131,12 +134,17 @@ def test_from_pairs_to_a_result(quick, tmp_path, capsys):
     # A result is not computed again, nor taken for that of another command.
     file.write_text(json.dumps({**result, "seconds": {"2": 7, "4": 7}}))
     small_world.main(small_world.parse_args(arguments))
-    assert "step 4, 7 s" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "seed 0, step 0, 0 s" in output and "seed 0, step 4, 7 s" in output
     file.write_text(json.dumps({**result, "command": "another"}))
     with pytest.raises(ValueError, match="is of another command: another"):
         small_world.main(small_world.parse_args(arguments))
     with pytest.raises(ValueError, match="holds runs on its pairs"):
         small_world.main(small_world.parse_args(["pairs", "--folder", str(tmp_path)]))
+    # Nor are pairs and runs of another base or reward taken for those of this one.
+    monkeypatch.setattr(small_world, "TEMPERATURE", 1.0)
+    with pytest.raises(ValueError, match="holds pairs of another base model or another reward"):
+        small_world.main(small_world.parse_args(arguments))
 
 
 def test_pairs_that_were_interrupted_are_made_again(quick, tmp_path):
@@ -148,15 +156,16 @@ def test_pairs_that_were_interrupted_are_made_again(quick, tmp_path):
 
 
 def outcome(method, seed, rewards, learning_rate=1e-3, seconds=10, choosing=0.5):
-    """A result with the same rewards of every part after every hundred steps, two pictures a caption."""
+    """A result with the same rewards of every part, two pictures of one caption; `seconds` are those of a hundred steps."""
+    steps = small_world.steps_of(method)
     return {
         "method": method,
         "seed": seed,
         "learning_rate": learning_rate,
-        "seconds": {str(step): seconds * step / 100 for step in small_world.STEPS},
+        "seconds": {str(step): seconds * step / 100 for step in steps},
         "test": {
             str(step): dict.fromkeys(small_world_report.PARTS, [reward, reward])
-            for step, reward in zip(small_world.STEPS, rewards)
+            for step, reward in zip(steps, rewards)
         },
         "choosing": {"total": [choosing, choosing]},
         "implicit_accuracy": {"latent": 1, "ncp": 1},
@@ -172,45 +181,75 @@ def test_learning_rate_is_chosen_on_other_captions_with_the_first_seed():
     assert small_world.best_learning_rate(results) == 3e-3
 
 
-def test_report(quick, tmp_path):
-    world = tmp_path / "world"
-    small_world.make_pairs(world)
-    rewards = {}
-    for method in ("dpo-latent", "dpo-ncp"):
-        result = small_world.run(world, method, 1e-3, 0)
-        rewards[method] = np.mean(result["test"]["4"]["total"])
-    small_world_report.main(argparse.Namespace(folder=world, output_dir=tmp_path / "report"))
-    lines = (tmp_path / "report" / "README.md").read_text().splitlines()
-    for name, mean in rewards.items():
-        line, _ = (line for line in lines if line.startswith(f"| {name} |"))
-        assert f"| {mean:.3f} |" in line
-    assert sum("--loss_space latent" in line for line in open(tmp_path / "report" / "commands.txt")) == 1
+def test_all_runs_what_is_missing_and_reports(quick, tmp_path, monkeypatch):
+    folder, output_dir = tmp_path / "world", tmp_path / "report"
+    for module, name, value in [
+        (small_world, "METHODS", {name: small_world.METHODS[name] for name in ("dpo-latent", "dpo-ncp")}),
+        (small_world, "LEARNING_RATES", (1e-3, 1e-2)),
+        (small_world, "SEEDS", (0, 1)),
+        (small_world_report, "DUELS", (("dpo-ncp", "dpo-latent"),)),
+    ]:
+        monkeypatch.setattr(module, name, value)
+    run_process, launched, failing, lock = subprocess.run, [], ["dpo-ncp"], threading.Lock()
+
+    def run_here(command, **options):
+        """Of the world's own commands, so that the world is the quick one."""
+        if command[1] == small_world_report.__file__:
+            small_world_report.main(small_world_report.parse_args([*command[2:], "--output_dir", str(output_dir)]))
+        elif command[1] != small_world.__file__:
+            run_process(command, **options)
+        elif command[3] not in failing:
+            # Models cannot be loaded by two threads.
+            with lock:
+                launched.append(command[3])
+                small_world.main(small_world.parse_args(command[2:]))
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    arguments = small_world.parse_args(["all", "--folder", str(folder)])
+    with pytest.raises(RuntimeError, match=r"Runs failed, see .*dpo-ncp-0.001-0.log.*dpo-ncp-0.01-0.log"):
+        small_world.main(arguments)
+    # Learning rates are not compared until all are there.
+    assert launched == ["dpo-latent", "dpo-latent"]
+    failing.clear()
+    small_world.main(arguments)
+    assert len(launched) == 6
+
+    chosen, _ = small_world_report.load_results(folder)
+    lines = (output_dir / "README.md").read_text().splitlines()
+    for method, runs in chosen.items():
+        mean = np.mean([run["test"]["4"]["total"] for run in runs])
+        line, _, _ = (line for line in lines if line.startswith(f"| {method} |"))
+        assert f"| {runs[0]['learning_rate']:g} (edge) | {mean:.3f} |" in line
+    commands = (output_dir / "commands.txt").read_text().splitlines()
+    assert len(commands) == 6 and sum("--loss_space latent" in command for command in commands) == 3
     for name in ("rewards.png", "pictures.png"):
-        assert Image.open(tmp_path / "report" / name).size > (500, 200)
+        assert Image.open(output_dir / name).size > (500, 200)
 
 
-def test_reward_at_equal_time():
-    base = {0: dict.fromkeys(small_world_report.PARTS, [0.4, 0.6])}
+def test_over_base_and_twin_at_equal_steps_and_time():
+    base = {seed: dict.fromkeys(small_world_report.PARTS, [reward, reward]) for seed, reward in ((0, 0.4), (1, 0.2))}
+    best = dict.fromkeys(small_world_report.PARTS, np.array([1.0]))
     chosen = {
-        "dpo-latent": [outcome("dpo-latent", 0, (0.6, 0.8, 0.9), seconds=5)],
-        "dpo-ncp": [outcome("dpo-ncp", 0, (0.6, 0.8, 0.9), seconds=10)],
+        "dpo-latent": [outcome("dpo-latent", seed, (0.3, 0.4, 0.5, 0.7), seconds=5) for seed in (0, 1)],
+        "dpo-ncp": [outcome("dpo-ncp", seed, (0.5, 0.5, last), seconds=7) for seed, last in ((0, 0.6), (1, 0.8))],
     }
-    table = small_world_report.table(chosen, base)
-    # Half way between the first and the second hundred steps
-    assert table.splitlines()[-1].split(" | ")[8] == "0.700"
-
-
-def test_duels_are_between_runs_of_one_seed():
-    chosen = {
-        "dpo-ncp": [outcome("dpo-ncp", seed, (0, 0, 0.5)) for seed in (0, 1, 2)],
-        "dpo-ncp-scale-1": [outcome("dpo-ncp-scale-1", seed, (0, 0, reward)) for seed, reward in ((2, 0.4), (0, 0.6))],
-    }
-    assert small_world_report.duels(chosen).splitlines()[2:] == ["| dpo-ncp | dpo-ncp-scale-1 | 50% (50% – 50%) |"]
+    row = small_world_report.table(chosen, base, best).splitlines()[-1].split(" | ")
+    assert row[2] == "0.700"
+    assert row[6] == "+0.400 ± 0.283"  # 0.6 - 0.4 and 0.8 - 0.2
+    assert row[8] == "+0.200 ± 0.141"  # 0.6 - 0.5 and 0.8 - 0.5
+    # After 21 seconds the twin has made 420 steps: 0.66
+    assert row[10] == "+0.040 ± 0.141"
 
 
 def test_win_rate():
     # Two captions with two pictures each: 1 and a half of two are won. Drawing captions anew, both may be either.
     ours, theirs = [np.array([1.0, 2, 3, 4])], [np.array([0.0, 1, 3, 5])]
     assert small_world_report.win_rate(ours, theirs) == "62% (25% – 100%)"
-    # As many captions with more pictures are no surer.
+    # As many captions with more pictures are no surer, nor are trainings that come out the same.
     assert small_world_report.win_rate(3 * ours, 3 * theirs) == "62% (25% – 100%)"
+
+
+def test_win_rate_knows_that_trainings_differ():
+    # Every caption is won by the pictures of one training, and lost by those of the other.
+    ours, theirs = [np.ones(200), np.zeros(200)], [np.zeros(200), np.ones(200)]
+    assert small_world_report.win_rate(ours, theirs) == "50% (0% – 100%)"
