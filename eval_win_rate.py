@@ -21,15 +21,18 @@
       --lora_weights ncp-dpo-sd15 --prompts_file PartiPrompts.tsv --prompt_column Prompt --scorers pickscore clipscore \
       --output_dir parti
 
-holds a LoRA against its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent.
-Writes all pictures, `scores.csv`, `summary.md` and `index.html`, a page of both sides sorted by how much one won. Pictures that
-are there already are not drawn again.
+holds a LoRA against its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent; one of
+another native resolution has the same noise only if `--resolution` is given. Writes all pictures, `scores.csv`, `summary.md`
+and `index.html`, a page of both sides sorted by how much one won. Pictures that are there already are not drawn again: to
+replace one side, remove its folder.
 """
 
 import argparse
 import csv
 import hashlib
 import html
+import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -38,8 +41,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from datasets import load_dataset
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
@@ -51,21 +54,13 @@ from diffusers.utils import check_min_version
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
 check_min_version("0.35.0")
 
-logger = get_logger(__name__)
-
-SIDES = ("model", "baseline")
-# What pictures depend on.
-PICTURE_ARGUMENTS = (
-    "pretrained_model_name_or_path",
-    "lora_weights",
-    "baseline_model_name_or_path",
-    "baseline_lora_weights",
-    "seed",
-    "num_inference_steps",
-    "guidance_scale",
-    "resolution",
-    "mixed_precision",
-)
+# The flags of both sides' model and LoRA.
+SIDES = {
+    "model": ("pretrained_model_name_or_path", "lora_weights"),
+    "baseline": ("baseline_model_name_or_path", "baseline_lora_weights"),
+}
+# What pictures depend on beside them.
+DRAWING_ARGUMENTS = ("seed", "num_inference_steps", "guidance_scale", "resolution", "mixed_precision")
 SETTINGS_NAME = "settings.json"
 
 
@@ -81,6 +76,7 @@ def parse_args(input_args=None):
     prompts.add_argument("--prompts", type=str, nargs="+", default=None)
     prompts.add_argument("--prompts_file", type=str, default=None, help=".txt with one a line, .tsv, .csv or .parquet")
     prompts.add_argument("--dataset_name", type=str, default=None, help="Hub id or local folder.")
+    prompts.add_argument("--dataset_config_name", type=str, default=None)
     prompts.add_argument("--dataset_split_name", type=str, default="train")
     prompts.add_argument("--prompt_column", type=str, default="caption")
     prompts.add_argument("--max_prompts", type=int, default=None)
@@ -107,7 +103,11 @@ def parse_args(input_args=None):
         help="The head of LAION's aesthetic predictor, sac+logos+ava1-l14-linearMSE.pth, over --clipscore_model_name_or_path.",
     )
     scoring.add_argument("--output_dir", type=str, default="win-rate")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    for flag in ("max_prompts", "batch_size", "num_inference_steps", "resolution"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}, but must be at least 1.")
+    return args
 
 
 def load_prompts(args):
@@ -132,33 +132,61 @@ def load_prompts(args):
 
 def load_prompt_column(args):
     if args.dataset_name is not None:
-        dataset = load_dataset(args.dataset_name, split=args.dataset_split_name)
+        # Or else all splits would be downloaded, pictures included.
+        dataset = load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split_name, streaming=True
+        )
     else:
-        loaders = {".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".parquet": ("parquet", {})}
+        # Tabs part the columns of a .tsv, quotation marks are the prompts' own.
+        loaders = {
+            ".csv": ("csv", {}),
+            ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
+            ".parquet": ("parquet", {}),
+        }
         suffix = Path(args.prompts_file).suffix
         if suffix not in loaders:
             raise ValueError(f"--prompts_file {args.prompts_file} must end in .txt, .csv, .tsv or .parquet.")
         loader, options = loaders[suffix]
-        dataset = load_dataset(loader, data_files=args.prompts_file, split="train", **options)
-    if args.prompt_column not in dataset.column_names:
-        raise ValueError(f"--prompt_column {args.prompt_column}: there are only {', '.join(dataset.column_names)}.")
-    return dataset[args.prompt_column][:]
+        dataset = load_dataset(loader, data_files=args.prompts_file, split="train", streaming=True, **options)
+    # Of a table in text a stream does not know the columns.
+    columns = dataset.column_names or list(next(iter(dataset), []))
+    if args.prompt_column not in columns:
+        raise ValueError(f"--prompt_column {args.prompt_column}: there are only {', '.join(columns)}.")
+    rows = dataset.select_columns(args.prompt_column)
+    return [row[args.prompt_column] for row in itertools.islice(rows, args.max_prompts)]
 
 
-def digest_of_lora(path):
-    """What a local LoRA holds, since training may go on in the same folder. One from the hub holds nothing here."""
+def digest_of_files(path):
+    """
+    Of what a local folder or file holds, since training may go on in the same place: LoRAs by content, models by sizes and
+    times. A hub id holds nothing here.
+    """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    if (path / "model_index.json").is_file():
+        contents = [
+            f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        ]
+    else:
+        contents = [file.read_bytes() for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def check_settings(args, prompts):
-    """Keeps with the pictures what they depend on; a `ValueError` if those in `--output_dir` were drawn otherwise."""
-    settings = {name: getattr(args, name) for name in PICTURE_ARGUMENTS}
-    names = ("lora_weights", "baseline_lora_weights")
-    loras = {name: settings[name] and digest_of_lora(settings[name]) for name in names}
-    file = Path(args.output_dir) / SETTINGS_NAME
-    if file.is_file():
+def side_models(args, side):
+    """A side's model and LoRA, which may be `None`."""
+    model, lora = (getattr(args, flag) for flag in SIDES[side])
+    return model or args.pretrained_model_name_or_path, lora
+
+
+def check_settings(args, prompts, side):
+    """Keeps with a side's pictures what they depend on; a `ValueError` if those that are there were drawn otherwise."""
+    named = dict(zip(SIDES[side], side_models(args, side)))
+    settings = {**named, **{name: getattr(args, name) for name in DRAWING_ARGUMENTS}}
+    weights = {name: value and digest_of_files(value) for name, value in named.items()}
+    folder = picture_path(args, side, 0).parent
+    file = folder / SETTINGS_NAME
+    if any(folder.glob("*.png")):
         saved = json.loads(file.read_text())
         # More prompts may follow, those that were must stay.
         known = min(len(saved["prompts"]), len(prompts))
@@ -167,16 +195,16 @@ def check_settings(args, prompts):
             for name in settings
             if settings[name] != saved[name]
         ]
-        changes += [f"--{name} holds other weights" for name in loras if loras[name] != saved["loras"][name]]
+        changes += [f"--{name} holds other weights" for name in weights if weights[name] != saved["weights"][name]]
         if saved["prompts"][:known] != prompts[:known]:
             changes.append("the prompts are others")
         if changes:
             raise ValueError(
-                f"{'; '.join(changes)} for the pictures in --output_dir {args.output_dir}. Give another one."
+                f"{'; '.join(changes)} for the pictures in {folder}. Remove them, or give another --output_dir."
             )
         prompts = max(prompts, saved["prompts"], key=len)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**settings, "loras": loras, "prompts": prompts}, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**settings, "weights": weights, "prompts": prompts}, indent=2))
 
 
 def picture_path(args, side, index):
@@ -185,13 +213,13 @@ def picture_path(args, side, index):
 
 def draw_side(args, accelerator, side, prompts):
     """Draws this process's share of a side's pictures that are missing, each from the noise of its own prompt."""
-    share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    missing = [index for index in share if not picture_path(args, side, index).is_file()]
+    missing = [index for index in range(len(prompts)) if not picture_path(args, side, index).is_file()]
+    # No process draws before all have seen what is missing.
+    accelerator.wait_for_everyone()
+    missing = missing[accelerator.process_index :: accelerator.num_processes]
     if not missing:
         return
-    model, lora = args.pretrained_model_name_or_path, args.lora_weights
-    if side == "baseline":
-        model, lora = args.baseline_model_name_or_path or model, args.baseline_lora_weights
+    model, lora = side_models(args, side)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
     pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(accelerator.device)
     if hasattr(pipeline, "safety_checker"):
@@ -200,7 +228,6 @@ def draw_side(args, accelerator, side, prompts):
     if lora is not None:
         pipeline.load_lora_weights(lora)
     pipeline.set_progress_bar_config(disable=True)
-    picture_path(args, side, 0).parent.mkdir(parents=True, exist_ok=True)
     batches = [missing[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
     for batch in tqdm(batches, desc=f"Drawing: {side}", disable=not accelerator.is_local_main_process):
         images = pipeline(
@@ -218,8 +245,7 @@ def draw_side(args, accelerator, side, prompts):
             incomplete.rename(path)
 
 
-def load_picture(args, side, index):
-    path = picture_path(args, side, index)
+def load_picture(path):
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -230,10 +256,10 @@ def load_picture(args, side, index):
 class CLIPSimilarity:
     """Cosine of a CLIP's embeddings of prompt and picture, times a constant or the model's own temperature."""
 
-    def __init__(self, model, processor, device, factor=None):
-        self.model = AutoModel.from_pretrained(model).to(device).eval()
+    def __init__(self, model, processor, factor=None):
+        self.model = AutoModel.from_pretrained(model).eval()
         self.processor = AutoProcessor.from_pretrained(processor)
-        self.device = device
+        self.device = torch.device("cpu")
         self.factor = self.model.logit_scale.exp().item() if factor is None else factor
 
     def embed(self, prompt, image):
@@ -242,16 +268,20 @@ class CLIPSimilarity:
         outputs = self.model(**inputs.to(self.device))
         return outputs.text_embeds, outputs.image_embeds
 
-    def __call__(self, prompt, image):
-        text, picture = self.embed(prompt, image)
+    def to(self, device):
+        self.model.to(device)
+        self.device = device
+
+    def __call__(self, prompt, path):
+        text, picture = self.embed(prompt, load_picture(path))
         return self.factor * torch.nn.functional.cosine_similarity(text, picture).item()
 
 
 class Aesthetic(CLIPSimilarity):
     """LAION's aesthetic predictor: a multi-layer perceptron without activations over CLIP ViT-L/14, about 1 to 10."""
 
-    def __init__(self, model, weights, device):
-        super().__init__(model, model, device)
+    def __init__(self, model, weights):
+        super().__init__(model, model)
         sizes = (self.model.config.projection_dim, 1024, 128, 64, 16, 1)
         linear = [torch.nn.Linear(*shape) for shape in zip(sizes, sizes[1:])]
         # The weights are numbered with the dropout between them.
@@ -260,41 +290,80 @@ class Aesthetic(CLIPSimilarity):
         )
         state = torch.load(weights, map_location="cpu", weights_only=True)
         self.head.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
+
+    def to(self, device):
+        super().to(device)
         self.head.to(device)
 
-    def __call__(self, prompt, image):
-        _, picture = self.embed(prompt, image)
+    def __call__(self, prompt, path):
+        _, picture = self.embed(prompt, load_picture(path))
         return self.head(picture).item()
 
 
-def load_pickscore(args, device):
-    return CLIPSimilarity(args.pickscore_model_name_or_path, args.pickscore_processor_name_or_path, device)
+class HPSv2:
+    """HPSv2.1 with the model of its package, whose own `score` would load the weights anew for every picture."""
+
+    def __init__(self):
+        from hpsv2 import img_score
+        from hpsv2.src.open_clip import get_tokenizer
+
+        img_score.device = "cpu"
+        img_score.initialize_model()
+        self.model, self.preprocess = (img_score.model_dict[name] for name in ("model", "preprocess_val"))
+        weights = torch.load(hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"), map_location="cpu")
+        self.model.load_state_dict(weights["state_dict"])
+        self.model.eval()
+        self.tokenizer = get_tokenizer("ViT-H-14")
+
+    def to(self, device):
+        self.model.to(device)
+        self.device = device
+
+    def __call__(self, prompt, path):
+        image = self.preprocess(load_picture(path))[None].to(self.device)
+        outputs = self.model(image, self.tokenizer([prompt]).to(self.device))
+        return torch.linalg.vecdot(outputs["image_features"], outputs["text_features"]).item()
 
 
-def load_clipscore(args, device):
-    return CLIPSimilarity(args.clipscore_model_name_or_path, args.clipscore_model_name_or_path, device, factor=100)
+class ImageReward:
+    def __init__(self):
+        import ImageReward as package
+
+        self.model = package.load("ImageReward-v1.0", device="cpu")
+
+    def to(self, device):
+        self.model.to(device)
+        self.model.device = device
+
+    def __call__(self, prompt, path):
+        # By its path: not all versions take pictures.
+        return self.model.score(prompt, str(path))
 
 
-def load_aesthetic(args, device):
+def load_pickscore(args):
+    return CLIPSimilarity(args.pickscore_model_name_or_path, args.pickscore_processor_name_or_path)
+
+
+def load_clipscore(args):
+    return CLIPSimilarity(args.clipscore_model_name_or_path, args.clipscore_model_name_or_path, factor=100)
+
+
+def load_aesthetic(args):
     if args.aesthetic_weights is None:
         raise ValueError("--scorers aesthetic needs --aesthetic_weights, the file sac+logos+ava1-l14-linearMSE.pth.")
-    return Aesthetic(args.clipscore_model_name_or_path, args.aesthetic_weights, device)
+    return Aesthetic(args.clipscore_model_name_or_path, args.aesthetic_weights)
 
 
-def load_hpsv2(args, device):
-    try:
-        import hpsv2
-    except ImportError:
+def load_hpsv2(args):
+    if importlib.util.find_spec("hpsv2") is None:
         raise ImportError("To score with HPSv2.1, please install hpsv2: `pip install hpsv2`.")
-    return lambda prompt, image: float(hpsv2.score(image, prompt, hps_version="v2.1")[0])
+    return HPSv2()
 
 
-def load_imagereward(args, device):
-    try:
-        import ImageReward
-    except ImportError:
+def load_imagereward(args):
+    if importlib.util.find_spec("ImageReward") is None:
         raise ImportError("To score with ImageReward, please install it: `pip install image-reward`.")
-    return ImageReward.load("ImageReward-v1.0", device=str(device)).score
+    return ImageReward()
 
 
 SCORERS = {
@@ -310,14 +379,16 @@ SCORERS = {
 def score_pictures(args, accelerator, prompts, scorers):
     """Scores of every picture, `{scorer: {side: [score of each prompt]}}`, complete on every process."""
     share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    for scorer in scorers.values():
+        scorer.to(accelerator.device)
     scores = torch.zeros(len(scorers), len(SIDES), len(prompts), device=accelerator.device)
     for index in tqdm(share, desc="Scoring", disable=not accelerator.is_local_main_process):
         for side_number, side in enumerate(SIDES):
-            image = load_picture(args, side, index)
+            path = picture_path(args, side, index)
             for number, (name, scorer) in enumerate(scorers.items()):
-                score = scorer(prompts[index], image)
+                score = scorer(prompts[index], path)
                 if not math.isfinite(score):
-                    raise ValueError(f"{picture_path(args, side, index)}: its {name} is {score}.")
+                    raise ValueError(f"{path}: its {name} is {score}.")
                 scores[number, side_number, index] = score
     scores = accelerator.reduce(scores).tolist()
     return {name: dict(zip(SIDES, values)) for name, values in zip(scorers, scores)}
@@ -406,10 +477,11 @@ def write_page(args, prompts, scores):
 def main(args):
     accelerator = Accelerator()
     prompts = load_prompts(args)
-    scorers = {name: SCORERS[name](args, accelerator.device) for name in args.scorers}
+    # Whether they are there is known before anything is drawn; the accelerator is the pipelines' until all is.
+    scorers = {name: SCORERS[name](args) for name in args.scorers}
     if accelerator.is_main_process:
-        check_settings(args, prompts)
-    accelerator.wait_for_everyone()
+        for side in SIDES:
+            check_settings(args, prompts, side)
     for side in SIDES:
         draw_side(args, accelerator, side, prompts)
     accelerator.wait_for_everyone()

@@ -27,6 +27,7 @@ by a detached factor s, and the feature difference divided by s: to first order 
 """
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ def adapters_disabled(unet):
 
 
 def _adapter_layers(unet):
-    if not getattr(unet, "_hf_peft_config_loaded", False):
+    if "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 

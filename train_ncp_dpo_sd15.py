@@ -130,7 +130,9 @@ FREE_ARGUMENTS = {
     "hub_token",
     "hub_model_id",
 }
-CACHE_CHUNK = 1000
+# What an error scale is measured for.
+ERROR_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms")
+CACHE_CHUNK = 200
 CACHE_ARGUMENTS = (
     "resolution",
     "image_interpolation_mode",
@@ -141,16 +143,18 @@ CACHE_ARGUMENTS = (
     "label_column",
     "caption_column",
 )
+# Less the one whose steps there is no flag for.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 PROGRESS_METRICS = ("loss", "implicit_accuracy", "margin")
 
 
-def save_model_card(args, error_scale):
+def save_model_card(args, num_processes, error_scale):
     """Writes `README.md`: what the LoRA was trained on and how, validation images, how to load it."""
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     settings = {
         "loss": f"{args.loss_type} in {args.loss_space} space",
         "steps": args.max_train_steps,
-        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps,
+        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
         "β": args.beta_dpo,
         "learning rate": args.learning_rate,
         "LoRA rank": args.rank,
@@ -195,7 +199,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}", torch_dtype=torch.float16)
 pipeline.to("cuda").load_lora_weights("{repo_id}")
-image = pipeline("{args.validation_prompt or "a photo of an astronaut"}").images[0]
+image = pipeline({json.dumps(args.validation_prompt or "a photo of an astronaut")}).images[0]
 ```
 """
     ).save(Path(args.output_dir) / "README.md")
@@ -402,7 +406,7 @@ def add_common_arguments(parser):
         "--lr_scheduler",
         type=str,
         default="constant",
-        help=f"One of {', '.join(kind.value for kind in SchedulerType)}.",
+        help=f"One of {', '.join(LR_SCHEDULERS)}.",
     )
     training.add_argument("--lr_warmup_steps", type=int, default=500, help="For schedules with a warm-up.")
     training.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
@@ -422,7 +426,7 @@ def add_common_arguments(parser):
         "--resume_from_checkpoint",
         type=str,
         default=None,
-        help="A checkpoint's folder, or `latest` in `--output_dir`.",
+        help="A checkpoint's folder, its name in `--output_dir`, or `latest`.",
     )
     checkpoints.add_argument(
         "--allow_resume_changes", action="store_true", help="Resume although settings differ from the checkpoint's."
@@ -464,7 +468,7 @@ def check_arguments(args):
         ("ncp_timestep", TARGET_TIMESTEPS),
         ("on_bad_sample", ("error", "skip")),
         ("image_interpolation_mode", [mode.name.lower() for mode in Image.Resampling]),
-        ("lr_scheduler", [kind.value for kind in SchedulerType]),
+        ("lr_scheduler", LR_SCHEDULERS),
     ]:
         if getattr(args, flag) not in allowed:
             raise ValueError(f"--{flag} is {getattr(args, flag)!r}, but must be one of {', '.join(allowed)}.")
@@ -506,6 +510,8 @@ def check_arguments(args):
         raise ValueError("--run_validation needs a --validation_prompt.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
+    if args.report_to == "wandb" and not is_wandb_available():
+        raise ImportError("To report to wandb, please install it: `pip install wandb`.")
 
 
 def parse_args(input_args=None):
@@ -599,10 +605,8 @@ class EpochSampler(torch.utils.data.Sampler):
     def __init__(self, rows, seed):
         self.rows = rows
         self.seed = seed
+        # Not by `set_epoch`, which some versions of accelerate call with numbers of their own.
         self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
     def __len__(self):
         return len(self.rows)
@@ -636,11 +640,11 @@ class PreferencePairs(torch.utils.data.Dataset):
         self.num_train_timesteps = num_train_timesteps
 
     def __getitem__(self, key):
-        epoch, row = key
-        skipped = []
+        epoch, identity = key
+        row, skipped = identity, []
         while True:
             try:
-                return {**self.example(epoch, row, row, self.dataset[row]), "skipped": skipped}
+                return {**self.example(epoch, row, identity, self.dataset[row]), "skipped": skipped}
             except UnreadableImage as error:
                 skipped.append(str(error))
                 if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
@@ -648,7 +652,8 @@ class PreferencePairs(torch.utils.data.Dataset):
             row = self.rows[bisect.bisect(self.rows, row) % len(self.rows)]
 
     def example(self, epoch, row, identity, values):
-        # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
+        # Randomness belongs to the pair (a substitute has that of the one it stands for), so that neither processes nor
+        # workers nor a resume can change it.
         seed = np.random.SeedSequence([self.args.seed, epoch, identity]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
@@ -990,20 +995,24 @@ def cache_pairs(args, accelerator, pairs, components, weight_dtype):
 
 
 def map_in_chunks(accelerator, folder, column, values, function, batch_size):
-    # One file per chunk: processes share the work, and what an interrupted run has stored is kept.
+    # One file per chunk: processes share the work, none waits long for another, and what an interrupted run has stored is kept.
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = [values[start : start + CACHE_CHUNK] for start in range(0, len(values), CACHE_CHUNK)]
-    files = [str(folder / f"{column}-{index}.arrow") for index in range(len(chunks))]
+    size = min(CACHE_CHUNK, math.ceil(len(values) / accelerator.num_processes))
+    chunks = [values[start : start + size] for start in range(0, len(values), size)]
+    files = [str(folder / f"{column}-{size}-{index}.arrow") for index in range(len(chunks))]
     for index in range(accelerator.process_index, len(chunks), accelerator.num_processes):
         datasets.Dataset.from_dict({column: chunks[index]}).map(
             function,
             batched=True,
             batch_size=batch_size,
             cache_file_name=files[index],
-            new_fingerprint=f"{folder.name}-{column}-{index}",
+            new_fingerprint=f"{folder.name}-{column}-{size}-{index}",
             desc=f"Encoding {column}s, part {index + 1} of {len(chunks)}",
         )
     accelerator.wait_for_everyone()
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is on another machine: give a --cache_dir that all machines share.")
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
 
 
@@ -1048,12 +1057,15 @@ def prepare_dataloader(args, accelerator, dataloader):
     return accelerator.prepare(dataloader)
 
 
-def remaining_batches(args, accelerator, dataloader, steps_per_epoch, state):
-    """Batches from `state["global_step"]` on, which the caller counts, until `--max_train_steps`, epoch by epoch."""
+def remaining_batches(args, accelerator, dataloader, sampler, steps_per_epoch, state):
+    """
+    Batches from `state["global_step"]` on, which the caller counts, until `--max_train_steps`, epoch by epoch; `sampler`
+    is the one within `dataloader`.
+    """
     while state["global_step"] < args.max_train_steps:
         start = state["global_step"]
         epoch, steps_done = divmod(start, steps_per_epoch)
-        dataloader.set_epoch(epoch)
+        sampler.epoch = epoch
         for batch in accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps):
             yield batch
             if state["global_step"] == args.max_train_steps:
@@ -1135,7 +1147,7 @@ def create_lr_scheduler(args, accelerator, optimizer):
 
 
 class Denoising(NamedTuple):
-    """What the U-Net is asked for a batch of N images, in the order of [`NoiseConditionedPerception.anchor`]."""
+    """What the U-Net is asked for a batch of N images, by the names that [`NoiseConditionedPerception.anchor`] has for it."""
 
     noisy_latents: torch.Tensor  # (N, C, h, w)
     timesteps: torch.Tensor  # (N,)
@@ -1195,7 +1207,7 @@ def training_step(args, denoising, unet, policy, perception):
     else:
         with perception.record() as recorded:
             ref_pred = denoising.predict_reference(policy) if needs_reference else None
-        anchor = perception.anchor(*denoising, ref_pred=ref_pred, recorded=recorded)
+        anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred, recorded=recorded)
         ref_errors = anchor.ref_errors
         errors = perception.error(denoising.predict(unet), anchor)
 
@@ -1229,8 +1241,9 @@ def gather_metrics(args, accelerator, observed):
 
 
 def is_finite(accelerator, metrics):
-    # In fp16 the gradient overflows now and then, which the loss scaler sees to.
-    return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or accelerator.scaler is not None)
+    # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
+    scaled = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
+    return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
 
 
 def refuse_step(args, step, skipped_steps, metrics, rows):
@@ -1257,9 +1270,10 @@ def count_flat_steps(args, metrics, flat_steps):
 
 @contextlib.contextmanager
 def perturbed_lora(policy, seed):
-    """A small random LoRA, every layer's update 2 % of its weight, in place of the initial one, which does nothing."""
+    """A small random LoRA in place of the policy's, every layer's update 2 % of its weight."""
     generator = torch.Generator().manual_seed(seed)
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    ups = [layer.lora_B["default"].weight.detach().clone() for layer in layers]
     with torch.no_grad():
         for layer in layers:
             up = layer.lora_B["default"].weight
@@ -1268,8 +1282,9 @@ def perturbed_lora(policy, seed):
     try:
         yield
     finally:
-        for layer in layers:
-            torch.nn.init.zeros_(layer.lora_B["default"].weight)
+        with torch.no_grad():
+            for layer, up in zip(layers, ups):
+                layer.lora_B["default"].weight.copy_(up)
 
 
 @torch.no_grad()
@@ -1294,7 +1309,7 @@ def measure_error_scale(args, accelerator, dataloader, policy, components, noise
             batch = send_to_device(batch, accelerator.device)
             denoising = noise_batch(args, batch, components, noise_scheduler)
             ref_pred, model_pred = denoising.predict_reference(policy), denoising.predict(policy)
-            anchor = perception.anchor(*denoising, ref_pred=ref_pred)
+            anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
             for space, errors, ref_errors in [
                 ("latent", latent_error(model_pred, denoising.target), latent_error(ref_pred, denoising.target)),
                 ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
@@ -1302,6 +1317,11 @@ def measure_error_scale(args, accelerator, dataloader, policy, components, noise
                 change = ref_errors - errors
                 margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
     spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
+    if not (spread["latent"] > 0 and spread["ncp"] > 0):
+        raise RuntimeError(
+            f"The margins' spread is {spread['latent']} in latent space and {spread['ncp']} in feature space, of which no"
+            " error scale follows. Give --ncp_error_scale, or more than one pair."
+        )
     # So few digits that the flag that is printed gives the very same run.
     return float(f"{spread['latent'] / spread['ncp']:.4g}")
 
@@ -1343,7 +1363,9 @@ def register_checkpoint_hooks(accelerator, policy, state):
         if missing or result.unexpected_keys:
             raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
         saved = json.loads((Path(input_dir) / STATE_NAME).read_text())
-        state.update({name: saved[name] for name in ("global_step", "error_scale")})
+        state["global_step"] = saved["global_step"]
+        if all(saved["arguments"][name] == state["arguments"][name] for name in ERROR_ARGUMENTS):
+            state["error_scale"] = saved["error_scale"]
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -1417,24 +1439,42 @@ def find_checkpoint_to_resume(args):
             logger.info(f"There is no checkpoint in {args.output_dir} yet: starting anew")
             return None
         return checkpoints[-1]
-    folder = Path(args.resume_from_checkpoint)
-    if not (folder / STATE_NAME).is_file():
-        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {folder}.")
-    return folder
+    named = [Path(args.resume_from_checkpoint), Path(args.output_dir, args.resume_from_checkpoint)]
+    found = [folder for folder in named if (folder / STATE_NAME).is_file()]
+    if not found:
+        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {named[0]}, nor {named[1]}.")
+    global_step = json.loads((found[0] / STATE_NAME).read_text())["global_step"]
+    later = [folder.name for folder in checkpoints if int(folder.name.split("-")[1]) > global_step]
+    if later:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds {', '.join(later)}, which a run from {found[0]} would meet. Remove what"
+            " is not wanted, or give another folder."
+        )
+    return found[0]
 
 
-def check_resume(args, checkpoint):
+def check_resume(args, accelerator, checkpoint):
     """Takes over the checkpoint's seed if none is given; a `ValueError` for what would silently change the run."""
     state = json.loads((checkpoint / STATE_NAME).read_text())
     saved = state["arguments"]
+    if accelerator.num_processes != state["num_processes"]:
+        # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
+        raise ValueError(
+            f"{checkpoint} is of {state['num_processes']} processes, not {accelerator.num_processes}: give accelerate"
+            f" launch --num_processes {state['num_processes']}."
+        )
     if args.seed is None:
         args.seed = saved["seed"]
     if args.ncp_error_scale in ("auto", state["error_scale"]):
         saved["ncp_error_scale"] = args.ncp_error_scale
+    free = FREE_ARGUMENTS
+    if not args.lr_scheduler.startswith("constant"):
+        # The learning rate falls towards the last step.
+        free = free - {"max_train_steps", "num_train_epochs"}
     changes = [
         f"--{name} is {value!r}, but was {saved[name]!r}"
         for name, value in vars(args).items()
-        if name not in FREE_ARGUMENTS and value != saved[name]
+        if name not in free and value != saved[name]
     ]
     if changes and not args.allow_resume_changes:
         raise ValueError(
@@ -1466,7 +1506,7 @@ def stop(args, accelerator, stop_signals):
         words.remove(args.resume_from_checkpoint)
     logger.info(
         f"Stopped by {signal.Signals(number).name}. To go on:\n"
-        f"accelerate launch {shlex.join(words)} --resume_from_checkpoint latest"
+        f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)} --resume_from_checkpoint latest"
     )
     sys.exit(128 + number)
 
@@ -1480,7 +1520,7 @@ def finish(args, accelerator, policy, components, weight_dtype, state):
             folder = Path(args.output_dir) / "validation"
             before, after = (Image.open(folder / f"step-{step}.png") for step in (0, state["global_step"]))
             make_image_grid([before, after], rows=2, cols=1).save(folder / "before_after.png")
-        save_model_card(args, state["error_scale"])
+        save_model_card(args, accelerator.num_processes, state["error_scale"])
         if args.push_to_hub:
             upload_folder(
                 repo_id=args.hub_model_id,
@@ -1498,7 +1538,7 @@ def main(args):
 
     checkpoint = find_checkpoint_to_resume(args)
     if checkpoint is not None:
-        check_resume(args, checkpoint)
+        check_resume(args, accelerator, checkpoint)
     settle_seed(args)
     noise_scheduler, latent_shape = load_configurations(args)
     pairs = open_pairs(args, accelerator, latent_shape, noise_scheduler.config.num_train_timesteps)
@@ -1517,15 +1557,22 @@ def main(args):
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
 
     settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    state = {"global_step": 0, "error_scale": None, "arguments": settings}
+    state = {
+        "global_step": 0,
+        "error_scale": None,
+        "num_processes": accelerator.num_processes,
+        "arguments": settings,
+    }
     register_checkpoint_hooks(accelerator, policy, state)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"Resumed from {checkpoint}")
     perception = create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, state)
     accelerator.init_trackers(args.tracker_name, {**settings, "ncp_error_scale": state["error_scale"]})
-    if args.run_validation and state["global_step"] == 0 and accelerator.is_main_process:
-        log_validation(args, accelerator, policy, components, weight_dtype, 0)
+    if args.run_validation and accelerator.is_main_process:
+        # Of a resumed run as well, which may have another folder or prompt.
+        with adapters_disabled(policy):
+            log_validation(args, accelerator, policy, components, weight_dtype, 0)
 
     logger.info(f"Training for {args.max_train_steps} steps, {steps_per_epoch} per epoch")
     progress_bar = tqdm(
@@ -1537,7 +1584,7 @@ def main(args):
     unet.train()
     stop_signals = note_stop_signals()
     observed, flat_steps, skipped_steps, num_skipped, num_ties, stops = [], 0, 0, 0, 0, False
-    for batch in remaining_batches(args, accelerator, train_dataloader, steps_per_epoch, state):
+    for batch in remaining_batches(args, accelerator, train_dataloader, dataloader.sampler, steps_per_epoch, state):
         for reason in batch["skipped"]:
             logger.warning(f"{reason}. The next pair takes its place.", main_process_only=False)
         num_skipped += len(batch["skipped"])

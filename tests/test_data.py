@@ -14,6 +14,7 @@
 
 """From a dataset's row to the batch, and what is said of bad input before any model is loaded."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -21,6 +22,7 @@ import logging
 import re
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from transformers import CLIPTextModel
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import is_wandb_available
 from train_ncp_dpo_sd15 import EpochSampler, PreferencePairs, collate_fn, load_pairs, read_image, resize_and_crop
 
 
@@ -157,7 +160,7 @@ def test_epoch_sampler():
     first = list(sampler)
     assert first == list(EpochSampler(sampler.rows, seed=0))
     assert sorted(row for _, row in first) == sampler.rows and {epoch for epoch, _ in first} == {0}
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     assert [row for _, row in sampler] != [row for _, row in first]
 
 
@@ -238,6 +241,10 @@ def parquet_of(folder, columns):
         ({"image_1_column": "rejected"}, "--image_1_column is 'rejected', but the columns of .* are jpg_0, jpg_1"),
         ({"label_column": "label"}, "--label_column is 'label', but the columns"),
         ({"caption_column": "text"}, "--caption_column is 'text', but the columns"),
+        (
+            {"lr_scheduler": "piecewise_constant"},
+            "--lr_scheduler is 'piecewise_constant', but must be one of linear, ",
+        ),
         ({"train_batch_size": 13}, "--train_batch_size 13 .* takes 13 pairs, but there are 12"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
     ],
@@ -258,6 +265,13 @@ def test_validation_needs_a_prompt(run_sd15, no_models):
 def test_token_does_not_go_to_wandb(run_sd15, no_models):
     with pytest.raises(ValueError, match="--hub_token"):
         run_sd15(report_to="wandb", hub_token="secret")
+
+
+@pytest.mark.bad_input
+@pytest.mark.skipif(is_wandb_available(), reason="is about its absence")
+def test_wandb_is_missed(run_sd15, no_models):
+    with pytest.raises(ImportError, match="please install it: `pip install wandb`"):
+        run_sd15(report_to="wandb")
 
 
 @pytest.mark.bad_input
@@ -420,6 +434,15 @@ def test_bad_image_stops_with_row_and_column(run_sd15, tmp_path, kind_of_image, 
         run_sd15(dataset_name=parquet_of(tmp_path / "data", columns), loss_space="latent", max_train_steps=4)
 
 
+def test_a_substitute_has_noise_of_its_own(tmp_path):
+    columns = pair_columns(3)
+    columns["jpg_0"][1] = b""
+    pairs = make_pairs(columns, on_bad_sample="skip")
+    substitute, itself = pairs[0, 1], pairs[0, 2]
+    assert substitute["rows"] == itself["rows"] == 2 and substitute["skipped"]
+    assert not torch.equal(substitute["noise"], itself["noise"])
+
+
 @pytest.mark.parametrize("flags", [[], ["--cache_latents"], ["--streaming"]])
 @pytest.mark.bad_input
 def test_bad_images_are_skipped_and_named(run_sd15, tmp_path, caplog, flags):
@@ -485,6 +508,17 @@ def test_empty_dataset(run_sd15, no_models, tmp_path, flags):
     columns = {name: values[:0] for name, values in pair_columns(1).items()}
     with pytest.raises(ValueError, match='No pair is left|"train" corresponds to no data'):
         run_sd15(*flags, dataset_name=parquet_of(tmp_path / "data", columns))
+
+
+@pytest.mark.bad_input
+def test_one_pair_has_no_error_scale(run_sd15, tmp_path):
+    options = {"dataset_name": parquet_of(tmp_path / "data", pair_columns(1)), "train_batch_size": 1}
+    with pytest.raises(
+        RuntimeError, match="spread is nan in latent space .* Give --ncp_error_scale, or more than one"
+    ):
+        run_sd15(**options)
+    run_sd15(ncp_error_scale=1, **options)
+    assert run_sd15.lora()
 
 
 @pytest.mark.bad_input
@@ -611,6 +645,29 @@ def test_an_interrupted_cache_goes_on(run_sd15, tmp_path, monkeypatch):
     assert sum(pictures) == 8  # of 12 pairs the first 4 were stored
 
 
+@pytest.mark.bad_input
+def test_a_cache_on_another_machine_is_missed(tmp_path):
+    second = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    with pytest.raises(ValueError, match="row-3-0.arrow is on another machine: give a --cache_dir that all machines"):
+        train_ncp_dpo_sd15.map_in_chunks(second, tmp_path, "row", list(range(5)), lambda batch: {}, 1)
+
+
+def test_processes_share_a_small_cache(tmp_path):
+    seen = []
+
+    def encode(batch):
+        seen.append((process.process_index, *batch["row"]))
+        return {"encoded": batch["row"]}
+
+    for index in (0, 1):
+        process = SimpleNamespace(process_index=index, num_processes=2, wait_for_everyone=lambda: None)
+        # The first misses what the second has not stored yet.
+        with contextlib.nullcontext() if index else pytest.raises(ValueError):
+            stored = train_ncp_dpo_sd15.map_in_chunks(process, tmp_path, "row", list(range(5)), encode, 1)
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4)]
+    assert stored["row"] == stored["encoded"] == list(range(5))
+
+
 def test_validation_with_a_cache(run, tmp_path):
     options = {"validation_prompt": "a picture", "num_validation_images": 1, "cache_dir": tmp_path / "cache"}
     run("--cache_latents", "--run_validation", loss_space="latent", mixed_precision="bf16", **options)
@@ -664,18 +721,6 @@ def test_streaming_reads_every_pair_once(tmp_path, shards, workers):
     halves = [rows_of_stream(str(tmp_path / "data"), rank, 2, workers, tmp_path)[:6] for rank in range(2)]
     assert len(set(halves[0] + halves[1])) == 12
     assert once != sorted(once, key=lambda caption: int(caption.split()[-1]))
-
-
-def test_streaming_is_reproducible_and_resumes(run_sd15):
-    run_sd15("--streaming", max_train_steps=9, checkpointing_steps=4, loss_space="latent")
-    uninterrupted = run_sd15.lora()
-    run_sd15(
-        "--streaming",
-        max_train_steps=9,
-        loss_space="latent",
-        resume_from_checkpoint=run_sd15.output_dir / "checkpoint-4",
-    )
-    assert all(torch.equal(weight, uninterrupted[name]) for name, weight in run_sd15.lora().items())
 
 
 @pytest.mark.bad_input

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ncp_loss import NoiseConditionedPerception, adapters_disabled, latent_error, preference_loss
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny_unets import LORA_TARGETS, UNETS, add_lora, conditioning, lora_parameters, sd15_unet
 
 from diffusers import DDPMScheduler
@@ -840,6 +840,21 @@ def test_adapters_disabled_restores_after_an_exception(adapted):
             raise RuntimeError("inside")
     assert torch.equal(forward(), policy)
     assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
+
+
+def test_adapters_disabled_knows_adapters_that_peft_added():
+    unet = sd15_unet()
+    batch = make_batch(unet, ddpm(), dtype=torch.float32)
+
+    def forward(unet):
+        with torch.no_grad():
+            return unet(batch["x_t"], batch["timesteps"], batch["condition"][0]).sample
+
+    base = forward(unet)
+    wrapped = get_peft_model(unet, LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    assert not torch.allclose(forward(wrapped), base)
+    with adapters_disabled(wrapped):
+        assert torch.equal(forward(wrapped), base)
 
 
 def test_adapters_disabled_without_adapters():

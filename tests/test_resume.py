@@ -15,14 +15,17 @@
 """A run that is cut off ends where it would have ended; what would change it silently is refused."""
 
 import json
+import logging
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,9 +57,10 @@ def test_resume_is_exact(run_sd15, tmp_path, flags, options):
     options = {"loss_space": "latent", "max_train_steps": 9, "cache_dir": tmp_path / "cache", **options}
     run_sd15(*flags, checkpointing_steps=4, **options)
     uninterrupted = run_sd15.lora()
-    for step in (4, 8):
-        run_sd15(*flags, resume_from_checkpoint=run_sd15.output_dir / f"checkpoint-{step}", **options)
+    for step in (8, 4):
+        run_sd15(*flags, resume_from_checkpoint=f"checkpoint-{step}", **options)
         assert equal(run_sd15.lora(), uninterrupted)
+        shutil.rmtree(run_sd15.output_dir / f"checkpoint-{step}")
 
 
 def start(run, *flags, **options):
@@ -157,6 +161,74 @@ def test_resume_refuses_changes(run_sd15, options, message):
         run_sd15(**{"loss_space": "latent", "resume_from_checkpoint": "latest", **options})
 
 
+@pytest.mark.bad_input
+def test_resume_refuses_more_steps_of_a_schedule_that_ends(run_sd15):
+    run_sd15(checkpointing_steps=2, loss_space="latent", lr_scheduler="cosine")
+    options = {"loss_space": "latent", "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
+    with pytest.raises(ValueError, match="--max_train_steps is 3, but was 2"):
+        run_sd15(max_train_steps=3, **options)
+
+
+@pytest.mark.bad_input
+def test_resume_refuses_another_number_of_processes(run_sd15):
+    run_sd15(checkpointing_steps=2, loss_space="latent")
+    file = run_sd15.output_dir / "checkpoint-2/training_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_processes": 8}))
+    with pytest.raises(ValueError, match="is of 8 processes, not 1: give accelerate launch --num_processes 8"):
+        run_sd15("--allow_resume_changes", loss_space="latent", resume_from_checkpoint="latest")
+
+
+@pytest.mark.bad_input
+def test_going_back_refuses_to_meet_later_checkpoints(run_sd15, tmp_path):
+    run_sd15(max_train_steps=3, checkpointing_steps=1, loss_space="latent")
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "loss_space": "latent"}
+    with pytest.raises(
+        ValueError, match="holds checkpoint-2, checkpoint-3, which a run from .*checkpoint-1 would meet"
+    ):
+        run_sd15(resume_from_checkpoint="checkpoint-1", **options)
+    run_sd15(
+        resume_from_checkpoint=run_sd15.output_dir / "checkpoint-1", **{**options, "output_dir": tmp_path / "other"}
+    )
+    assert sorted(path.name for path in (tmp_path / "other").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.bad_input
+def test_resume_names_a_checkpoint_that_is_not_there(run_sd15):
+    with pytest.raises(ValueError, match="there is no checkpoint checkpoint-7, nor .*output/checkpoint-7"):
+        run_sd15(resume_from_checkpoint="checkpoint-7", loss_space="latent")
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"loss_space": "latent"}, {"loss_space": "ncp"}),
+        ({"loss_space": "ncp"}, {"loss_space": "ncp", "ncp_layer": "down"}),
+    ],
+)
+def test_an_error_scale_that_is_measured_on_resume_leaves_the_lora_alone(run_sd15, caplog, before, after):
+    caplog.set_level(logging.INFO)
+    run_sd15(checkpointing_steps=2, **before)
+    trained = run_sd15.lora()
+    caplog.clear()
+    run_sd15("--allow_resume_changes", resume_from_checkpoint="latest", **after)
+    assert "Perceptual errors are scaled by" in caplog.text
+    scales = re.findall(r"scaled by --ncp_error_scale ([\d.]+)", caplog.text)
+    state = json.loads((run_sd15.output_dir / "checkpoint-2/training_state.json").read_text())
+    assert len(scales) == 1 and float(scales[0]) != state["error_scale"]
+    assert equal(run_sd15.lora(), trained)
+
+
+def test_validation_of_a_resumed_run_shows_the_base_model(run_sd15, tmp_path):
+    options = {"loss_space": "latent", "validation_prompt": "a picture", "num_validation_images": 1}
+    run_sd15("--run_validation", checkpointing_steps=1, **options)
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-2")
+    folders = [run_sd15.output_dir / "validation", tmp_path / "other" / "validation"]
+    options = {**options, "output_dir": tmp_path / "other"}
+    run_sd15("--run_validation", resume_from_checkpoint=run_sd15.output_dir / "checkpoint-1", **options)
+    for name in ("step-0.png", "before_after.png"):
+        assert folders[0].joinpath(name).read_bytes() == folders[1].joinpath(name).read_bytes()
+
+
 def test_resume_changes_that_are_meant(run_sd15, caplog):
     run_sd15(checkpointing_steps=2, loss_space="latent")
     options = {"max_train_steps": 3, "learning_rate": 1e-4, "loss_space": "latent"}
@@ -167,8 +239,8 @@ def test_resume_changes_that_are_meant(run_sd15, caplog):
 def test_resume_keeps_a_seed_that_was_drawn(run_sd15):
     run_sd15(seed=None, max_train_steps=4, checkpointing_steps=2, loss_space="latent")
     drawn = run_sd15.lora()
-    checkpoint = run_sd15.output_dir / "checkpoint-2"
-    run_sd15(seed=None, max_train_steps=4, resume_from_checkpoint=checkpoint, loss_space="latent")
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-4")
+    run_sd15(seed=None, max_train_steps=4, resume_from_checkpoint="latest", loss_space="latent")
     assert equal(run_sd15.lora(), drawn)
 
 
@@ -204,6 +276,13 @@ def test_full_disk(run_sd15):
     assert re.search(r"checkpoint-4 could not be saved: .*Whole checkpoints: checkpoint-2\. Make room", result.stderr)
     assert [path.name for path in run_sd15.output_dir.glob("*checkpoint-*")] == ["checkpoint-2"]
     run_sd15(max_train_steps=4, loss_space="latent", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("scale, finite", [(65536, True), (1, True), (0.5, False)])
+def test_overflow_is_no_fault_while_the_loss_scale_can_fall(scale, finite):
+    accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale))
+    assert train_ncp_dpo_sd15.is_finite(accelerator, {"loss": 1.0, "grad_norm": math.inf}) == finite
+    assert not train_ncp_dpo_sd15.is_finite(accelerator, {"loss": math.nan, "grad_norm": 1.0})
 
 
 def fail_at(monkeypatch, *steps):
@@ -267,9 +346,11 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, los
     assert min(one[1]) < 0.69, "the policy left the reference"
     # Measured on the same pairs
     assert error_scale(run) == (pytest.approx(one[2], rel=1e-3) if loss_space == "ncp" else None)
-    two = run.lora()
+    # All that a LoRA's up weights hold was learnt.
+    two = run.up_weights()
     difference = math.sqrt(sum((two[name] - one[0][name]).square().sum().item() for name in two))
-    assert difference < 1e-4 * math.sqrt(sum(weight.square().sum().item() for weight in two.values()))
+    learnt = math.sqrt(sum(weight.square().sum().item() for weight in two.values()))
+    assert difference < 1e-3 * learnt
     files = {path.name for path in (run.output_dir / "checkpoint-4").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
     assert "3 of 11 pairs do not fill a batch" in result.stdout + result.stderr

@@ -185,7 +185,7 @@ def test_all_runs_what_is_missing_and_reports(quick, tmp_path, monkeypatch):
     folder, output_dir = tmp_path / "world", tmp_path / "report"
     for module, name, value in [
         (small_world, "METHODS", {name: small_world.METHODS[name] for name in ("dpo-latent", "dpo-ncp")}),
-        (small_world, "LEARNING_RATES", (1e-3, 1e-2)),
+        (small_world, "LEARNING_RATES", (1e-3,)),
         (small_world, "SEEDS", (0, 1)),
         (small_world_report, "DUELS", (("dpo-ncp", "dpo-latent"),)),
     ]:
@@ -206,22 +206,22 @@ def test_all_runs_what_is_missing_and_reports(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run_here)
     arguments = small_world.parse_args(["all", "--folder", str(folder)])
-    with pytest.raises(RuntimeError, match=r"Runs failed, see .*dpo-ncp-0.001-0.log.*dpo-ncp-0.01-0.log"):
+    with pytest.raises(RuntimeError, match=r"Runs failed, see .*dpo-ncp-0.001-0.log"):
         small_world.main(arguments)
     # Learning rates are not compared until all are there.
-    assert launched == ["dpo-latent", "dpo-latent"]
+    assert launched == ["dpo-latent"]
     failing.clear()
     small_world.main(arguments)
-    assert len(launched) == 6
+    assert len(launched) == 4
 
     chosen, _ = small_world_report.load_results(folder)
     lines = (output_dir / "README.md").read_text().splitlines()
     for method, runs in chosen.items():
         mean = np.mean([run["test"]["4"]["total"] for run in runs])
-        line, _, _ = (line for line in lines if line.startswith(f"| {method} |"))
+        line = next(line for line in lines if line.startswith(f"| {method} |"))
         assert f"| {runs[0]['learning_rate']:g} (edge) | {mean:.3f} |" in line
     commands = (output_dir / "commands.txt").read_text().splitlines()
-    assert len(commands) == 6 and sum("--loss_space latent" in command for command in commands) == 3
+    assert len(commands) == 4 and sum("--loss_space latent" in command for command in commands) == 2
     for name in ("rewards.png", "pictures.png"):
         assert Image.open(output_dir / name).size > (500, 200)
 
