@@ -69,6 +69,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset, load_dataset_builder
+from datasets.table import table_cast
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -155,11 +156,13 @@ def open_dataset(name, config_name, split, cache_dir, in_place):
     else:
         path, config = name, {"name": config_name}
     try:
-        if in_place:
-            data_files = load_dataset_builder(path, cache_dir=cache_dir, **config).config.data_files or {}
-            files = data_files.get(split, [])
-            if files and all(file.endswith(".parquet") for file in files):
-                return ParquetFiles(files)
+        data_files = load_dataset_builder(path, cache_dir=cache_dir, **config).config.data_files or {}
+        if data_files and split.isidentifier() and split not in data_files:
+            # Or else all splits would be copied before anything is said.
+            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(data_files)}")
+        files = data_files.get(split, [])
+        if in_place and files and all(file.endswith(".parquet") for file in files):
+            return ParquetFiles(files)
         return load_dataset(path, split=split, cache_dir=cache_dir, **config).with_format("arrow")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"cannot load {name}, split {split}: {error}") from error
@@ -178,6 +181,7 @@ class ParquetFiles:
         self.files = files
         with fsspec.open(files[0], "rb") as file:
             features = Features.from_arrow_schema(pq.read_schema(file))
+        self.all_names = set(features)
         self.column_names = column_names or list(features)
         self.features = Features({name: features[name] for name in self.column_names})
 
@@ -186,15 +190,27 @@ class ParquetFiles:
 
     def iter(self, batch_size):
         for path in self.files:
-            with fsspec.open(path, "rb") as file:
-                # Buffered: a row group of images may be larger than the memory.
-                parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-                for batch in parquet.iter_batches(batch_size, columns=self.column_names):
-                    yield pa.Table.from_batches([batch])
+            try:
+                with fsspec.open(path, "rb") as file:
+                    # Buffered: a row group of images may be larger than the memory.
+                    parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+                    others = set(parquet.schema_arrow.names) - self.all_names
+                    if others:
+                        raise ValueError(f"it has {', '.join(sorted(others))}, which {self.files[0]} has not")
+                    for batch in parquet.iter_batches(batch_size, columns=self.column_names):
+                        # As for training: to the first file's types, null where a column is missing.
+                        yield table_cast(pa.Table.from_batches([batch]), self.features.arrow_schema)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ValueError(f"{path}: {error}") from error
 
     @property
     def num_rows(self):
-        return sum(pq.read_metadata(path).num_rows for path in self.files if "://" not in path) or None
+        local = [path for path in self.files if "://" not in path]
+        try:
+            return sum(pq.read_metadata(path).num_rows for path in local) or None
+        except (OSError, pa.ArrowException):
+            # Of a damaged file, which `iter` names.
+            return None
 
 
 def read_image_folder(folder, image_columns):
@@ -260,13 +276,12 @@ def image_bytes(value):
         ValueError, OSError: where there are none, with the reason.
     """
     if isinstance(value, dict):
-        path = value["path"]
+        path = value.get("path")
         if "folder" in value:
             path = path_inside(value["folder"], path)
-        value = path if value["bytes"] is None else value["bytes"]
+        value = path if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str):
-        with fsspec.open(value, "rb") as file:
-            value = file.read()
+        value = Path(value).read_bytes()
     if not isinstance(value, bytes):
         raise ValueError(f"{describe(value)} instead of an image")
     if not value:
@@ -317,6 +332,9 @@ ERRORS = {
 
 def check(args):
     """Read every row once, print a report, and return 1 if training would stop on the dataset, else 0."""
+    if args.dataset_name is not None and os.path.isfile(args.dataset_name):
+        raise ValueError(f"--dataset_name {args.dataset_name} is a file; for training give the folder that it is in")
+    tokenizer = None if args.pretrained_model_name_or_path is None else load_tokenizer(args)
     image_columns = (args.image_0_column, args.image_1_column)
     rows = load_rows(
         args,
@@ -362,8 +380,8 @@ def check(args):
 
     findings["duplicate pairs"], findings["contradicting pairs"] = find_repeats(pairs)
     max_tokens = None
-    if args.pretrained_model_name_or_path is not None:
-        max_tokens, findings["long captions"] = find_long_captions(captions, args)
+    if tokenizer is not None:
+        max_tokens, findings["long captions"] = find_long_captions(captions, tokenizer)
     counts["prompts"] = len(captions)
     print_report(counts, findings, sizes, max_tokens, args)
 
@@ -432,13 +450,16 @@ def find_repeats(pairs):
     return duplicates, contradictions
 
 
-def find_long_captions(captions, args):
-    """The most tokens that the model's tokenizer takes, and the captions, text -> (_, row), that have more."""
+def load_tokenizer(args):
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(
+    return CLIPTokenizer.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision
     )
+
+
+def find_long_captions(captions, tokenizer):
+    """The most tokens that the model's tokenizer takes, and the captions, text -> (_, row), that have more."""
     max_tokens = tokenizer.model_max_length
     texts = list(captions)
     found = []
@@ -491,6 +512,8 @@ def print_report(counts, findings, sizes, max_tokens, args):
 
 def filter_pairs(args):
     """Keep the pairs won by an absolute winner of its prompt; write their row ids and metadata to `--output_file`."""
+    if os.path.exists(args.output_file):
+        raise ValueError(f"--output_file {args.output_file} exists; give a new file")
     names = {
         "--label_column": args.label_column,
         "--caption_column": args.caption_column,
@@ -531,7 +554,9 @@ def filter_pairs(args):
     decided = prompt[label != 0.5]
     os.makedirs(os.path.dirname(os.path.abspath(args.output_file)), exist_ok=True)
     metadata = table.select([name for name in table.column_names if name != "row"])  # of an earlier filter
-    pq.write_table(metadata.take(kept).add_column(0, "row", pa.array(kept)), args.output_file)
+    incomplete = f"{args.output_file}.incomplete"
+    pq.write_table(metadata.take(kept).add_column(0, "row", pa.array(kept)), incomplete)
+    os.replace(incomplete, args.output_file)
 
     print(f"{len(label):,} rows, {len(label) - len(decided):,} of them ties")
     print(
@@ -799,7 +824,12 @@ def list_files(folder):
     """All files below a folder, in order."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder")
-    return sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+
+    def stop(error):
+        raise error
+
+    walk = os.walk(folder, onerror=stop, followlinks=True)
+    return sorted(os.path.join(root, name) for root, _, names in walk for name in names)
 
 
 def images_by_name(files, name_of):
@@ -1083,7 +1113,7 @@ def main(args):
     """Run a command; input that it cannot work with is an error of one line and exit code 2."""
     try:
         return args.command(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 2
 

@@ -338,11 +338,13 @@ def make_training_pairs(pipeline, explanations, folder):
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
     tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
-    kept = str(folder / "kept.parquet")
+    kept = folder / "kept.parquet"
+    kept.unlink(missing_ok=True)
     shutil.rmtree(folder / "filtered", ignore_errors=True)
-    subprocess.run([*tool, "filter", *source, "--output_file", kept], check=True)
+    subprocess.run([*tool, "filter", *source, "--output_file", str(kept)], check=True)
     subprocess.run(
-        [*tool, "convert", "rows", "--rows_file", kept, *source, "--output_dir", str(folder / "filtered")], check=True
+        [*tool, "convert", "rows", "--rows_file", str(kept), *source, "--output_dir", str(folder / "filtered")],
+        check=True,
     )
 
 

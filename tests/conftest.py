@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import safetensors.torch
 import tiny_checkpoints
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of 5 seconds after every stream's end, for threads that read from the network.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 
 
 @pytest.fixture(scope="session")

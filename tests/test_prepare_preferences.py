@@ -29,6 +29,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
 from tiny_checkpoints import build_tokenizer
 
+import prepare_preferences
 from prepare_preferences import image_bytes, main, pair_ranks, parse_args, row_groups
 
 
@@ -311,8 +312,13 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     broken = write_image_folder(tmp_path / "broken", good_rows(1))
     with open(broken / "metadata.jsonl", "a") as file:
         file.write('\n["no object"]\n')
-    (tmp_path / "corrupt").mkdir()
-    (tmp_path / "corrupt" / "train.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    damaged = write_parquet(tmp_path / "damaged", pair_columns(2))
+    (damaged / "train-1.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    wider = write_parquet(tmp_path / "wider", pair_columns(2))
+    Dataset.from_dict(pair_columns(2, extra=[1, 2])).to_parquet(str(wider / "train-1.parquet"))
+    halves = write_parquet(tmp_path / "halves", pair_columns(2, label_0=[0, 1]))
+    Dataset.from_dict(pair_columns(2, label_0=[0.5, 1.0])).to_parquet(str(halves / "train-1.parquet"))
+    a_file = folder / "train-00000-of-00001.parquet"
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
@@ -321,7 +327,12 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
         (["check", "--dataset_name", folder, "--train_data_dir", images], "and not both"),
         (["check", "--dataset_name", tmp_path / "nothing"], "nothing does not exist"),
         (["check", "--dataset_name", folder, "--dataset_split_name", "dev"], "split dev"),
-        (["check", "--dataset_name", tmp_path / "corrupt"], "corrupt"),
+        (["check", "--dataset_name", damaged], "damaged/train-1.parquet: "),
+        (["check", "--dataset_name", wider], "wider/train-1.parquet: it has extra, which "),
+        (["check", "--dataset_name", halves], "halves/train-1.parquet: Float value 0.5 was truncated"),
+        (["check", "--dataset_name", a_file], "is a file; for training give the folder that it is in"),
+        (["check", "--dataset_name", folder, "--pretrained_model_name_or_path", "./none"], "none"),
+        (["filter", "--dataset_name", folder, "--output_file", a_file], "parquet exists; give a new file"),
         (["check", "--dataset_name", folder, "--image_1_column", "b"], "has no column 'b' (--image_1_column)"),
         (["check", "--train_data_dir", images, "--image_0_column", "a"], "no column 'a_file_name' (--image_0_column)"),
         (["check", "--train_data_dir", images, "--label_column", "win"], "no column 'win' (--label_column)"),
@@ -559,7 +570,7 @@ def test_convert_pairs(tmp_path, capsys, caplog, source):
     assert run("check", "--dataset_name", tmp_path / "out", "--num_proc", 1) == 0
 
 
-def test_convert_writes_shards_and_row_groups_of_bounded_size(tmp_path):
+def test_convert_writes_shards_and_row_groups_of_bounded_size(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")  # about 1 MB
@@ -570,17 +581,17 @@ def test_convert_writes_shards_and_row_groups_of_bounded_size(tmp_path):
     pairs = [{"jpg_0": {"bytes": bytes(20 << 20)}, "jpg_1": {"bytes": bytes(20 << 20)}}] * 3
     assert [len(group) for group in row_groups(pairs)] == [2, 1]
 
-    import prepare_preferences
-
-    prepare_preferences.ROW_GROUP_SIZE, size = 1, prepare_preferences.ROW_GROUP_SIZE
-    try:
-        flags = ["--output_dir", tmp_path / "out", "--max_shard_size_mb", 2]
-        assert run("convert", "pairs", "--dataset_name", folder, *flags) == 0
-    finally:
-        prepare_preferences.ROW_GROUP_SIZE = size
+    monkeypatch.setattr(prepare_preferences, "ROW_GROUP_SIZE", 1)
+    flags = ["--output_dir", tmp_path / "out", "--max_shard_size_mb", 2]
+    assert run("convert", "pairs", "--dataset_name", folder, *flags) == 0
     names = [f"train-{index:05d}-of-00003.parquet" for index in range(3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert load(tmp_path / "out")["caption"][:] == ["0", "1", "2", "3", "4"]
+    # All of them or none: the second file is damaged, the first fills shards.
+    (folder / "train-1.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    flags[1] = tmp_path / "none"
+    assert run("convert", "pairs", "--dataset_name", folder, *flags) == 2
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 @pytest.mark.bad_input
@@ -685,8 +696,10 @@ def test_pair_ranks():
 
 def test_convert_folders(tmp_path, caplog, capsys):
     winners, losers = tmp_path / "winners", tmp_path / "losers"
+    (tmp_path / "elsewhere").mkdir()
     for folder, shade in ((winners, 10), (losers, 20)):
-        (folder / "sub").mkdir(parents=True)
+        folder.mkdir()
+        (folder / "sub").mkdir() if folder == winners else (folder / "sub").symlink_to(tmp_path / "elsewhere")
         (folder / "a.png").write_bytes(png(shade))
         (folder / "sub" / "a.jpg").write_bytes(png(shade + 1))
     (winners / "a.txt").write_text("\ufeffa cat,\n  asleep\n", encoding="utf-8")
