@@ -159,7 +159,7 @@ def open_dataset(name, config_name, split, cache_dir, in_place):
         data_files = load_dataset_builder(path, cache_dir=cache_dir, **config).config.data_files or {}
         if data_files and split.isidentifier() and split not in data_files:
             # Or else all splits would be copied before anything is said.
-            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(data_files)}")
+            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, data_files))}")
         files = data_files.get(split, [])
         if in_place and files and all(file.endswith(".parquet") for file in files):
             return ParquetFiles(files)

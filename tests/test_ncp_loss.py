@@ -16,6 +16,7 @@
 
 import copy
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -857,7 +858,10 @@ def test_adapters_disabled_knows_adapters_that_peft_added():
         assert torch.equal(forward(wrapped), base)
 
 
-def test_adapters_disabled_without_adapters():
+@pytest.mark.parametrize("installed", [True, False])
+def test_adapters_disabled_without_adapters(monkeypatch, installed):
+    if not installed:
+        monkeypatch.delitem(sys.modules, "peft")
     unet = sd15_unet()
     flags = [parameter.requires_grad for parameter in unet.parameters()]
     with adapters_disabled(unet):

@@ -34,7 +34,7 @@ from diffusers import StableDiffusionPipeline
 def train_base(folder, **options):
     """A base model that has seen three batches."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in {"NUM_PICTURES": 1000, "VAE_STEPS": 3, "UNET_STEPS": 3, **options}.items():
+        for name, value in {"NUM_PICTURES": 100, "VAE_STEPS": 3, "UNET_STEPS": 3, **options}.items():
             monkeypatch.setattr(small_world, name, value)
         small_world.train_base(folder)
     return folder

@@ -45,9 +45,14 @@ def equal(a, b):
 
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
-def test_launch(run, checkpoints, loss_type, loss_space):
-    result = run.launch("--use_8bit_adam", loss_type=loss_type, loss_space=loss_space)
-    assert result.returncode == 0, result.stderr
+def test_every_loss_trains_a_lora(run, checkpoints, loss_type, loss_space):
+    options = {"loss_type": loss_type, "loss_space": loss_space}
+    if loss_type == "dpo":
+        result = run.launch("--use_8bit_adam", **options)
+        assert result.returncode == 0, result.stderr
+    else:
+        # Without the launcher, which takes longer than the rest.
+        run("--use_8bit_adam", **options)
     lora = run.lora()
     assert all(name.startswith("unet.") and name.endswith((".lora.down.weight", ".lora.up.weight")) for name in lora)
     assert all(weight.any() for weight in run.up_weights().values())
