@@ -38,8 +38,8 @@ from scenes import Explanations, reward  # noqa: E402
 import diffusers  # noqa: E402
 
 
-METHOD, LEARNING_RATE = "dpo-ncp-filtered", 1e-3
-STEPS = (25, 50, 75, 100)
+METHOD, LEARNING_RATE = "dpo-ncp-filtered", 3e-4
+STEPS = (50, 100, 150, 200)
 NUM_SHOWN = 12
 START = time.monotonic()
 
