@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python demo.py
+	$(BIN)/python small_world/demo.py
 
 # Coverage of the mathematics alone: it would slow down whatever trains.
 test: quality

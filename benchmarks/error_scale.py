@@ -25,7 +25,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import small_world
+import experiment as small_world
 from safetensors.torch import load_file
 
 

@@ -36,7 +36,7 @@ import numpy as np
 import pandas as pd
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "prepare_preferences.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "prepare_preferences.py"
 ROWS_PER_PROMPT, TIES, NUM_FILES = 16, 0.12, 8
 
 

@@ -32,7 +32,7 @@ import torch
 from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
 from scenes import SCENES, render
-from small_world import ASSETS, encode_png, to_pil
+from experiment import ASSETS, encode_png, to_pil
 
 import train_ncp_dpo_sd15
 

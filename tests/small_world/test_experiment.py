@@ -21,8 +21,8 @@ import threading
 
 import numpy as np
 import pytest
-import small_world
-import small_world_report
+import experiment as small_world
+import report as small_world_report
 import torch
 from datasets import Dataset
 from PIL import Image

@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
+from conftest import ROOT
 from tiny_checkpoints import build_tokenizer
 
 import prepare_preferences
 from prepare_preferences import image_bytes, main, pair_ranks, parse_args, row_groups
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "prepare_preferences.py"
+SCRIPT = ROOT / "tools" / "prepare_preferences.py"
 
 
 @pytest.fixture(autouse=True)

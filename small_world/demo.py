@@ -29,10 +29,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "small_world"))
 
-import small_world  # noqa: E402
+import experiment as small_world  # noqa: E402
 from scenes import Explanations, reward  # noqa: E402
 
 import diffusers  # noqa: E402

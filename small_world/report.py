@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import small_world  # noqa: E402
+import experiment as small_world  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scenes import render, reward  # noqa: E402
@@ -294,7 +294,7 @@ By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("small-world"))
-    parser.add_argument("--output_dir", type=Path, default=small_world.ROOT / "benchmarks" / "results" / "small_world")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("results"))
     return parser.parse_args(input_args)
 
 

@@ -336,7 +336,7 @@ def make_training_pairs(pipeline, explanations, folder):
     """Writes the pairs, and those of absolute winners alone."""
     training, _, _ = split_scenes()
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
-    tool = [sys.executable, str(ROOT / "prepare_preferences.py")]
+    tool = [sys.executable, str(ROOT / "tools" / "prepare_preferences.py")]
     source = ["--dataset_name", str(folder / "pairs")]
     kept = folder / "kept.parquet"
     kept.unlink(missing_ok=True)
@@ -612,7 +612,7 @@ def main(args):
     check_world(args.folder)
     if args.command == "all":
         run_all(args.folder)
-        report = [str(Path(__file__).with_name("small_world_report.py")), "--folder", str(args.folder)]
+        report = [str(Path(__file__).with_name("report.py")), "--folder", str(args.folder)]
         subprocess.run([sys.executable, *report], check=True)
     elif args.command == "run":
         for seed in args.seed:
