@@ -14,21 +14,28 @@
 
 
 import csv
+import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import eval_win_rate
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import reset_accelerate, run_on_two_processes
+from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny_checkpoints import build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-import eval_win_rate
+from diffusers import DiffusionPipeline
+from diffusers.loaders import lora_base
 
 
 PROMPTS = ["a cat", "a dog", "a bird, and <b>more</b>"]
@@ -66,12 +73,8 @@ def evaluate(checkpoints, clip, tmp_path):
             "output_dir": output_dir,
             **options,
         }
-        return [
-            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-            "--prompts",
-            *prompts,
-            *flags,
-        ]
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [*words, *(["--prompts", *prompts] if prompts else []), *flags]
 
     def run(*flags, **options):
         reset_accelerate()
@@ -96,9 +99,9 @@ def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
         assert np.abs(picture(folder, "model", index) - picture(folder, "baseline", index)).max() > 0
     wins = sum(float(row["pickscore_model"]) > float(row["pickscore_baseline"]) for row in rows)
     assert "| pickscore |" in capsys.readouterr().out
-    assert f" {wins / 3:.1%} " in (folder / "summary.md").read_text().splitlines()[2]
+    assert f" {wins / 3:.1%} " in (folder / "summary.md").read_text(encoding="utf-8").splitlines()[2]
 
-    page = (folder / "index.html").read_text()
+    page = (folder / "index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;more" in page and "<b>more" not in page
     margins = [float(margin) for margin in re.findall(r"<br>([+-][\d.e-]+)</td>", page)]
     assert len(margins) == 3 and margins == sorted(margins, reverse=True)
@@ -108,7 +111,186 @@ def test_a_model_against_itself(evaluate):
     folder = evaluate("--scorers", "clipscore")
     for index in range(len(PROMPTS)):
         assert np.array_equal(picture(folder, "model", index), picture(folder, "baseline", index))
-    assert "| 50.0% |" in (folder / "summary.md").read_text()
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert "| 50.0% |" in summary
+    for row in (
+        "scheduler | DDPMScheduler",
+        "num_inference_steps | 2",
+        "guidance_scale | 7.5",
+        "resolution | 32 x 32",
+    ):
+        assert f"| {row} | {row.partition(' | ')[2]} |\n" in summary
+    for row in ("seed | 0", "mixed_precision | no", "lora_weights | None", "variant | None"):
+        assert f"| {row} |" in summary
+
+
+def test_scheduler_is_chosen(evaluate, tmp_path):
+    own, other = evaluate(), evaluate(scheduler="DDIMScheduler", output_dir=tmp_path / "ddim")
+    assert np.abs(picture(own, "baseline", 0) - picture(other, "baseline", 0)).max() > 0
+    assert "| scheduler | DDIMScheduler | DDIMScheduler |" in (other / "summary.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="--scheduler is 'DDIMScheduler', but was 'DDPMScheduler' for the pictures"):
+        evaluate(scheduler="DDIMScheduler")
+    # The model's own by its name is no change.
+    evaluate(scheduler="DDPMScheduler")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "ddim"])
+def test_schedulers_that_do_not_suit_are_errors(evaluate, name, tmp_path):
+    with pytest.raises(ValueError, match=f"--scheduler {name} does not suit .*DDIMScheduler, .*PNDMScheduler"):
+        evaluate(scheduler=name)
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.fixture(scope="module")
+def fp16(checkpoints, tmp_path_factory):
+    """A checkpoint of which there are only files of the variant fp16."""
+    folder = tmp_path_factory.mktemp("fp16")
+    DiffusionPipeline.from_pretrained(checkpoints["sd15"]).save_pretrained(folder, variant="fp16")
+    return folder
+
+
+def test_variants(evaluate, fp16, checkpoints, tmp_path):
+    folder = evaluate(pretrained_model_name_or_path=fp16, variant="fp16")
+    assert "| variant | fp16 | fp16 |" in (folder / "summary.md").read_text(encoding="utf-8")
+    # Another baseline has a variant of its own, and a component without the variant falls back.
+    mixed = shutil.copytree(fp16, tmp_path / "mixed")
+    (mixed / "vae/diffusion_pytorch_model.fp16.safetensors").rename(mixed / "vae/diffusion_pytorch_model.safetensors")
+    folder = evaluate(
+        pretrained_model_name_or_path=mixed,
+        variant="fp16",
+        baseline_model_name_or_path=checkpoints["sd15"],
+        output_dir=tmp_path / "mixed-evaluation",
+    )
+    assert "| variant | fp16 | None |" in (folder / "summary.md").read_text(encoding="utf-8")
+    assert np.array_equal(picture(folder, "model", 0), picture(folder, "baseline", 0))
+
+
+@pytest.mark.bad_input
+def test_files_of_a_variant_are_named(evaluate, fp16, checkpoints, tmp_path):
+    with pytest.raises(
+        ValueError, match="--pretrained_model_name_or_path .*only files of a variant. Give --variant fp16"
+    ):
+        evaluate(pretrained_model_name_or_path=fp16)
+    with pytest.raises(ValueError, match="--baseline_model_name_or_path .*Give --baseline_variant fp16"):
+        evaluate(baseline_model_name_or_path=fp16)
+    assert not (tmp_path / "evaluation").exists()
+    with pytest.raises(
+        ValueError, match=f"--pretrained_model_name_or_path {checkpoints['sd15']}, --variant fp8 cannot"
+    ):
+        evaluate(variant="fp8")
+
+
+def test_variant_and_revision_on_the_hub(evaluate, monkeypatch):
+    def list_files(model, revision):
+        assert (model, revision) == ("someone/model", "v2")
+        return ["README.md", "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/config.json"]
+
+    def no_connection(model, revision):
+        raise RuntimeError("no connection")
+
+    index = {"_class_name": "X", "unet": ["diffusers", "X"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda model, revision: index)
+    monkeypatch.setattr(eval_win_rate, "list_repo_files", list_files)
+    command = evaluate.command(pretrained_model_name_or_path="someone/model", revision="v2")
+    args = eval_win_rate.parse_args(command)
+    with pytest.raises(ValueError, match="unet has only files of a variant. Give --variant fp16"):
+        eval_win_rate.open_side(args, "model")
+    args = eval_win_rate.parse_args([*command, "--variant", "fp16", "--baseline_revision", "v2"])
+    assert eval_win_rate.open_side(args, "model") == eval_win_rate.open_side(args, "baseline")
+    monkeypatch.setattr(eval_win_rate, "list_repo_files", no_connection)
+    opened = eval_win_rate.open_side(args, "model")
+
+    loaded = {}
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda model, **options: loaded.update(options))
+    eval_win_rate.load_pipeline(args, "model", opened)
+    assert (loaded["variant"], loaded["revision"]) == ("fp16", "v2")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "baseline_model_name_or_path"])
+def test_what_is_no_pipeline_is_an_error(evaluate, flag, tmp_path):
+    safetensors.torch.save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"--{flag} .*is a single file.*from_single_file.*save_pretrained"):
+        evaluate(**{flag: tmp_path / "model.safetensors"})
+    with pytest.raises(ValueError, match=f"--{flag} {tmp_path}/nowhere is no pipeline's folder"):
+        evaluate(**{flag: tmp_path / "nowhere"})
+    assert not (tmp_path / "evaluation").exists()
+
+
+def save_lora(model, folder, seed=0):
+    """A LoRA of random weights for the attention of a model, in diffusers' format."""
+    torch.manual_seed(seed)
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    return folder / eval_win_rate.LORA_NAME
+
+
+def test_local_loras_are_loaded_by_their_name(evaluate, checkpoints, tmp_path, monkeypatch):
+    def older(*args, **options):
+        # As versions of diffusers before 0.36 do for a folder as well.
+        raise ValueError("When using the offline mode, you must specify a `weight_name`.")
+
+    monkeypatch.setattr(lora_base, "_best_guess_weight_name", older)
+    file = save_lora(checkpoints["sd15"], tmp_path / "lora")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(file, tmp_path / "alone" / "style.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "lora" / "kohya.safetensors")
+    folders = [
+        evaluate(lora_weights=lora, output_dir=tmp_path / str(number))
+        for number, lora in enumerate((tmp_path / "lora", tmp_path / "alone", file))
+    ]
+    for folder in folders:
+        assert np.abs(picture(folder, "model", 0) - picture(folder, "baseline", 0)).max() > 0
+        assert np.array_equal(picture(folder, "model", 0), picture(folders[0], "model", 0))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", ["lora_weights", "baseline_lora_weights"])
+def test_loras_that_do_not_fit_are_errors(evaluate, checkpoints, flag, tmp_path):
+    lora = safetensors.torch.load_file(save_lora(checkpoints["sd15"], tmp_path / "lora"))
+    foreign = safetensors.torch.load_file(save_lora(checkpoints["sdxl"], tmp_path / "sdxl"))
+    half = next(name for name in lora if ".lora_B" in name)
+    layer = half.partition(".lora_B")[0]
+    wider = {name: torch.cat([value, value]) if ".lora_B" in name else value for name, value in lora.items()}
+    for name, tensors, message in [
+        ("peft", {f"base_model.model.{key[5:]}": value for key, value in lora.items()}, ": 0 of its .* layers fit"),
+        ("sdxl", foreign, ": (?!0).* layers fit the model, not unet"),
+        (
+            "part",
+            {key.replace(layer, f"{layer}x"): value for key, value in lora.items()},
+            f": 39 of its 40 layers fit the model, not {layer}x",
+        ),
+        (
+            "half",
+            {key.replace(half, f"unet.x.{half}"): value for key, value in lora.items()},
+            f": 39 of its 40 layers fit the model, not unet.x.{layer}",
+        ),
+        ("wider", wider, " does not fit StableDiffusionPipeline: .*size mismatch"),
+        ("none", {"x": torch.zeros(1)}, " does not fit StableDiffusionPipeline: Invalid LoRA"),
+    ]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        file = tmp_path / name / eval_win_rate.LORA_NAME
+        safetensors.torch.save_file(tensors, file)
+        with pytest.raises(ValueError, match=f"--{flag} {file}{message}"):
+            evaluate(**{flag: tmp_path / name})
+    assert not list(tmp_path.glob("evaluation/*/*.png")), "neither side is drawn"
+
+
+@pytest.mark.bad_input
+def test_loras_that_are_not_there_are_errors_at_once(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    (tmp_path / "two").mkdir()
+    with pytest.raises(ValueError, match="--lora_weights .*/two holds 0 .safetensors files"):
+        evaluate(lora_weights=tmp_path / "two")
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.safetensors").touch()
+    with pytest.raises(ValueError, match="--baseline_lora_weights .*/two holds 2 .safetensors files"):
+        evaluate(baseline_lora_weights=tmp_path / "two")
+    for lora in (tmp_path / "nowhere", "someone/nothing"):
+        with pytest.raises(ValueError, match=f"--lora_weights {lora} exists neither here nor on the hub"):
+            evaluate(lora_weights=lora)
 
 
 def test_every_prompt_has_noise_of_its_own(evaluate):
@@ -116,9 +298,8 @@ def test_every_prompt_has_noise_of_its_own(evaluate):
     assert not np.array_equal(picture(folder, "model", 0), picture(folder, "model", 1))
 
 
-def test_sides_may_be_swapped(evaluate, run_sd15, checkpoints, tmp_path):
-    run_sd15(loss_space="latent", learning_rate=0.1)
-    lora = run_sd15.output_dir
+def test_sides_may_be_swapped(evaluate, checkpoints, tmp_path):
+    lora = save_lora(checkpoints["sd15"], tmp_path / "lora").parent
     there = evaluate(output_dir=tmp_path / "there", lora_weights=lora, baseline_model_name_or_path=checkpoints["sd2"])
     back = evaluate(
         output_dir=tmp_path / "back",
@@ -177,17 +358,17 @@ def test_pictures_of_other_settings_are_not_mixed(evaluate, options, message):
 
 
 @pytest.mark.bad_input
-def test_pictures_of_a_lora_that_trained_on_are_not_kept(evaluate, run_sd15, tmp_path):
-    run_sd15(loss_space="latent", max_train_steps=1)
-    evaluate(lora_weights=run_sd15.output_dir)
-    run_sd15(loss_space="latent", max_train_steps=2)
+def test_pictures_of_a_lora_that_trained_on_are_not_kept(evaluate, checkpoints, tmp_path):
+    lora = save_lora(checkpoints["sd15"], tmp_path / "lora").parent
+    evaluate(lora_weights=lora)
+    save_lora(checkpoints["sd15"], lora, seed=1)
     with pytest.raises(ValueError, match="--lora_weights holds other weights for the pictures in .*evaluation/model"):
-        evaluate(lora_weights=run_sd15.output_dir)
+        evaluate(lora_weights=lora)
     # The other side stays.
     folder = tmp_path / "evaluation"
     before = (folder / "baseline" / "00000.png").stat().st_mtime_ns
     shutil.rmtree(folder / "model")
-    evaluate(lora_weights=run_sd15.output_dir)
+    evaluate(lora_weights=lora)
     assert (folder / "baseline" / "00000.png").stat().st_mtime_ns == before
 
 
@@ -222,6 +403,123 @@ def test_processes_share_the_prompts(evaluate, tmp_path):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
 
 
+def test_any_folder_any_code_page(evaluate, checkpoints, tmp_path):
+    """As on Windows: what the console cannot print is no error, and files are UTF-8 whatever the locale's encoding is."""
+    model = shutil.copytree(checkpoints["sd15"], tmp_path / "\u6771\u4eac")
+    (tmp_path / "prompts.csv").write_bytes("caption\na cat in \u6771\u4eac\n".encode())
+    words = evaluate.command(
+        "--prompts_file", str(tmp_path / "prompts.csv"), pretrained_model_name_or_path=model, prompts=None
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONIOENCODING": "cp1252",
+        "PYTHONWARNDEFAULTENCODING": "1",
+        "PYTHONWARNINGS": "error::EncodingWarning:__main__",
+    }
+    script = ROOT / "tools" / "eval_win_rate.py"
+    result = subprocess.run([sys.executable, script, *words], capture_output=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
+    assert b"/?? | " in result.stdout
+    folder = tmp_path / "evaluation"
+    for name in ("scores.csv", "index.html"):
+        assert "a cat in \u6771\u4eac" in (folder / name).read_text(encoding="utf-8")
+    assert str(model) in (folder / "summary.md").read_text(encoding="utf-8")
+    assert json.loads((folder / "model/settings.json").read_bytes())["prompts"] == ["a cat in \u6771\u4eac"]
+
+
+def test_help_is_ascii(capsys):
+    with pytest.raises(SystemExit):
+        eval_win_rate.parse_args(["--help"])
+    assert capsys.readouterr().out.isascii()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("max_prompts", "0"),
+        ("seed", "-1"),
+        ("seed", str(2**63)),
+        ("num_inference_steps", "0"),
+        ("guidance_scale", "nan"),
+        ("guidance_scale", "inf"),
+        ("batch_size", "two"),
+        ("resolution", "4"),
+    ],
+)
+def test_numbers_out_of_range(evaluate, flag, value, capsys):
+    with pytest.raises(SystemExit):
+        eval_win_rate.parse_args(evaluate.command(**{flag: value}))
+    assert f"--{flag}: " in capsys.readouterr().err
+
+
+def load_prompts(*flags):
+    words = ["--pretrained_model_name_or_path", "none", *map(str, flags)]
+    return eval_win_rate.load_prompts(eval_win_rate.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    "name, text, prompts",
+    [
+        ("a.txt", "\ufeffa caf\u00e9\r\n\n \r\na\u2028b\x0cc\x85d\n", ["a caf\u00e9", "a\u2028b\x0cc\x85d"]),
+        ("a.TXT", "one\ntwo", ["one", "two"]),
+        ("a.csv", "\ufeffcaption\r\n001\r\n1.0\r\n\r\nNA\r\nnull\r\n", ["001", "1.0", "NA", "null"]),
+        ("a.csv", 'id,caption\n1,"a ""cat"",\na dog"\n2,2024-01-01\n', ['a "cat",\na dog', "2024-01-01"]),
+        ("a.csv", "caption\na\u2028b\x0cc\n", ["a\u2028b\x0cc"]),
+        ("a.tsv", 'id\tcaption\n1\t"a cat\n2\t007\n', ['"a cat', "007"]),
+    ],
+)
+def test_prompt_files_draw_what_they_say(tmp_path, name, text, prompts):
+    (tmp_path / name).write_bytes(text.encode())
+    assert load_prompts("--prompts_file", tmp_path / name) == prompts
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.txt", "a cat\na caf\u00e9\n".encode("cp1252"), ", line 2: .* in UTF-8"),
+        ("a.txt", "a cat\n".encode("utf-16"), ", line 1: .* in UTF-8"),
+        ("a.txt", "a cat\n".encode("utf-16-le"), ", line 1: .* in UTF-8"),
+        ("a.csv", "caption\na cat\na caf\u00e9\n".encode("cp1252"), ", line 3: .* in UTF-8"),
+        ("a.csv", b"id,caption\n1,a cat\n2\n", ", line 3: None must be a prompt"),
+        ("a.csv", b"id,caption\n1,a cat\n\n2,\n", ", line 4: '' must be a prompt"),
+        ("a.csv", b"caption\na cat\na cat, asleep\n", "after line 2: line 3 has more cells than columns"),
+        ("a.csv", b'caption\na cat\n"a dog\na bird\n', "after line 2: unexpected end of data"),
+        ("a.tsv", b"id\tcaption\n1\t \n", ", line 2: ' ' must be a prompt"),
+        ("a.csv", b"text\na cat\n", "--prompt_column caption: there are only text"),
+        ("a.csv", b"", "--prompt_column caption: there are only"),
+        ("a.txt", b"\n\n", "holds no prompt"),
+        ("a.parquet", b"PAR1", "cannot be read"),
+        ("a.json", b"[]", "must end in .txt, .csv, .tsv or .parquet"),
+    ],
+)
+def test_prompt_files_are_refused_by_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        load_prompts("--prompts_file", tmp_path / name)
+    assert f"--prompts_file {tmp_path / name}"[:90] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.bad_input
+def test_prompts_of_datasets_are_refused_by_row(tmp_path):
+    Dataset.from_dict({"caption": ["a cat", None]}).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("caption\n001\n", encoding="utf-8")
+    for flags, message in [
+        (["--prompts_file", tmp_path / "a.parquet"], ", row 1: None must be a prompt"),
+        (["--dataset_name", tmp_path / "table"], ", row 0: 1 must be a prompt"),
+        (["--dataset_name", tmp_path / "nowhere"], "--dataset_name .*nowhere cannot be read"),
+        (["--prompts_file", tmp_path / "nowhere.csv"], "--prompts_file .*nowhere.csv cannot be read"),
+        (["--prompts", "a cat", "\udc80" + 200 * "x"], r", number 2: '\\udc80x+\.\.\. must be a prompt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_prompts(*flags)
+    # What is not asked for is not looked at.
+    assert load_prompts("--prompts_file", tmp_path / "a.parquet", "--max_prompts", 1) == ["a cat"]
+
+
 def test_prompts_from_everywhere(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     (tmp_path / "prompts.tsv").write_text('Prompt\tCategory\n"a cat" sits\tAnimals\n"a dog\tAnimals\n')
@@ -230,28 +528,22 @@ def test_prompts_from_everywhere(tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("caption\na cat\na dog\n")
 
-    def prompts(*flags):
-        words = ["--pretrained_model_name_or_path", "none", *map(str, flags)]
-        return eval_win_rate.load_prompts(eval_win_rate.parse_args(words))
-
-    assert prompts("--prompts", "a cat", "a dog") == ["a cat", "a dog"]
-    assert prompts("--prompts_file", tmp_path / "prompts.txt") == ["a cat", "a dog"]
-    assert prompts("--prompts_file", tmp_path / "prompts.tsv", "--prompt_column", "Prompt") == [
+    assert load_prompts("--prompts", "a cat", "a dog") == ["a cat", "a dog"]
+    assert load_prompts("--prompts_file", tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    assert load_prompts("--prompts_file", tmp_path / "prompts.tsv", "--prompt_column", "Prompt") == [
         '"a cat" sits',
         '"a dog',
     ]
-    assert prompts("--prompts_file", tmp_path / "prompts.parquet", "--max_prompts", 1) == ["a cat"]
+    assert load_prompts("--prompts_file", tmp_path / "prompts.parquet", "--max_prompts", 1) == ["a cat"]
     for name in ("folder", "table"):
-        assert prompts("--dataset_name", tmp_path / name) == ["a cat", "a dog"]
+        assert load_prompts("--dataset_name", tmp_path / name) == ["a cat", "a dog"]
     for flags, message in [
         ([], "Give one of --prompts, --prompts_file and --dataset_name, not 0"),
         (["--prompts", "x", "--dataset_name", "y"], "not 2"),
-        (["--prompts", "x", "--max_prompts", 0], "--max_prompts is 0, but must be at least 1"),
-        (["--prompts_file", tmp_path / "prompts.json"], "must end in"),
         (["--prompts_file", tmp_path / "prompts.parquet", "--prompt_column", "text"], "there are only caption"),
     ]:
         with pytest.raises(ValueError, match=message):
-            prompts(*flags)
+            load_prompts(*flags)
 
 
 def test_comparison():
