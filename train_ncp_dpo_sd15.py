@@ -81,7 +81,7 @@ from ncp_loss import (
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -116,7 +116,13 @@ ADDITION_EMBED_TYPE = None
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.json"
-COLUMN_FLAGS = ("image_0_column", "image_1_column", "label_column", "caption_column")
+# The flags of a pair's columns, what these hold, and the Arrow types that may.
+COLUMNS = {
+    "image_0_column": ("images, encoded", "binary|string|struct"),
+    "image_1_column": ("images, encoded", "binary|string|struct"),
+    "label_column": ("numbers", "u?int|halffloat|float|double|decimal"),
+    "caption_column": ("text", "string"),
+}
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant rank lora_alpha mixed_precision
@@ -125,118 +131,15 @@ LEARNING_ARGUMENTS = """
     train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
+CARD_ARGUMENTS = ("max_train_steps", "beta_dpo", "learning_rate", "rank", "resolution", "mixed_precision", "seed")
 # What an error scale is measured for.
 ERROR_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms")
-# What encoded data was encoded by.
-ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", *COLUMN_FLAGS)
+# What encoded data must have been encoded with.
+ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 ERROR_SCALE_PAIRS = 64
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 PROGRESS_METRICS = ("loss", "implicit_accuracy", "margin")
-
-
-# Reports
-
-
-def save_model_card(args, num_processes, error_scale):
-    """Writes `README.md`: what the LoRA was trained on and how, validation images, how to load it."""
-    settings = {
-        "loss": f"{args.loss_type} in {args.loss_space} space",
-        "steps": args.max_train_steps,
-        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
-        "β": args.beta_dpo,
-        "learning rate": args.learning_rate,
-        "LoRA rank": args.rank,
-        "resolution": args.resolution,
-        "mixed precision": args.mixed_precision,
-        "seed": args.seed,
-    }
-    if args.loss_space == "ncp":
-        settings["features"] = f"{args.ncp_layer} block, {args.ncp_timestep} timestep"
-        settings["error scale"] = f"`--ncp_error_scale {error_scale}`"
-    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    # Nobody else has what lies in a folder of this machine.
-    is_local = os.path.exists(args.pretrained_model_name_or_path)
-    base_model = Path(args.pretrained_model_name_or_path).name if is_local else args.pretrained_model_name_or_path
-    data = Path(args.dataset_name or args.train_data_dir or args.encoded_data_dir)
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    pictures = ""
-    if args.run_validation:
-        pictures = (
-            f"\nBefore (top) and after (bottom), from the same noise: *{args.validation_prompt}*\n\n"
-            "![before and after](validation/before_after.png)\n"
-        )
-    model_card = ModelCard.from_template(
-        card_data=ModelCardData(
-            library_name="diffusers", base_model=None if is_local else base_model, pipeline_tag="text-to-image"
-        ),
-        template_path=MODEL_CARD_TEMPLATE_PATH,
-        model_description=f"""# {repo_id}
-
-A LoRA for `{base_model}`, trained on the preference pairs of `{data.name if data.exists() else data.as_posix()}` with
-[Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
-{pictures}
-| setting | value |
-|---|---|
-{table}
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{base_model}", torch_dtype=torch.float16)
-pipeline.to("cuda").load_lora_weights("{repo_id}")
-image = pipeline({json.dumps(args.validation_prompt or "a photo of an astronaut")}).images[0]
-```
-""",
-    )
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
-    populate_model_card(model_card, tags=tags).save(Path(args.output_dir) / "README.md")
-
-
-def log_validation(args, accelerator, policy, components, weight_dtype, global_step):
-    """
-    With `--run_validation`, draws `num_validation_images` images of `validation_prompt` into `validation/step-N.png` and the trackers, and below those
-    of step 0, the base model's, into `validation/before_after.png`. Their noise is the same at every step.
-    """
-    if not (args.run_validation and accelerator.is_main_process):
-        return
-    logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
-    pipeline = PIPELINE_CLASS.from_pretrained(
-        args.pretrained_model_name_or_path,
-        unet=policy,
-        revision=args.revision,
-        torch_dtype=weight_dtype,
-        **components,
-    ).to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for index in range(args.num_validation_images):
-        latents = pipeline(
-            args.validation_prompt,
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=25,
-            generator=torch.Generator(accelerator.device).manual_seed(args.seed + index),
-            output_type="latent",
-        ).images
-        # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
-        with torch.no_grad():
-            image = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(image)
-
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{global_step}.png")
-    before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
-    make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            batch = np.stack([np.asarray(image) for image in images])
-            tracker.writer.add_images("validation", batch, global_step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            pictures = [wandb.Image(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"validation": pictures}, step=global_step)
 
 
 # Arguments
@@ -246,8 +149,7 @@ def number(kind, rule, accepts):
     """An argument type: an `int` or `float` that `accepts`, which `rule` says in words."""
 
     def convert(text):
-        value = kind(text)
-        if not accepts(value):
+        if not accepts(value := kind(text)):
             raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
         return value
 
@@ -258,189 +160,110 @@ def number(kind, rule, accepts):
 COUNT = number(int, "at least 1", lambda value: value >= 1)
 POSITIVE = number(float, "greater than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number(float, "at least 0", lambda value: 0 <= value < math.inf)
+SCALE = number(lambda text: text if text == "auto" else float(text), "auto or > 0", lambda x: x == "auto" or x > 0)
+SHARE = number(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
 SEED = number(int, "within 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
-def auto_or_positive(text):
-    return text if text == "auto" else POSITIVE(text)
+def add_shared_arguments(parser):
+    """The arguments that tools share with training: what is trained, and on what."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE in place of the base model's.")
+    add("--revision", help="Revision of the base model on the hub.")
+    add("--variant", help="Variant of the model files, e.g. fp16.")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub id, or local folder of parquet files, of preference pairs.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--dataset_split_name", default="train", help="Split of the dataset.")
+    add("--train_data_dir", help="Folder of images with a metadata.jsonl that gives jpg_0_file_name and so on.")
+    add("--image_0_column", default="jpg_0", help="Column of the first image, bytes or image.")
+    add("--image_1_column", default="jpg_1", help="Column of the second image.")
+    add("--label_column", default="label_0", help="Column of 1 or 0, whether the first image won, or 0.5, a tie.")
+    add("--caption_column", default="caption", help="Column of the prompt.")
+    add("--max_train_samples", type=COUNT, help="Use the first so many pairs with a winner only.")
+    add("--on_bad_sample", choices=["error", "skip"], default="error", help="What is done about unreadable pairs.")
+    add("--cache_dir", help="Where downloaded datasets are stored.")
+    add("--resolution", type=COUNT, help="Side of the square that images are cropped to.")
+    add("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
+    modes = [mode.name.lower() for mode in Image.Resampling]
+    add("--image_interpolation_mode", choices=modes, default="lanczos", help="How images are resized.")
+    add("--vae_encode_batch_size", type=COUNT, default=8, help="Images or captions to encode at once.")
 
 
-def add_model_arguments(parser):
-    model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
-    model.add_argument("--revision", help="Revision of the base model on the hub.")
-    model.add_argument("--variant", help="Variant of the model files, e.g. fp16.")
-    model.add_argument(
-        "--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE in place of the base model's."
-    )
+def create_parser():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add_shared_arguments(parser)
+    add = parser.add_argument_group("training data").add_argument
+    add("--encoded_data_dir", help="What tools/encode_preferences.py wrote, instead of a dataset or folder of images.")
+    add("--random_crop", action="store_true", help="Crop at random instead of the centre.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one.")
 
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss_type", choices=LOSS_TYPES, default="dpo", help="What is minimised.")
+    add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured.")
+    add("--beta_dpo", type=POSITIVE, default=5000, help="Weight of the KL divergence from the reference, halved.")
+    add("--sft_weight", type=NOT_NEGATIVE, default=1.0, help="Weight of the winner's error in cpo.")
+    add("--label_smoothing", type=SHARE, default=0.0, help="Share of labels taken to be wrong (dpo and cpo).")
+    add("--ncp_layer", choices=LAYERS, default="mid", help="Block whose features count.")
+    add("--ncp_timestep", choices=TARGET_TIMESTEPS, default="previous", help="Timestep that the features see.")
+    add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
+    scale = "Unit of perceptual errors, auto: measured, so that all else means what it does in latent space; 1: the paper's."
+    add("--ncp_error_scale", type=SCALE, default="auto", help=scale)
 
-def add_data_arguments(parser):
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Hub id, or a local folder of parquet files, of preference pairs.")
-    data.add_argument("--dataset_config_name", help="Configuration of the dataset.")
-    data.add_argument("--dataset_split_name", default="train", help="Split of the dataset.")
-    data.add_argument(
-        "--train_data_dir",
-        help=(
-            "Folder of images with a metadata.jsonl whose rows give jpg_0_file_name, jpg_1_file_name, label_0 and caption"
-            " (or what the column flags say instead)."
-        ),
-    )
-    data.add_argument("--image_0_column", default="jpg_0", help="Column of the first image, bytes or image.")
-    data.add_argument("--image_1_column", default="jpg_1", help="Column of the second image.")
-    data.add_argument(
-        "--label_column",
-        default="label_0",
-        help="Column that says who won: 1 the first image, 0 the second, 0.5 neither (a tie, which is left out).",
-    )
-    data.add_argument("--caption_column", default="caption", help="Column of the prompt.")
-    data.add_argument("--max_train_samples", type=COUNT, help="Use the first so many pairs with a winner only.")
-    data.add_argument(
-        "--on_bad_sample",
-        choices=["error", "skip"],
-        default="error",
-        help="What to do about a pair that cannot be read: stop, or go on without it and say so.",
-    )
-    data.add_argument("--cache_dir", help="Where downloaded datasets are stored.")
-    data.add_argument("--resolution", type=COUNT, help="Side of the square that images are cropped to.")
-    data.add_argument("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
-    data.add_argument(
-        "--image_interpolation_mode",
-        choices=[mode.name.lower() for mode in Image.Resampling],
-        default="lanczos",
-        help="How images are resized.",
-    )
-    data.add_argument("--vae_encode_batch_size", type=COUNT, default=8, help="Images or captions to encode at once.")
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", help="Where everything is written.")
+    add("--seed", type=SEED, help="Default: a random one, which is printed.")
+    add("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
+    add("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
+    add("--train_batch_size", type=COUNT, default=4, help="Pairs per process and batch.")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="Batches per optimization step.")
+    add("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
+    add("--max_train_steps", type=COUNT, help="Optimization steps in total.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time.")
+    precision = "Precision of all but the LoRA's weights. Default: accelerate's configuration."
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
+    add("--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes.")
+    add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
+    add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
+    add("--learning_rate", type=NOT_NEGATIVE, default=5e-4)
+    add("--scale_lr", action="store_true", help="Multiply the learning rate by the pairs of a step.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant")
+    add("--lr_warmup_steps", type=int, default=500, help="For schedules with a warm-up.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--local_rank", type=int, default=-1, help="Set by the launcher.")
 
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=COUNT, help="Checkpoints to keep.")
+    add("--resume_from_checkpoint", help="A checkpoint's folder, its name in --output_dir, or latest.")
+    add("--allow_resume_changes", action="store_true", help="Resume although settings differ from the checkpoint's.")
+    add("--max_skipped_steps", type=int, default=0, help="Steps in a row that may be skipped if not finite.")
 
-def add_training_arguments(parser):
-    data = parser.add_argument_group("training data")
-    data.add_argument(
-        "--encoded_data_dir",
-        help="What tools/encode_preferences.py wrote, instead of a dataset or a folder of images.",
-    )
-    data.add_argument("--random_crop", action="store_true", help="Crop at random instead of the centre.")
-    data.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one."
-    )
+    add = parser.add_argument_group("reports").add_argument
+    add("--report_to", choices=["none", *map(str, LoggerType)], default="tensorboard")
+    add("--tracker_name", help="Name of the project in the tracker.")
+    add("--logging_dir", default="logs", help="Folder within --output_dir for the tracker.")
+    add("--run_validation", action="store_true", help="Draw images before, while and after training.")
+    add("--validation_prompt", help="What to draw.")
+    add("--num_validation_images", type=COUNT, default=4)
+    add("--validation_steps", type=COUNT, default=200, help="Steps between validations.")
+    add("--push_to_hub", action="store_true", help="Upload the LoRA, its card, pictures and logs.")
+    add("--hub_token", help="Default: that of `hf auth login`.")
+    add("--hub_model_id", help="Default: the name of --output_dir.")
+    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
 
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss_type", choices=LOSS_TYPES, default="dpo", help="What is minimised.")
-    loss.add_argument(
-        "--loss_space",
-        choices=["ncp", "latent"],
-        default="ncp",
-        help="Where errors are measured: in the frozen U-Net's features (ncp) or in latent space (latent).",
-    )
-    loss.add_argument(
-        "--beta_dpo",
-        type=POSITIVE,
-        default=5000,
-        help="Beta, the weight of the KL divergence from the reference, in the loss as beta / 2.",
-    )
-    loss.add_argument("--sft_weight", type=NOT_NEGATIVE, default=1.0, help="Weight of the winner's error in cpo.")
-    loss.add_argument(
-        "--label_smoothing",
-        type=number(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5),
-        default=0.0,
-        help="Share of labels taken to be wrong (dpo and cpo).",
-    )
-    loss.add_argument("--ncp_layer", choices=LAYERS, default="mid", help="Block whose features count.")
-    loss.add_argument(
-        "--ncp_timestep",
-        choices=TARGET_TIMESTEPS,
-        default="previous",
-        help="Timestep that the features see, relative to the prediction's.",
-    )
-    loss.add_argument(
-        "--ncp_probe_rms",
-        type=NOT_NEGATIVE,
-        help=(
-            "Size to which steps in latent space are enlarged so that half precision resolves them; 0 is the literal"
-            " formula. Default: by precision."
-        ),
-    )
-    loss.add_argument(
-        "--ncp_error_scale",
-        type=auto_or_positive,
-        default="auto",
-        help=(
-            "Factor that brings perceptual errors to the size of latent ones, so that beta, the weights and the learning"
-            " rate mean the same in both spaces. `auto` measures it before training; 1 is the paper as written."
-        ),
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", help="Where everything is written.")
-    training.add_argument("--seed", type=SEED, help="Default: a random one, which is printed.")
-    training.add_argument("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
-    training.add_argument("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
-    training.add_argument("--train_batch_size", type=COUNT, default=4, help="Pairs per process and step.")
-    training.add_argument("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
-    training.add_argument("--max_train_steps", type=COUNT, help="Optimization steps in total.")
-    training.add_argument(
-        "--gradient_accumulation_steps", type=COUNT, default=1, help="Batches per optimization step."
-    )
-    training.add_argument(
-        "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time."
-    )
-    training.add_argument(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="Precision of all but the LoRA's weights. Default: accelerate's configuration.",
-    )
-    training.add_argument(
-        "--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes."
-    )
-    training.add_argument(
-        "--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format."
-    )
-    training.add_argument("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
-    training.add_argument("--learning_rate", type=NOT_NEGATIVE, default=5e-4)
-    training.add_argument(
-        "--scale_lr", action="store_true", help="Multiply the learning rate by processes, accumulation and batch size."
-    )
-    training.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant")
-    training.add_argument("--lr_warmup_steps", type=int, default=500, help="For schedules with a warm-up.")
-    training.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    training.add_argument("--lr_power", type=float, default=1.0, help="Power of polynomial.")
-    training.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    training.add_argument("--adam_beta1", type=float, default=0.9)
-    training.add_argument("--adam_beta2", type=float, default=0.999)
-    training.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    training.add_argument("--adam_epsilon", type=float, default=1e-8)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
-
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
-    checkpoints.add_argument("--checkpoints_total_limit", type=COUNT, help="Checkpoints to keep.")
-    checkpoints.add_argument(
-        "--resume_from_checkpoint", help="A checkpoint's folder, its name in --output_dir, or `latest`."
-    )
-    checkpoints.add_argument(
-        "--allow_resume_changes", action="store_true", help="Resume although settings differ from the checkpoint's."
-    )
-    checkpoints.add_argument(
-        "--max_skipped_steps",
-        type=int,
-        default=0,
-        help="Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops.",
-    )
-
-    reports = parser.add_argument_group("reports")
-    reports.add_argument("--report_to", choices=["none", *map(str, LoggerType)], default="tensorboard")
-    reports.add_argument("--tracker_name", help="Name of the project in the tracker.")
-    reports.add_argument("--logging_dir", default="logs", help="Folder within --output_dir for the tracker.")
-    reports.add_argument("--run_validation", action="store_true", help="Draw images before, while and after training.")
-    reports.add_argument("--validation_prompt", help="What to draw.")
-    reports.add_argument("--num_validation_images", type=COUNT, default=4)
-    reports.add_argument("--validation_steps", type=COUNT, default=200, help="Steps between validations.")
-    reports.add_argument("--push_to_hub", action="store_true", help="Upload the LoRA, its card, pictures and logs.")
-    reports.add_argument("--hub_token", help="Default: that of `hf auth login`.")
-    reports.add_argument("--hub_model_id", help="Default: the name of --output_dir.")
-    reports.add_argument("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
+    parser.set_defaults(**DEFAULTS)
+    return parser
 
 
 def check_arguments(args):
@@ -462,15 +285,6 @@ def check_arguments(args):
         raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
 
 
-def create_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_training_arguments(parser)
-    parser.set_defaults(**DEFAULTS)
-    return parser
-
-
 def parse_args(input_args=None):
     args = create_parser().parse_args(input_args)
     check_arguments(args)
@@ -482,50 +296,39 @@ def parse_args(input_args=None):
 
 def load_dataset(args):
     """
-    Opens `--dataset_name` or `--train_data_dir`: the four columns that training reads, images still encoded. Everything that
-    reads preference pairs reads them by this function, so that they all say the same.
-
-    Returns:
-        `datasets.Dataset`: images as `{"bytes", "path"}`, label (a float or `None`) and caption (a text or `None`).
-
-    Raises:
-        `ValueError`: names the flag, column, file or line that is wrong.
+    Opens `--dataset_name` or `--train_data_dir`, for training and for all tools: images as `{"bytes", "path"}`, label and
+    caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong.
     """
     if args.train_data_dir is not None:
         return load_image_folder(args)
-    name, split = args.dataset_name, args.dataset_split_name
-    if Path(name).is_file():
-        raise ValueError(f"--dataset_name {name} is a file: give the folder that it is in.")
-    if Path(name, "state.json").is_file():
-        raise ValueError(f"--dataset_name {name} was written by save_to_disk: write it by to_parquet instead.")
+    name, split, features, file = args.dataset_name, args.dataset_split_name, pair_features(args), ""
+    source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
     try:
-        builder = datasets.load_dataset_builder(name, args.dataset_config_name, cache_dir=args.cache_dir)
-        data_files = builder.config.data_files or {}
-        if data_files and split.isidentifier() and split not in data_files:
-            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, data_files))}, not {split}")
-        files = data_files.get(split, [])
-        local_files = [file for file in files if "://" not in file]
-        options = {}
+        if Path(name).is_file():
+            raise ValueError("it is a file: give the folder that it is in")
+        if Path(name, "state.json").is_file():
+            raise ValueError("it was written by save_to_disk: write it by to_parquet instead")
+        builder = datasets.load_dataset_builder(**source)
+        splits = builder.config.data_files or {}
+        if splits and split.isidentifier() and split not in splits:
+            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
+        files, options = splits.get(split, []), {}
         if files and all(file.endswith(".parquet") for file in files):
-            for file in local_files:
-                check_columns(args, read_parquet_schema(file), file)
+            for file in (file for file in files if "://" not in file):
+                check_columns(args, pq.read_schema(file))
             # Given here, the types of all files are these, and no other column is read.
-            options = {"features": pair_features(args), "columns": list(pair_features(args))}
-        dataset = datasets.load_dataset(
-            name, args.dataset_config_name, split=split, cache_dir=args.cache_dir, **options
-        )
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        where = next((f"{file}: " for file in local_files if not is_readable(file)), "") if cause is not error else ""
-        raise ValueError(f"--dataset_name {name} cannot be read: {where}{one_line(cause)}") from error
-    check_columns(args, dataset.features.arrow_schema, f"--dataset_name {name}")
-    return dataset.select_columns(list(pair_features(args))).cast(pair_features(args))
+            file, options = "", {"features": features, "columns": list(features)}
+        dataset = datasets.load_dataset(**source, split=split, **options)
+        check_columns(args, dataset.features.arrow_schema)
+        return dataset.select_columns(list(features)).cast(features)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+        what = f"{file} {one_line(error.__cause__ or error)}".strip()
+        raise ValueError(f"--dataset_name {name} cannot be read: {what}") from error
 
 
 def pair_features(args):
-    image = datasets.Image(decode=False)
-    label, caption = datasets.Value("float64"), datasets.Value("string")
-    return datasets.Features(dict(zip((getattr(args, flag) for flag in COLUMN_FLAGS), (image, image, label, caption))))
+    types = [datasets.Image(decode=False)] * 2 + [datasets.Value("float64"), datasets.Value("string")]
+    return datasets.Features(dict(zip((getattr(args, flag) for flag in COLUMNS), types)))
 
 
 def one_line(text, length=200):
@@ -533,41 +336,16 @@ def one_line(text, length=200):
     return " ".join(str(text).split())[:length]
 
 
-def read_parquet_schema(file):
-    try:
-        return pq.read_schema(file)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def is_readable(parquet_file):
-    try:
-        for _ in pq.ParquetFile(parquet_file).iter_batches():
-            pass
-    except (OSError, pa.ArrowException):
-        return False
-    return True
-
-
-def check_columns(args, schema, where):
+def check_columns(args, schema):
     """A `ValueError` if one of the four columns is not there or of a type that cannot be what it should."""
-    for flag in COLUMN_FLAGS:
+    for flag, (wanted, types) in COLUMNS.items():
         column = getattr(args, flag)
         if column not in schema.names:
             raise ValueError(
-                f"{where} has no column {column!r} (--{flag}): its columns are {one_line(', '.join(schema.names))}."
+                f"has no column {column!r} (--{flag}): its columns are {one_line(', '.join(schema.names))}"
             )
-        kind = schema.field(column).type
-        kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-        if flag == "caption_column":
-            wanted, fits = "text", [pa.types.is_string, pa.types.is_large_string]
-        elif flag == "label_column":
-            wanted, fits = "numbers", [pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal]
-        else:
-            wanted = "images, encoded"
-            fits = [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_struct]
-        if not any(fit(kind) for fit in [pa.types.is_null, *fits]):
-            raise ValueError(f"{where}: {column} (--{flag}) is of type {one_line(kind)}, but must be {wanted}.")
+        if not re.match(f"null|(large_)?({types})", kind := one_line(schema.field(column).type)):
+            raise ValueError(f"column {column} (--{flag}) is of type {kind}, but must be {wanted}")
 
 
 def load_image_folder(args):
@@ -575,42 +353,35 @@ def load_image_folder(args):
     path = Path(args.train_data_dir, "metadata.jsonl")
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
-    keys = {flag: getattr(args, flag) + ("_file_name" if "image" in flag else "") for flag in COLUMN_FLAGS}
-    rows = []
+    keys = [getattr(args, flag) + ("_file_name" if "image" in flag else "") for flag in COLUMNS]
+    columns = {key: [] for key in keys}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON in UTF-8: {error}") from error
-        for flag, key in keys.items():
-            if not isinstance(row, dict) or key not in row:
-                raise ValueError(f"{where} has no {key!r} (--{flag}), but {one_line(', '.join(map(repr, row)))}.")
-            wanted, types = ("a number", (int, float)) if flag == "label_column" else ("a text", str)
-            if row[key] is not None and not isinstance(row[key], types):
-                raise ValueError(f"{where}: {key} is {one_line(repr(row[key]), 80)}, but must be {wanted}.")
-        rows.append([row[key] for key in keys.values()])
-    columns = map(list, zip(*rows)) if rows else [[]] * len(keys)
+            row = dict(json.loads(line))
+            for key in keys:
+                if key not in row:
+                    raise ValueError(f"has no {key!r}, but {', '.join(row)}")
+                # Fails for whatever is neither null nor a number or a text, lone surrogates among them.
+                pa.scalar(row[key], pa.float64() if key == args.label_column else pa.string())
+                columns[key].append(row[key])
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{path}, line {number}: {one_line(error)}") from error
     features = pair_features(args)
-    return datasets.Dataset.from_dict(dict(zip(features, columns)), features=features)
+    return datasets.Dataset.from_dict(dict(zip(features, columns.values())), features=features)
 
 
 def find_rows(args, dataset):
     """The numbers of the rows with a winner; a `ValueError` that names the first row that cannot be trained on."""
     labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
     for row, (label, caption) in enumerate(zip(labels, captions)):
-        problem = label_problem(label) or caption_problem(caption)
-        if problem is not None:
+        if problem := label_problem(label) or caption_problem(caption):
             raise ValueError(f"Row {row}: {problem}.")
     rows = [row for row, label in enumerate(labels) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
     if not rows:
-        raise ValueError(
-            f"No pair is left: {args.dataset_name or args.train_data_dir} has {len(labels)} rows, all ties."
-        )
+        raise ValueError(f"No pair is left: all {len(labels)} rows of the dataset are ties.")
     return rows[: args.max_train_samples]
 
 
@@ -623,17 +394,15 @@ def caption_problem(caption):
 
 
 def digest_of_pairs(rows, labels, captions):
-    """What a resumed run recognises its data by, as images or encoded."""
-    pairs = json.dumps([rows, labels, captions])
-    return {"num_pairs": len(rows), "digest": hashlib.sha256(pairs.encode()).hexdigest()}
+    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
+    return {"num_pairs": len(rows), "digest": digest.hexdigest()}
 
 
 class EpochSampler(torch.utils.data.Sampler):
     """Every row once per epoch in an order that only the seed and the epoch decide, as `(epoch, row)`, from `start` on."""
 
     def __init__(self, rows, seed):
-        self.rows = rows
-        self.seed = seed
+        self.rows, self.seed = rows, seed
         # Not by `set_epoch`, which some versions of accelerate call with numbers of their own.
         self.epoch, self.start = 0, 0
 
@@ -651,66 +420,43 @@ class UnreadableImage(ValueError):
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """
-    Pairs as training sees them in an epoch: `pairs[epoch, row]`.
-
-    Args:
-        dataset (`datasets.Dataset`): what `load_dataset` returns.
-        rows (`list[int]`): the rows with a winner, ascending.
-        args (`argparse.Namespace`): columns, resolution, crop, flip, seed, and what to do about unreadable images.
-        latent_shape (`tuple`): `(C, H, W)` of an image's latents.
-        num_train_timesteps (`int`): timesteps are drawn from 0 to this, exclusively.
-    """
+    """`pairs[epoch, row]` for `rows`, ascending, as training sees them; `latent_shape` is `(C, H, W)` of an image's latents."""
 
     def __init__(self, dataset, rows, args, latent_shape, num_train_timesteps):
-        self.dataset = dataset
-        self.rows = rows
-        self.args = args
-        self.latent_shape = latent_shape
-        self.num_train_timesteps = num_train_timesteps
+        self.dataset, self.rows, self.args = dataset, rows, args
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
 
     def __getitem__(self, key):
-        epoch, identity = key
-        row, skipped = identity, []
-        while True:
+        # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
+        seed = np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
+        flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
+        timesteps = torch.randint(self.num_train_timesteps, (), generator=generator)
+        noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
+        drawn = {"timesteps": timesteps, "noise": noise, "variance_noise": variance_noise}
+
+        first, skipped = bisect.bisect_left(self.rows, key[1]), []
+        for index in range(first, first + len(self.rows)):
+            row = self.rows[index % len(self.rows)]
             try:
-                return {**self.example(epoch, row, identity), "skipped": skipped}
+                return {**self.read(row, crop_position, flip), **drawn, "rows": torch.tensor(row), "skipped": skipped}
             except UnreadableImage as error:
                 skipped.append(str(error))
                 if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
                     raise
-            row = self.rows[bisect.bisect(self.rows, row) % len(self.rows)]
-
-    def example(self, epoch, row, identity):
-        # Randomness belongs to the pair (a substitute has that of the one it stands for), so that neither processes nor
-        # workers nor a resume can change it.
-        seed = np.random.SeedSequence([self.args.seed, epoch, identity]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
-        flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
-        timestep = torch.randint(self.num_train_timesteps, (), generator=generator)
-        noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
-        return {
-            **self.read(row, crop_position, flip),
-            "timesteps": timestep,
-            "noise": noise,
-            "variance_noise": variance_noise,
-            "rows": torch.tensor(row),
-        }
 
     def read(self, row, crop_position, flip):
         """The winner and, except for sft, the loser, as `images`, and the `caption`."""
         values = self.dataset[row]
-        images = [
-            preprocess_image(image, self.args, crop_position, flip)
-            for image in read_images(self.args, row, values, winner_only=self.args.loss_type == "sft")
-        ]
+        images = read_images(self.args, row, values, winner_only=self.args.loss_type == "sft")
+        images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
         return {"images": images, "caption": values[self.args.caption_column]}
 
     def digest(self):
-        """See `digest_of_pairs`."""
-        chosen = self.dataset.select(self.rows)
-        return digest_of_pairs(self.rows, chosen[self.args.label_column][:], chosen[self.args.caption_column][:])
+        """What a resumed run recognises its data by, as images or encoded."""
+        dataset, columns = self.dataset.select(self.rows), (self.args.label_column, self.args.caption_column)
+        return digest_of_pairs(self.rows, *(dataset[column][:] for column in columns))
 
 
 def read_images(args, row, values, winner_only=False):
@@ -723,24 +469,20 @@ def read_images(args, row, values, winner_only=False):
         try:
             images.append(read_image(locate_image(args, values[column])))
         except Exception as error:
-            caption = values[args.caption_column]
-            raise UnreadableImage(
-                f"Row {row} ({caption!r:.80}): {column} cannot be read as an image: {one_line(error)}"
-            ) from error
+            where = f"Row {row} ({values[args.caption_column]!r:.80})"
+            raise UnreadableImage(f"{where}: {column} cannot be read as an image: {one_line(error)}") from error
     return images
 
 
 def locate_image(args, value):
-    """
-    The encoded image of a dataset's `{"bytes", "path"}`, or its path, which must lie in the folder of the data, or in the
-    cache if that is none: a dataset of somebody else's must not read other files.
-    """
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path, if this lies in the folder of the data or in the cache."""
     if value is None or value["bytes"] is value["path"] is None:
         raise ValueError("null instead of an image")
     if value["bytes"] is not None:
         return value["bytes"]
     if len(value["path"]) > 1000:
         raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; base64 has to be decoded")
+    # A dataset of somebody else's must not read other files.
     name = args.train_data_dir or args.dataset_name
     folder = Path(name if os.path.isdir(name) else args.cache_dir or datasets.config.HF_CACHE_HOME).resolve()
     path = folder / value["path"]
@@ -754,52 +496,32 @@ def read_image(value):
     """An image in RGB, upright, transparency on white, from encoded bytes, datasets' `{"bytes", "path"}` or a path."""
     if isinstance(value, dict):
         value = value["path"] if value["bytes"] is None else value["bytes"]
-    try:
-        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    except UnidentifiedImageError:
-        start = value[:20] if isinstance(value, bytes) else Path(value).read_bytes()[:20]
-        raise ValueError(
-            "empty, 0 bytes"
-            if not start
-            else f"{start.decode()!r}... is text instead of an image; base64 has to be decoded"
-            if start.isascii() and start.decode().isprintable()
-            else "not in an image format that PIL knows"
-        ) from None
+    data = value if isinstance(value, bytes) else Path(value).read_bytes()
+    if not data:
+        raise ValueError("empty, 0 bytes")
+    if (start := data[:20]).isascii() and start.decode().isprintable():
+        raise ValueError(f"{start.decode()!r}... is text instead of an image; base64 has to be decoded")
+    image = Image.open(io.BytesIO(data))
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # whatever PIL's parsers run into
         warnings.warn("The metadata of an image cannot be parsed and is ignored: it is taken to be upright.")
     if image.mode.startswith(("I", "F")):
-        image = reduce_to_8_bit(image)
+        # Floats from 0 to 1, 32 bits that hold 8 or 16, and 16 bits, all of which PIL would clip.
+        values = np.asarray(image).astype(np.float64)
+        highest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535
+        if not (values.min() >= 0 and values.max() <= highest):
+            raise ValueError(f"its values are {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
+        image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def reduce_to_8_bit(image):
-    """Floats from 0 to 1, integers of 32 bits that hold 8 or 16, and 16 bits, all of which PIL would clip."""
-    values = np.asarray(image).astype(np.float64)
-    highest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535
-    if not (values.min() >= 0 and values.max() <= highest):
-        raise ValueError(f"its values go from {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
-    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
-
-
 def resize_and_crop(image, args, crop_position, flip):
-    """
-    Resizes an image by its shorter side and crops a square.
-
-    Args:
-        image (`PIL.Image.Image`): in RGB.
-        args (`argparse.Namespace`): `resolution` and `image_interpolation_mode`.
-        crop_position (`tuple`): where to crop, 0 (top, left) to 1 (bottom, right).
-        flip (`bool`): mirror the image first.
-
-    Returns:
-        `torch.Tensor` of shape `(3, resolution, resolution)` in 0 to 255, and the crop's `(top, left)` in pixels.
-    """
+    """A `(3, resolution, resolution)` square in uint8, and its `(top, left)`; `crop_position` is from (0, 0) to (1, 1)."""
     scale = args.resolution / min(image.size)
     size = [max(args.resolution, round(side * scale)) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
@@ -818,25 +540,20 @@ def preprocess_image(image, args, crop_position, flip):
 
 class EncodedPairs(PreferencePairs):
     """
-    The same pairs from `--encoded_data_dir`, with `latents` instead of `pixel_values` and `prompt` instead of the caption.
-
-    Args:
-        pairs (`datasets.Dataset`): `row`, `label`, `caption`, `prompt` (a row of `prompts`) and `tensors`, safetensors of what
-            `preprocess_image` gives of winner and loser, pixels as latents, each unflipped and, if at all, flipped.
-        prompts (`datasets.Dataset`): `caption` and `tensors`, safetensors of what `encode_prompt` gives for it.
+    The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner and loser,
+    unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its caption.
     """
 
     def __init__(self, pairs, prompts, *arguments):
         super().__init__(pairs, pairs["row"][:], *arguments)
         self.prompts = prompts
-        self.index = {row: index for index, row in enumerate(self.rows)}
 
     def read(self, row, crop_position, flip):
-        values = self.dataset[self.index[row]]
-        images = safetensors.torch.load(values["tensors"])
-        num_images = 1 if self.args.loss_type == "sft" else 2
+        values = self.dataset[bisect.bisect_left(self.rows, row)]
+        tensors = safetensors.torch.load(values["tensors"])
+        sides = range(1 if self.args.loss_type == "sft" else 2)
         return {
-            "images": [{name: value[i, int(flip)] for name, value in images.items()} for i in range(num_images)],
+            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
             "prompt": safetensors.torch.load(self.prompts[values["prompt"]]["tensors"]),
         }
 
@@ -851,7 +568,7 @@ def open_encoded_pairs(args, vae_config, *arguments):
         raise ValueError(f"--encoded_data_dir {folder} holds no encoding.json: tools/encode_preferences.py writes it.")
     encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
     settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-    for name in (*ENCODING_ARGUMENTS, "vae_scaling_factor"):
+    for name in ENCODING_ARGUMENTS:
         if encoding[name] != settings[name]:
             raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}.")
     if encoding["no_hflip"] and not args.no_hflip:
@@ -861,38 +578,31 @@ def open_encoded_pairs(args, vae_config, *arguments):
             logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
     parts = []
     for kind in ("pairs", "prompts"):
-        shards = sorted((folder / kind).glob("*.arrow"))
-        if len(shards) != encoding[f"num_{kind}_shards"]:
+        shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
+        if len(shards) != total:
             raise ValueError(
-                f"{folder / kind} holds {len(shards)} of {encoding[f'num_{kind}_shards']} files: run"
-                " tools/encode_preferences.py again, it goes on where it stopped."
+                f"{folder / kind} holds {len(shards)} of {total} files: encode again, to go on from there."
             )
-        parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(str(shard)) for shard in shards]))
+        parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
     pairs, prompts = parts
-    if args.max_train_samples is not None:
-        pairs = pairs.select(range(min(args.max_train_samples, len(pairs))))
-    return EncodedPairs(pairs, prompts, args, *arguments)
+    return EncodedPairs(pairs.select(range(len(pairs))[: args.max_train_samples]), prompts, args, *arguments)
 
 
 def open_pairs(args, accelerator, noise_scheduler, vae_config):
     """The pairs to train on, of which the first batch is known to be readable."""
-    side = args.resolution // downscaling_factor(vae_config)
+    side = args.resolution // vae_config["downscaling_factor"]
     drawn = (vae_config["latent_channels"], side, side), noise_scheduler.config.num_train_timesteps
     if args.encoded_data_dir is not None:
         pairs = open_encoded_pairs(args, vae_config, *drawn)
     else:
         dataset = load_dataset(args)
         pairs = PreferencePairs(dataset, find_rows(args, dataset), args, *drawn)
-    num_pairs, global_batch_size = len(pairs.rows), args.train_batch_size * accelerator.num_processes
-    if num_pairs < global_batch_size:
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} process(es) takes"
-            f" {global_batch_size} pairs, but there are {num_pairs}."
-        )
-    if num_pairs % global_batch_size:
-        logger.info(
-            f"{num_pairs % global_batch_size} of {num_pairs} pairs do not fill a batch: every epoch leaves others out"
-        )
+    num_pairs, batch_size = len(pairs.rows), args.train_batch_size * accelerator.num_processes
+    if num_pairs < batch_size:
+        batch = f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} process(es)"
+        raise ValueError(f"{batch} takes {batch_size} pairs, but there are {num_pairs}.")
+    if tail := num_pairs % batch_size:
+        logger.info(f"{tail} of {num_pairs} pairs do not fill a batch: every epoch leaves others out")
     for key in itertools.islice(EpochSampler(pairs.rows, args.seed), args.train_batch_size):
         pairs[key]
     return pairs
@@ -911,27 +621,23 @@ def collate_fn(examples):
 
 def create_dataloader(args, pairs):
     """Batches of pairs, shuffled anew every epoch; what fills no batch is left out."""
+
+    def ignore_stop_signals(worker):
+        # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    options = {"batch_size": args.train_batch_size, "drop_last": True, "num_workers": args.dataloader_num_workers}
+    sampler = EpochSampler(pairs.rows, args.seed)
     return torch.utils.data.DataLoader(
-        pairs,
-        batch_size=args.train_batch_size,
-        sampler=EpochSampler(pairs.rows, args.seed),
-        collate_fn=collate_fn,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_stop_signals,
-        drop_last=True,
+        pairs, sampler=sampler, collate_fn=collate_fn, worker_init_fn=ignore_stop_signals, **options
     )
-
-
-def ignore_stop_signals(worker):
-    # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def remaining_batches(args, accelerator, dataloader, sampler, state):
     """
-    Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in its step: fewer than
-    `--gradient_accumulation_steps` in an epoch's last. `sampler` is the one within `dataloader`.
+    Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in its
+    step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`.
     """
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     while state["global_step"] < args.max_train_steps:
@@ -950,59 +656,35 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
 
 
 def check_checkpoint(args):
-    """
-    Looks at the base model's configuration files, before anything large is read.
-
-    Returns:
-        The noise scheduler and the VAE's configuration.
-
-    Raises:
-        `ValueError`: names what this script cannot train, and what to do instead.
-    """
-    name = args.pretrained_model_name_or_path
-    where = f"--pretrained_model_name_or_path {name}"
-    if Path(name).is_file():
-        raise ValueError(
-            f"{where} is a single file. Convert it:"
-            f' {PIPELINE_CLASS.__name__}.from_single_file("{name}").save_pretrained("{Path(name).with_suffix("")}")'
-        )
-    unet = load_config(args, "unet")
+    """The noise scheduler and the VAE's configuration; a `ValueError` for what cannot be trained, before anything is read."""
+    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if Path(args.pretrained_model_name_or_path).is_file():
+        convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise ValueError(f"{where} is a single file. Convert it, and give the folder: {convert}")
+    unet, vae = load_config(args, "unet"), load_config(args, "vae")
     kind = unet.get("addition_embed_type")
     if kind != ADDITION_EMBED_TYPE:
-        script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(kind)
-        raise ValueError(
-            f"{where} is of another architecture: {f'use {script}' if script else 'no script trains it'}."
-        )
-    embedding_dim = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
-    if unet["cross_attention_dim"] != embedding_dim:
-        raise ValueError(
-            f"{where}: the U-Net takes text embeddings of size {unet['cross_attention_dim']}, but"
-            f" {' and '.join(TEXT_ENCODERS)} give {embedding_dim}."
-        )
+        script = {None: "use train_ncp_dpo_sd15.py", "text_time": "use train_ncp_dpo_sdxl.py"}
+        raise ValueError(f"{where} is of another architecture: {script.get(kind, 'no script trains it')}.")
+    size = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
+    if unet["cross_attention_dim"] != size:
+        raise ValueError(f"{where}: the U-Net takes embeddings of {unet['cross_attention_dim']}, but is given {size}.")
     if args.loss_space == "ncp" and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
         raise ValueError(f"{where} has no mid block: give --ncp_layer down.")
-
-    vae = load_config(args, "vae")
-    # What configurations from before this entry mean.
-    vae.setdefault("scaling_factor", 0.18215)
     if unet["in_channels"] != vae["latent_channels"]:
-        raise ValueError(
-            f"{where}: the U-Net takes {unet['in_channels']} channels, the VAE gives {vae['latent_channels']}. Inpainting"
-            " and similar models cannot be trained."
-        )
+        channels = f"the U-Net takes {unet['in_channels']} channels, the VAE gives {vae['latent_channels']}"
+        raise ValueError(f"{where}: {channels}. Inpainting and similar models cannot be trained.")
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
-            raise ValueError(f"{where}: the VAE has a {option}, which is not supported.")
-    factor = downscaling_factor(vae)
+            raise ValueError(f"{where}: its VAE has a {option}, which is not supported.")
+    # What configurations from before this entry mean.
+    vae.setdefault("scaling_factor", 0.18215)
+    vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
-
     scheduler = load_config(args, "scheduler", DDPMScheduler)
-    if "beta_schedule" not in scheduler and "trained_betas" not in scheduler:
-        raise ValueError(
-            f"{where}: its scheduler, {scheduler['_class_name']}, has none of DDPM's noise levels. EDM and flow matching"
-            " models cannot be trained."
-        )
+    if not {"beta_schedule", "trained_betas"} & scheduler.keys():
+        raise ValueError(f"{where}: its {scheduler['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(scheduler)
     if args.loss_space == "ncp":
         StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
@@ -1011,58 +693,39 @@ def check_checkpoint(args):
     return noise_scheduler, vae
 
 
-def downscaling_factor(vae_config):
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
 def component_source(args, component):
     """Where a part of the base model is, as arguments of `from_pretrained`."""
     if component == "vae" and args.pretrained_vae_model_name_or_path is not None:
         return {"pretrained_model_name_or_path": args.pretrained_vae_model_name_or_path}
-    return {
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "subfolder": component,
-        "revision": args.revision,
-    }
+    name = args.pretrained_model_name_or_path
+    return {"pretrained_model_name_or_path": name, "subfolder": component, "revision": args.revision}
 
 
 def load_config(args, component, config_class=UNet2DConditionModel):
     source = component_source(args, component)
+    name = source.pop("pretrained_model_name_or_path")
     try:
-        return config_class.load_config(source.pop("pretrained_model_name_or_path"), **source)
+        return config_class.load_config(name, **source)
     except OSError as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} has no {component} that"
-            f" {Path(__file__).name} could train with: {one_line(error)}"
-        ) from error
+        message = f"{name} has no {component}, which {Path(__file__).name} needs"
+        raise ValueError(f"--pretrained_model_name_or_path {message}: {one_line(error)}") from error
 
 
 def choose_variant(args, component):
-    """`--variant`, or `None` for a part that has files of that variant no more than a pipeline would insist on."""
+    """`--variant`, or `None` for a component that has no files of it but has others, as pipelines choose."""
     source = component_source(args, component)
     name, folder = source["pretrained_model_name_or_path"], source.get("subfolder", "")
-    if os.path.isdir(name):
-        files = os.listdir(Path(name, folder))
-    else:
-        try:
-            files = [
-                Path(file).name for file in list_repo_files(name, revision=args.revision) if file.startswith(folder)
-            ]
-        except OfflineModeIsEnabled:
-            return args.variant
-    weights = [
-        re.fullmatch(r"(?:diffusion_pytorch_)?model(\.[^.]+?)??(?:-\d+-of-\d+)?\.(?:safetensors|bin)", f)
-        for f in files
-    ]
-    variants = {match[1] and match[1][1:] for match in weights if match}
-    if args.variant in variants:
+    try:
+        is_local = os.path.isdir(name)
+        files = os.listdir(Path(name, folder)) if is_local else list_repo_files(name, revision=args.revision)
+    except OfflineModeIsEnabled:
         return args.variant
-    if None in variants:
-        return None
-    raise ValueError(
-        f"--pretrained_model_name_or_path {name} has no weights for its {component} of the variant that is asked for, but"
-        f" {' and '.join(f'--variant {variant}' for variant in sorted(variants)) or 'none at all'}."
-    )
+    pattern = rf"({folder}/)?(diffusion_pytorch_)?model(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
+    variants = {match["variant"] for match in map(re.compile(pattern).fullmatch, files) if match}
+    if args.variant in variants or None in variants:
+        return args.variant if args.variant in variants else None
+    there = " or ".join(f"--variant {variant}" for variant in sorted(variants)) or "none at all"
+    raise ValueError(f"--pretrained_model_name_or_path {name}: the weights of its {component} are {there}.")
 
 
 def pipeline_options(args):
@@ -1070,25 +733,23 @@ def pipeline_options(args):
     return {"safety_checker": None}
 
 
+def load_model(args, component, model_class, accelerator, dtype):
+    options = {"variant": choose_variant(args, component), "torch_dtype": dtype}
+    model = model_class.from_pretrained(**component_source(args, component), **options)
+    return model.requires_grad_(False).to(accelerator.device)
+
+
 def load_components(args, accelerator, weight_dtype):
     """The frozen models beside the U-Net and their tokenizers, by their names in the pipeline; none if none is needed."""
     if args.encoded_data_dir is not None and not args.run_validation:
         return {}
-    components = pipeline_options(args)
+    # SDXL's own VAE overflows in fp16.
+    vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else weight_dtype
+    components = {**pipeline_options(args), "vae": load_model(args, "vae", AutoencoderKL, accelerator, vae_dtype)}
     for name, text_encoder_class in TEXT_ENCODERS.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         components[tokenizer] = CLIPTokenizer.from_pretrained(**component_source(args, tokenizer))
-        components[name] = text_encoder_class.from_pretrained(
-            **component_source(args, name), variant=choose_variant(args, name), torch_dtype=weight_dtype
-        )
-    # SDXL's own VAE overflows in fp16.
-    components["vae"] = AutoencoderKL.from_pretrained(
-        **component_source(args, "vae"),
-        variant=choose_variant(args, "vae"),
-        torch_dtype=torch.float32 if args.pretrained_vae_model_name_or_path is None else weight_dtype,
-    )
-    for name in ("vae", *TEXT_ENCODERS):
-        components[name].requires_grad_(False).to(accelerator.device)
+        components[name] = load_model(args, name, text_encoder_class, accelerator, weight_dtype)
     return components
 
 
@@ -1098,10 +759,8 @@ def load_components(args, accelerator, weight_dtype):
 @torch.no_grad()
 def encode_images(vae, pixel_values, batch_size):
     """Latents of images, the posterior's mode: `(N, 3, H, W)` in 0 to 255 to `(N, C, h, w)` in float32."""
-    pixel_values = pixel_values.to(vae.device)
-    latents = [
-        vae.encode(pixels.to(vae.dtype) / 127.5 - 1).latent_dist.mode() for pixels in pixel_values.split(batch_size)
-    ]
+    batches = (pixels.to(vae.device, vae.dtype) / 127.5 - 1 for pixels in pixel_values.split(batch_size))
+    latents = [vae.encode(pixels).latent_dist.mode() for pixels in batches]
     return torch.cat(latents).float() * vae.config.scaling_factor
 
 
@@ -1139,9 +798,8 @@ class Denoising(NamedTuple):
     variance_noise: torch.Tensor  # (N, C, h, w)
 
     def predict(self, unet):
-        return unet(
-            self.noisy_latents, self.timesteps, self.encoder_hidden_states, added_cond_kwargs=self.added_cond_kwargs
-        ).sample
+        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
+        return unet(*inputs, added_cond_kwargs=self.added_cond_kwargs).sample
 
     @torch.no_grad()
     def predict_reference(self, unet):
@@ -1169,20 +827,12 @@ def noise_batch(args, batch, components, noise_scheduler):
     return Denoising(noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise)
 
 
-def measure_errors(args, denoising, unet, policy, perception):
+def measure_errors(args, denoising, unet, policy, perception, needs_reference=False):
     """
-    The policy's and the reference's errors of a batch.
-
-    Args:
-        denoising (`Denoising`): of the winners, then, except for sft, of their losers.
-        unet (`torch.nn.Module`): the policy as accelerate wrapped it, so that gradients are averaged over processes.
-        policy (`UNet2DConditionModel`): the model within, which is the reference and the encoder with its LoRA off.
-        perception (`NoiseConditionedPerception` or `None`): `None` measures errors in latent space.
-
-    Returns:
-        Two tensors of shape `(N,)`; the second is `None` if the loss does without a reference.
+    The errors of the policy and of the reference, both `(N,)`, in latent space if `perception` is `None`. `unet` is the policy
+    as accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference.
     """
-    needs_reference = args.loss_type not in REFERENCE_FREE_LOSS_TYPES
+    needs_reference = needs_reference or args.loss_type not in REFERENCE_FREE_LOSS_TYPES
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
         ref_errors = latent_error(ref_pred, denoising.target) if needs_reference else None
@@ -1197,11 +847,8 @@ def measure_loss(args, errors, ref_errors):
         return errors.mean(), {"loss": errors.detach()}
     result = preference_loss(errors, ref_errors, args.loss_type, args.beta_dpo, args.sft_weight, args.label_smoothing)
     margin = result.margin.detach()
-    observed = {
-        "loss": result.loss.detach().expand_as(margin),
-        "implicit_accuracy": result.implicit_accuracy.expand_as(margin),
-        "margin": margin,
-    }
+    means = {"loss": result.loss.detach(), "implicit_accuracy": result.implicit_accuracy}
+    observed = {"margin": margin, **{name: mean.expand_as(margin) for name, mean in means.items()}}
     observed["error_w"], observed["error_l"] = errors.detach().chunk(2)
     if ref_errors is not None:
         # How far the policy has left the reference: what grows before a run diverges.
@@ -1209,77 +856,25 @@ def measure_loss(args, errors, ref_errors):
     return result.loss, observed
 
 
-def gather_metrics(args, accelerator, observed):
-    """Means over the pairs of a step, on all processes, and the numbers of their rows."""
-    values = accelerator.gather({name: torch.cat([o[name] for o in observed]) for name in observed[0]})
-    rows = values.pop("rows").tolist()
-    metrics = {name: value.mean().item() for name, value in values.items()}
-    if "margin" in values:
-        logits = 0.5 * args.beta_dpo * values["margin"]
-        # About 0, where the policy is the reference, so that one pair has a spread too.
-        metrics["logit_spread"] = logits.square().mean().sqrt().item()
-        metrics["saturated"] = (logits.abs() > 5).float().mean().item()
-    return metrics, rows
-
-
-def is_finite(accelerator, metrics):
-    # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
-    scaled = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
-    return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
-
-
-def count_skipped_steps(args, accelerator, state, metrics, rows, skipped_steps):
-    """Steps in a row that are not finite, this one included; a `RuntimeError` for one too many."""
-    if is_finite(accelerator, metrics):
-        return 0
-    step = state["global_step"] + 1
-    message = f"Step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
-    if skipped_steps == args.max_skipped_steps:
-        raise RuntimeError(
-            f"{message}. --max_skipped_steps {args.max_skipped_steps} allows no more; checkpoints are intact."
-        )
-    logger.warning(f"{message}. It is skipped.")
-    return skipped_steps + 1
-
-
-def count_flat_steps(args, metrics, flat_steps):
-    """Steps in a row whose logits do not spread; says so at the hundredth."""
-    if metrics.get("logit_spread", math.inf) >= 0.01:
-        return 0
-    if flat_steps == 99:
-        logger.warning(
-            f"The logits' spread has been below 0.01 for 100 steps: --beta_dpo {args.beta_dpo} does nothing, nothing"
-            " holds the policy near the reference. Raise it, or use --ncp_error_scale auto."
-        )
-    return flat_steps + 1
-
-
 @contextlib.contextmanager
 def perturbed_lora(policy, seed):
     """A small random LoRA in place of the policy's, every layer's update 2 % of its weight."""
     generator = torch.Generator().manual_seed(seed)
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    ups = [layer.lora_B["default"].weight.detach().clone() for layer in layers]
-    with torch.no_grad():
-        for layer in layers:
-            up = layer.lora_B["default"].weight
-            up.copy_(torch.randn(up.shape, generator=generator))
-            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+    ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
+    for layer, up in zip(layers, ups):
+        up.copy_(torch.randn(up.shape, generator=generator))
+        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for layer, up in zip(layers, ups):
-                layer.lora_B["default"].weight.copy_(up)
+        for up, before in ups.items():
+            up.copy_(before)
 
 
 @torch.no_grad()
 def measure_error_scale(args, accelerator, dataloader, policy, components, noise_scheduler, perception):
-    """
-    The factor that gives margins in feature space the spread they have in latent space, under the same small change of
-    the policy. Reference-free losses get the factor of the others, and sft, which reads no losers, takes the change of
-    the winners' errors for the margin.
-    """
+    """The factor that gives margins (for sft the winners' part) the spread of latent space under the same small change."""
     # Every process takes other pairs, all of them as many.
     first, stride = accelerator.process_index, accelerator.num_processes
     num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * stride))
@@ -1287,25 +882,15 @@ def measure_error_scale(args, accelerator, dataloader, policy, components, noise
     batches = itertools.islice(dataloader, first, num_batches * stride, stride)
     margins = {"latent": [], "ncp": []}
     with perturbed_lora(policy, args.seed):
-        for batch in tqdm(
-            batches, desc="Error scale", total=num_batches, disable=not accelerator.is_local_main_process
-        ):
-            batch = send_to_device(batch, accelerator.device)
-            denoising = noise_batch(args, batch, components, noise_scheduler)
-            ref_pred, model_pred = denoising.predict_reference(policy), denoising.predict(policy)
-            anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
-            for space, errors, ref_errors in [
-                ("latent", latent_error(model_pred, denoising.target), latent_error(ref_pred, denoising.target)),
-                ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
-            ]:
+        for batch in tqdm(batches, "Error scale", num_batches, disable=not accelerator.is_local_main_process):
+            denoising = noise_batch(args, send_to_device(batch, accelerator.device), components, noise_scheduler)
+            for space, perceive in [("latent", None), ("ncp", perception)]:
+                errors, ref_errors = measure_errors(args, denoising, policy, policy, perceive, needs_reference=True)
                 change = ref_errors - errors
                 margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
     spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
     if not (spread["latent"] > 0 and spread["ncp"] > 0):
-        raise RuntimeError(
-            f"The margins' spread is {spread['latent']} in latent space and {spread['ncp']} in feature space, of which no"
-            " error scale follows. Give --ncp_error_scale, or more than one pair."
-        )
+        raise RuntimeError(f"The margins' spread is {spread}: give --ncp_error_scale, or more than one pair.")
     # So few digits that the flag that is printed gives the very same run.
     return float(f"{spread['latent'] / spread['ncp']:.4g}")
 
@@ -1314,17 +899,15 @@ def create_perception(args, accelerator, dataloader, policy, components, noise_s
     """What errors are measured with, its scale given, that of a checkpoint, or measured now; `None` for latent space."""
     if args.loss_space == "latent":
         return None
-    perception = NoiseConditionedPerception(
-        policy, noise_scheduler, args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
-    )
+    options = args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
+    perception = NoiseConditionedPerception(policy, noise_scheduler, *options)
     if args.ncp_error_scale != "auto":
         error_scale = args.ncp_error_scale
     elif saved is not None and all(saved["arguments"][name] == getattr(args, name) for name in ERROR_ARGUMENTS):
         error_scale = saved["error_scale"]
     else:
-        error_scale = measure_error_scale(
-            args, accelerator, dataloader, policy, components, noise_scheduler, perception
-        )
+        measured_with = policy, components, noise_scheduler, perception
+        error_scale = measure_error_scale(args, accelerator, dataloader, *measured_with)
     perception.error_scale = error_scale
     logger.info(f"Perceptual errors are scaled by --ncp_error_scale {error_scale}")
     return perception
@@ -1339,36 +922,26 @@ def create_accelerator(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-        ),
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
     )
-    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        raise ValueError(
-            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate's configuration or"
-            f" ACCELERATE_GRADIENT_ACCUMULATION_STEPS says {accelerator.gradient_accumulation_steps}. Give both the same."
-        )
+    if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
+        flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
+        raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}. Give both the same.")
     args.mixed_precision = accelerator.mixed_precision
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
-    )
+    log_format = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
+    logging.basicConfig(format=log_format, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
     logger.info(accelerator.state, main_process_only=False)
     if not accelerator.is_local_main_process:
-        datasets.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
-        diffusers.utils.logging.set_verbosity_error()
-
+        for library in (datasets.utils, transformers.utils, diffusers.utils):
+            library.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
         if args.push_to_hub:
-            args.hub_model_id = create_repo(
-                args.hub_model_id or Path(args.output_dir).resolve().name,
-                private=args.hub_private_repo or None,
-                exist_ok=True,
-                token=args.hub_token,
-            ).repo_id
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            options = {"private": args.hub_private_repo or None, "exist_ok": True, "token": args.hub_token}
+            args.hub_model_id = create_repo(name, **options).repo_id
     return accelerator
 
 
@@ -1384,19 +957,9 @@ def set_run_seed(args, saved):
 
 def create_policy(args, accelerator, weight_dtype):
     """The frozen U-Net in `weight_dtype` with a LoRA in float32 that does nothing yet."""
-    unet = UNet2DConditionModel.from_pretrained(
-        **component_source(args, "unet"), variant=choose_variant(args, "unet"), torch_dtype=weight_dtype
-    )
-    unet.requires_grad_(False)
-    unet.to(accelerator.device)
-    unet.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-        )
-    )
+    unet = load_model(args, "unet", UNet2DConditionModel, accelerator, weight_dtype)
+    options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
+    unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -1410,32 +973,37 @@ def create_policy(args, accelerator, weight_dtype):
 
 
 def create_optimizer(args, accelerator, policy):
-    """AdamW over the LoRA, with 8-bit states if asked for."""
+    """AdamW over the LoRA, with 8-bit states if asked for, and the schedule of its learning rate."""
+    optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         try:
             import bitsandbytes as bnb
         except ImportError:
             raise ImportError("To use 8-bit Adam, please install bitsandbytes: `pip install bitsandbytes`.")
         optimizer_class = bnb.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
-
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-    return optimizer_class(
+    pairs_per_step = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    optimizer = optimizer_class(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr=learning_rate,
+        lr=args.learning_rate * (pairs_per_step if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
+        logger.warning("--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up")
+    elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
+        logger.warning(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is no less than all steps: --learning_rate is not reached"
+        )
+    # accelerate steps it once per process.
+    steps = (number * accelerator.num_processes for number in (args.lr_warmup_steps, args.max_train_steps))
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, *steps, args.lr_num_cycles, args.lr_power)
 
 
-def create_state(args, accelerator, pairs, steps_per_epoch):
+def create_state(args, accelerator, pairs, num_batches):
     """What a checkpoint's training_state.json holds. Sets `--max_train_steps` if only epochs are given."""
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+        args.max_train_steps = args.num_train_epochs * math.ceil(num_batches / args.gradient_accumulation_steps)
     return {
         "global_step": 0,
         "error_scale": None,
@@ -1445,111 +1013,165 @@ def create_state(args, accelerator, pairs, steps_per_epoch):
     }
 
 
-def create_lr_scheduler(args, accelerator, optimizer):
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
-        logger.warning("--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up")
-    elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
-        logger.warning(
-            f"--lr_warmup_steps {args.lr_warmup_steps} is not less than the {args.max_train_steps} steps of the run: the"
-            " learning rate never reaches --learning_rate"
-        )
-    # accelerate steps it once per process.
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-
-
 # Checkpoints
 
 
-def register_checkpoint_hooks(accelerator, policy):
-    """Checkpoints hold the LoRA in diffusers' format, which loads into the very adapter that trains."""
+class Checkpoints:
+    """`checkpoint-N` in `--output_dir`; what has another name is not ours."""
 
-    def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            save_lora(policy, output_dir)
-        # Or else accelerate would save the whole U-Net as well.
-        weights.clear()
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
 
-    def load(models, input_dir):
-        models.clear()
-        # Named, since older versions of diffusers look for it on the hub.
-        lora = PIPELINE_CLASS.lora_state_dict(input_dir, weight_name=WEIGHTS_NAME)[0]
-        lora = {name.removeprefix("unet."): value for name, value in lora.items()}
-        result = set_peft_model_state_dict(policy, convert_unet_state_dict_to_peft(lora), adapter_name="default")
-        missing = [name for name in result.missing_keys if "lora" in name]
-        if missing or result.unexpected_keys:
-            raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
+    def find(self):
+        """Complete checkpoints in ascending order of their steps."""
+        folders = (path.parent for path in self.folder.glob(f"checkpoint-*/{STATE_NAME}"))
+        steps = {int(folder.name[11:]): folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)}
+        return [folder for _, folder in sorted(steps.items())]
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    @staticmethod
+    def read_state(checkpoint):
+        return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+
+    def choose(self):
+        """What `--resume_from_checkpoint` means; `None` for a new run."""
+        checkpoints, where = self.find(), f"--output_dir {self.folder} holds"
+        finished, wanted = (self.folder / WEIGHTS_NAME).is_file(), self.args.resume_from_checkpoint
+        if wanted is None:
+            if checkpoints or finished:
+                other = checkpoints[-1].name if checkpoints else "the LoRA"
+                advice = "Give another folder, or continue that run by --resume_from_checkpoint latest."
+                raise ValueError(f"{where} {other} of another run. {advice}")
+            return None
+        if wanted == "latest":
+            for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
+                logger.warning(f"{path} is passed over: it is no complete checkpoint")
+            if not checkpoints and finished:
+                raise ValueError(f"{where} a finished LoRA and no checkpoint to resume from. Give another folder.")
+            if not checkpoints:
+                logger.info(f"There is no checkpoint in {self.folder} yet: starting anew")
+            return checkpoints[-1] if checkpoints else None
+        named = [Path(wanted), self.folder / wanted]
+        found = next((folder for folder in named if (folder / STATE_NAME).is_file()), None)
+        if found is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {named[0]}, nor {named[1]}.")
+        step = self.read_state(found)["global_step"]
+        if later := [folder.name for folder in checkpoints if self.read_state(folder)["global_step"] > step]:
+            raise ValueError(f"{where} {', '.join(later)}, which a run from {found} would meet. Keep them elsewhere.")
+        return found
+
+    def open(self):
+        """
+        The checkpoint to resume from and its state, or two `None`. The main process chooses, since machines need not share
+        `--output_dir`; every process must have what it chose.
+        """
+        choice = [None, None, None]
+        if self.accelerator.is_main_process:
+            try:
+                choice[0] = self.choose()
+                choice[1] = choice[0] and self.read_state(choice[0])
+            except ValueError as error:
+                choice[2] = str(error)
+        checkpoint, saved, problem = broadcast_object_list(choice)
+        if problem is not None:
+            raise ValueError(problem)
+        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
+        if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
+            advice = "copy it to their machines, or share --output_dir"
+            raise ValueError(
+                f"Process 0 resumes from {checkpoint}, which the processes {without} do not have: {advice}."
+            )
+        return checkpoint, saved
+
+    def check(self, checkpoint, saved, state):
+        """A `ValueError` for what would change a resumed run, whose state is `state`, without a word."""
+        if (processes := saved["num_processes"]) != state["num_processes"]:
+            # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
+            advice = f"give accelerate launch --num_processes {processes}"
+            raise ValueError(f"{checkpoint} is of {processes} processes, not {state['num_processes']}: {advice}.")
+        now, before = vars(self.args), create_parser()
+        if now["max_train_steps"] < saved["global_step"]:
+            raise ValueError(f"--max_train_steps is {now['max_train_steps']}, but {checkpoint} is further on.")
+        # The learning rate of most schedules falls towards the last step.
+        names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
+        # What a checkpoint from before a flag was trained with is the flag's default.
+        before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
+        if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
+            before["ncp_error_scale"] = now["ncp_error_scale"]
+        changes = [
+            f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names if now[name] != before[name]
+        ]
+        if (data := saved.get("data", state["data"])) != state["data"]:
+            changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
+        if changes and not self.args.allow_resume_changes:
+            advice = "Give what it was, or --allow_resume_changes if you mean it."
+            raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
+        for change in changes:
+            logger.warning(f"{change} in {checkpoint}")
+
+    def register_hooks(self, policy):
+        """Lets checkpoints hold the LoRA in diffusers' format, and load it into the very adapter that trains."""
+
+        def save(models, weights, output_dir):
+            if self.accelerator.is_main_process:
+                save_lora(policy, output_dir)
+            # Or else accelerate would save the whole U-Net as well.
+            weights.clear()
+
+        def load(models, input_dir):
+            models.clear()
+            # Named, since older versions of diffusers look for it on the hub.
+            lora = PIPELINE_CLASS.lora_state_dict(input_dir, weight_name=WEIGHTS_NAME)[0]
+            lora = {name.removeprefix("unet."): value for name, value in lora.items()}
+            result = set_peft_model_state_dict(policy, convert_unet_state_dict_to_peft(lora), adapter_name="default")
+            missing = [name for name in result.missing_keys if "lora" in name]
+            if missing or result.unexpected_keys:
+                raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
+
+        self.accelerator.register_save_state_pre_hook(save)
+        self.accelerator.register_load_state_pre_hook(load)
+
+    def save(self, state):
+        """Writes `checkpoint-N`, which has that name only when all of it is on the disk, and removes those over the limit."""
+        folder = self.folder / f"checkpoint-{state['global_step']}"
+        incomplete = folder.with_name(f"incomplete-{folder.name}")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(incomplete, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(incomplete))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
+                for path in [*incomplete.rglob("*"), incomplete]:
+                    synchronize(path)
+                incomplete.rename(folder)
+                synchronize(self.folder)
+            self.accelerator.wait_for_everyone()
+            # What a machine that does not share --output_dir keeps of it.
+            shutil.rmtree(incomplete, ignore_errors=True)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(incomplete, ignore_errors=True)
+            whole = ", ".join(path.name for path in self.find()) or "none"
+            advice = "Make room, or go on with --resume_from_checkpoint and another --output_dir."
+            raise RuntimeError(
+                f"{folder} could not be saved: {error}. Whole checkpoints: {whole}. {advice}"
+            ) from error
+        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+            for old in self.find()[: -self.args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        logger.info(f"Saved {folder}")
 
 
 def save_lora(policy, folder):
-    PIPELINE_CLASS.save_lora_weights(
-        folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(policy)),
-        **_collate_lora_metadata({"unet": policy}),
-    )
-
-
-def find_checkpoints(output_dir):
-    """Complete checkpoints in ascending order of their steps: `checkpoint-` and digits, whatever else lies there."""
-    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_NAME}")]
-    folders = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
-
-
-def read_state(checkpoint):
-    return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-
-
-def save_checkpoint(args, accelerator, state):
-    """
-    Writes `checkpoint-N`, which appears under that name only when all of it is on the disk, then removes those over the
-    limit. `state` is what its training_state.json will hold.
-    """
-    folder = Path(args.output_dir) / f"checkpoint-{state['global_step']}"
-    incomplete = folder.with_name(f"incomplete-{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(incomplete, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(incomplete))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
-            for path in [*incomplete.rglob("*"), incomplete]:
-                synchronize(path)
-            incomplete.rename(folder)
-            synchronize(folder.parent)
-        accelerator.wait_for_everyone()
-        # What a machine that does not share --output_dir keeps of it.
-        shutil.rmtree(incomplete, ignore_errors=True)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(incomplete, ignore_errors=True)
-        raise RuntimeError(
-            f"{folder} could not be saved: {error}. Whole checkpoints:"
-            f" {', '.join(path.name for path in find_checkpoints(args.output_dir)) or 'none'}. Make room, or go on with"
-            " --resume_from_checkpoint and another --output_dir."
-        ) from error
-    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
-    logger.info(f"Saved {folder}")
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
+    PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
 
 
 def synchronize(path):
     """Waits until a file or folder is on the disk itself, where that can be asked for."""
-    try:
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():
         return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -1560,171 +1182,167 @@ def synchronize(path):
         os.close(descriptor)
 
 
-def find_checkpoint_to_resume(args, accelerator):
-    """
-    The folder that `--resume_from_checkpoint` means and what its training_state.json holds, or two `None` for a new run. The
-    main process decides, since machines need not share `--output_dir`; each must have the checkpoint that it chose.
-    """
-    choice = [None, None, None]
-    if accelerator.is_main_process:
-        try:
-            checkpoint = choose_checkpoint(args)
-            choice = [checkpoint, checkpoint and read_state(checkpoint), None]
-        except ValueError as error:
-            choice[2] = str(error)
-    checkpoint, state, problem = broadcast_object_list(choice)
-    if problem is not None:
-        raise ValueError(problem)
-    if checkpoint is not None:
-        has_it = (checkpoint / STATE_NAME).is_file() and read_state(checkpoint) == state
-        without = [rank for rank, has in enumerate(gather_object([has_it])) if not has]
-        if without:
-            raise ValueError(
-                f"Process 0 resumes from {checkpoint}, which is not there, or another one, for the processes"
-                f" {without}: copy it to their machines, or share --output_dir."
+# Reports
+
+
+class Monitor:
+    """Logs the metrics of every step, and says what goes wrong."""
+
+    def __init__(self, args, accelerator, state):
+        self.args, self.accelerator, self.state = args, accelerator, state
+        settings = {**state["arguments"], "ncp_error_scale": state["error_scale"]}
+        accelerator.init_trackers(args.tracker_name, settings)
+        logger.info(f"Training for {args.max_train_steps} steps")
+        quiet = not accelerator.is_local_main_process
+        self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
+        self.num_skipped_pairs, self.skipped_steps, self.flat_steps = 0, 0, 0
+
+    def report_skipped_pairs(self, reasons):
+        for reason in reasons:
+            self.num_skipped_pairs += 1
+            total = f"{self.num_skipped_pairs} unreadable pairs were skipped so far"
+            logger.warning(f"{reason}. The next pair takes its place; {total}", main_process_only=False)
+
+    def gather(self, observed):
+        """Means over the pairs of a step, on all processes, and the numbers of their rows."""
+        values = self.accelerator.gather({name: torch.cat([o[name] for o in observed]) for name in observed[0]})
+        rows = values.pop("rows").tolist()
+        metrics = {name: value.mean().item() for name, value in values.items()}
+        if "margin" in values:
+            logits = 0.5 * self.args.beta_dpo * values["margin"]
+            # About 0, where the policy is the reference, so that one pair has a spread too.
+            metrics["logit_spread"] = logits.square().mean().sqrt().item()
+            metrics["saturated"] = (logits.abs() > 5).float().mean().item()
+        return metrics, rows
+
+    def is_finite(self, metrics):
+        # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
+        scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
+        return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
+
+    def skips_step(self, metrics, rows):
+        """Whether a step is not finite; a `RuntimeError` if one too many in a row is not."""
+        self.skipped_steps = 0 if self.is_finite(metrics) else self.skipped_steps + 1
+        if self.skipped_steps > 0:
+            what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
+            message = f"Step {self.state['global_step'] + 1} is not finite: {what}."
+            if self.skipped_steps > self.args.max_skipped_steps:
+                limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more"
+                raise RuntimeError(f"{message} {limit}; checkpoints are intact.")
+            logger.warning(f"{message} It is skipped.")
+        return self.skipped_steps > 0
+
+    def log(self, metrics, learning_rate):
+        """Logs a step, and says so if logits have not spread for a hundred."""
+        self.progress_bar.update()
+        shown = {name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics}
+        self.progress_bar.set_postfix(shown)
+        self.accelerator.log({**metrics, "lr": learning_rate}, step=self.state["global_step"])
+        self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
+        if self.flat_steps == 100:
+            effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
+            logger.warning(
+                f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it, or measure the scale."
             )
-    return checkpoint, state
 
 
-def choose_checkpoint(args):
-    checkpoints = find_checkpoints(args.output_dir)
-    finished = Path(args.output_dir, WEIGHTS_NAME).is_file()
-    if args.resume_from_checkpoint is None:
-        if checkpoints or finished:
-            raise ValueError(
-                f"--output_dir {args.output_dir} holds {checkpoints[-1].name if checkpoints else 'the LoRA'} of another"
-                " run. Give another folder, or continue that run by --resume_from_checkpoint latest."
-            )
-        return None
-    if args.resume_from_checkpoint == "latest":
-        for path in set(Path(args.output_dir).glob("*checkpoint-*")) - set(checkpoints):
-            logger.warning(f"{path} is passed over: it is no complete checkpoint")
-        if not checkpoints and finished:
-            raise ValueError(
-                f"--output_dir {args.output_dir} holds a finished LoRA and no checkpoint to resume from. Give another"
-                " folder."
-            )
-        if not checkpoints:
-            logger.info(f"There is no checkpoint in {args.output_dir} yet: starting anew")
-            return None
-        return checkpoints[-1]
-    named = [Path(args.resume_from_checkpoint), Path(args.output_dir, args.resume_from_checkpoint)]
-    found = [folder for folder in named if (folder / STATE_NAME).is_file()]
-    if not found:
-        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {named[0]}, nor {named[1]}.")
-    global_step = read_state(found[0])["global_step"]
-    later = [folder.name for folder in checkpoints if int(folder.name.split("-")[1]) > global_step]
-    if later:
-        raise ValueError(
-            f"--output_dir {args.output_dir} holds {', '.join(later)}, which a run from {found[0]} would meet. Remove what"
-            " is not wanted, or give another folder."
+def finish(args, accelerator, error_scale):
+    """Writes and uploads the model card: what the LoRA was trained on and how, validation images, how to load it."""
+    # Nobody else has what lies in a folder of this machine.
+    is_local = os.path.exists(args.pretrained_model_name_or_path)
+    base_model = Path(args.pretrained_model_name_or_path).name if is_local else args.pretrained_model_name_or_path
+    data = args.dataset_name or args.train_data_dir or args.encoded_data_dir
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    rows = {
+        "loss": f"{args.loss_type} in {args.loss_space} space, `--ncp_error_scale {error_scale}`",
+        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        **{name: getattr(args, name) for name in CARD_ARGUMENTS},
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    description = f"""# {repo_id}
+
+A LoRA for `{base_model}`, trained on the preference pairs of `{Path(data).name if os.path.exists(data) else data}` with
+[Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
+
+{f"![{args.validation_prompt}, before and after](validation/before_after.png)" if args.run_validation else ""}
+
+| setting | value |
+|---|---|
+{table}
+
+`DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")` loads it.
+"""
+    card_data = ModelCardData(library_name="diffusers", base_model=None if is_local else base_model)
+    card = ModelCard.from_template(card_data, MODEL_CARD_TEMPLATE_PATH, model_description=description)
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
+    populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
+    if args.push_to_hub:
+        # Less the checkpoints, and whatever else lies there.
+        patterns = [WEIGHTS_NAME, "README.md", "validation/*.png", f"{args.logging_dir}/**"]
+        options = {"allow_patterns": patterns, "commit_message": "End of training", "token": args.hub_token}
+        upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
+
+
+@torch.no_grad()
+def log_validation(args, accelerator, policy, components, weight_dtype, global_step):
+    """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, always from the same noise."""
+    if not (args.run_validation and accelerator.is_main_process):
+        return
+    logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
+    source = {"revision": args.revision, "torch_dtype": weight_dtype}
+    pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, unet=policy, **source, **components)
+    pipeline.to(accelerator.device).set_progress_bar_config(disable=True)
+    size, vae, images = {"height": args.resolution, "width": args.resolution}, pipeline.vae, []
+    for index in range(args.num_validation_images):
+        generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
+        drawn = pipeline(
+            args.validation_prompt, generator=generator, num_inference_steps=25, output_type="latent", **size
         )
-    return found[0]
+        # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
+        image = vae.decode(drawn.images.to(vae.dtype) / vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(image)
+
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{global_step}.png")
+    before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
+    make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            pictures = [wandb.Image(image, caption=args.validation_prompt) for image in images]
+            tracker.log({"validation": pictures}, step=global_step)
 
 
-def check_resume(args, checkpoint, saved, state):
-    """A `ValueError` for what would change a resumed run without a word: `saved` is its checkpoint's state, `state` ours."""
-    if state["num_processes"] != saved["num_processes"]:
-        # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
-        raise ValueError(
-            f"{checkpoint} is of {saved['num_processes']} processes, not {state['num_processes']}: give accelerate"
-            f" launch --num_processes {saved['num_processes']}."
-        )
-    if args.max_train_steps < saved["global_step"]:
-        raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is further on.")
-    names = LEARNING_ARGUMENTS
-    if not args.lr_scheduler.startswith("constant"):
-        # The learning rate falls towards the last step.
-        names = [*names, "max_train_steps"]
-    parser = create_parser()
-    # What a checkpoint from before a flag was trained with is the flag's default.
-    before = {name: saved["arguments"].get(name, parser.get_default(name)) for name in names}
-    if args.ncp_error_scale in ("auto", saved["error_scale"]):
-        before["ncp_error_scale"] = args.ncp_error_scale
-    changes = [
-        f"--{name} is {getattr(args, name)!r}, but was {before[name]!r}"
-        for name in names
-        if getattr(args, name) != before[name]
-    ]
-    if saved.get("data", state["data"]) != state["data"]:
-        changes.append(
-            f"the data are {state['data']['num_pairs']} pairs, but were {saved['data']['num_pairs']} others"
-        )
-    if changes and not args.allow_resume_changes:
-        raise ValueError(
-            f"{'; '.join(changes)} in {checkpoint}. Give what it was, or --allow_resume_changes if you mean it."
-        )
-    for change in changes:
-        logger.warning(f"{change} in {checkpoint}")
+class StopSignals:
+    """Notices SIGTERM and SIGINT, the first of each: a second one stops at once."""
 
+    def __init__(self):
+        self.received = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
 
-# The run
-
-
-def report_skipped_pairs(batch):
-    for reason in batch["skipped"]:
-        logger.warning(f"{reason}. The next pair takes its place.", main_process_only=False)
-    return len(batch["skipped"])
-
-
-def create_progress_bar(args, accelerator, global_step):
-    logger.info(f"Training for {args.max_train_steps} steps")
-    return tqdm(
-        total=args.max_train_steps,
-        initial=global_step,
-        desc="Steps",
-        disable=not accelerator.is_local_main_process,
-    )
-
-
-def log_metrics(accelerator, progress_bar, metrics, lr_scheduler, global_step):
-    progress_bar.update()
-    progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics})
-    accelerator.log({**metrics, "lr": lr_scheduler.get_last_lr()[0]}, step=global_step)
-
-
-def catch_stop_signals():
-    """A list to which SIGTERM and SIGINT add their number, the first of each: a second one stops at once."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
+    def receive(self, number, frame):
+        self.received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, receive)
-    return received
+    def reached(self, accelerator):
+        """Whether any process has received one."""
+        received = torch.tensor(sum(self.received), device=accelerator.device)
+        return accelerator.reduce(received).item() > 0
 
-
-def stop(accelerator, stop_signals):
-    """Ends a run that was told to stop, its checkpoint saved, with the command that goes on."""
-    accelerator.end_training()
-    number = stop_signals[0] if stop_signals else signal.SIGTERM
-    words, given = [], iter(sys.argv)
-    for word in given:
+    def stop(self, accelerator):
+        """Ends the run, its checkpoint saved, with the command that goes on."""
+        accelerator.end_training()
+        number = self.received[0] if self.received else signal.SIGTERM
         # Neither an earlier checkpoint nor a secret.
-        flag = next((flag for flag in ("--resume_from_checkpoint", "--hub_token") if word.startswith(flag)), None)
-        if flag is None:
-            words.append(word)
-        elif word == flag:
-            next(given)
-    logger.info(
-        f"Stopped by {signal.Signals(number).name}. To go on:\n"
-        f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)} --resume_from_checkpoint latest"
-    )
-    sys.exit(128 + number)
-
-
-def upload_results(args):
-    """With `--push_to_hub`, uploads what training wrote, less its checkpoints, and nothing else that lies there."""
-    if args.push_to_hub:
-        upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            commit_message="End of training",
-            allow_patterns=[WEIGHTS_NAME, "README.md", "validation/*.png", f"{args.logging_dir}/**"],
-            token=args.hub_token,
+        words = re.sub(r" '?--(resume_from_checkpoint|hub_token)[= ]('[^']*'|\S+)", "", shlex.join(sys.argv))
+        command = (
+            f"accelerate launch --num_processes {accelerator.num_processes} {words} --resume_from_checkpoint latest"
         )
+        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{command}")
+        sys.exit(128 + number)
 
 
 def main(args):
@@ -1733,40 +1351,37 @@ def main(args):
 
     # Whatever can be wrong is found before a model is loaded.
     noise_scheduler, vae_config = check_checkpoint(args)
-    checkpoint, saved = find_checkpoint_to_resume(args, accelerator)
+    checkpoints = Checkpoints(args, accelerator)
+    checkpoint, saved = checkpoints.open()
     set_run_seed(args, saved)
     pairs = open_pairs(args, accelerator, noise_scheduler, vae_config)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
-    state = create_state(args, accelerator, pairs, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+    state = create_state(args, accelerator, pairs, len(train_dataloader))
     if checkpoint is not None:
-        check_resume(args, checkpoint, saved, state)
+        checkpoints.check(checkpoint, saved, state)
 
     components = load_components(args, accelerator, weight_dtype)
     policy = create_policy(args, accelerator, weight_dtype)
-    optimizer = create_optimizer(args, accelerator, policy)
-    lr_scheduler = create_lr_scheduler(args, accelerator, optimizer)
+    optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
-    register_checkpoint_hooks(accelerator, policy)
+    checkpoints.register_hooks(policy)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         state["global_step"] = saved["global_step"]
         logger.info(f"Resumed from {checkpoint}")
     perception = create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, saved)
     state["error_scale"] = perception and perception.error_scale
-    accelerator.init_trackers(args.tracker_name, {**state["arguments"], "ncp_error_scale": state["error_scale"]})
+    monitor = Monitor(args, accelerator, state)
     draw_images = functools.partial(log_validation, args, accelerator, policy, components, weight_dtype)
     with adapters_disabled(policy):
-        # Of a resumed run as well, which may have another folder or prompt.
         draw_images(0)
 
-    progress_bar = create_progress_bar(args, accelerator, state["global_step"])
     unet.train()
-    stop_signals = catch_stop_signals()
-    observed, flat_steps, skipped_steps, num_skipped_pairs, stops = [], 0, 0, 0, False
+    signals, stops, observed = StopSignals(), False, []
     for batch, num_batches in remaining_batches(args, accelerator, train_dataloader, dataloader.sampler, state):
-        num_skipped_pairs += report_skipped_pairs(batch)
+        monitor.report_skipped_pairs(batch["skipped"])
         with accelerator.accumulate(unet):
             denoising = noise_batch(args, batch, components, noise_scheduler)
             errors, ref_errors = measure_errors(args, denoising, unet, policy, perception)
@@ -1775,10 +1390,9 @@ def main(args):
             accelerator.backward(loss * args.gradient_accumulation_steps / num_batches)
             observed.append({**values, "rows": batch["rows"]})
             if accelerator.sync_gradients:
-                metrics, rows = gather_metrics(args, accelerator, observed)
+                metrics, rows = monitor.gather(observed)
                 metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-                skipped_steps = count_skipped_steps(args, accelerator, state, metrics, rows, skipped_steps)
-                if skipped_steps > 0:
+                if monitor.skips_step(metrics, rows):
                     optimizer.zero_grad()
             optimizer.step()
             lr_scheduler.step()
@@ -1788,13 +1402,11 @@ def main(args):
 
         observed.clear()
         state["global_step"] += 1
-        flat_steps = count_flat_steps(args, metrics, flat_steps)
-        log_metrics(accelerator, progress_bar, metrics, lr_scheduler, state["global_step"])
-        # The signal may not have reached every process.
-        stops = accelerator.reduce(torch.tensor(sum(stop_signals), device=accelerator.device)).item() > 0
+        monitor.log(metrics, lr_scheduler.get_last_lr()[0])
+        stops = signals.reached(accelerator)
         ends = state["global_step"] == args.max_train_steps
         if state["global_step"] % args.checkpointing_steps == 0 or stops or ends:
-            save_checkpoint(args, accelerator, state)
+            checkpoints.save(state)
         if stops:
             break
         if state["global_step"] % args.validation_steps == 0 and not ends:
@@ -1803,15 +1415,12 @@ def main(args):
     accelerator.wait_for_everyone()
     # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads may want.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
-    if num_skipped_pairs:
-        logger.info(f"{num_skipped_pairs} unreadable pairs were skipped", main_process_only=False)
     if stops:
-        stop(accelerator, stop_signals)
+        signals.stop(accelerator)
     if accelerator.is_main_process:
         save_lora(policy, args.output_dir)
         draw_images(args.max_train_steps)
-        save_model_card(args, accelerator.num_processes, state["error_scale"])
-        upload_results(args)
+        finish(args, accelerator, state["error_scale"])
     accelerator.end_training()
 
 
