@@ -544,6 +544,37 @@ class EncodedPairs(PreferencePairs):
     unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its caption.
     """
 
+    @classmethod
+    def open(cls, args, vae_config, *arguments):
+        """Opens them; a `ValueError` if the data is not whole or was encoded by other settings than training's."""
+        folder = Path(args.encoded_data_dir)
+        if not (folder / "encoding.json").is_file():
+            raise ValueError(
+                f"--encoded_data_dir {folder} holds no encoding.json: tools/encode_preferences.py writes it."
+            )
+        encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+        settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
+        for name in ENCODING_ARGUMENTS:
+            if encoding[name] != settings[name]:
+                raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}.")
+        if encoding["no_hflip"] and not args.no_hflip:
+            raise ValueError(
+                f"{folder} was encoded with --no_hflip and holds no flipped images: train with --no_hflip."
+            )
+        for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
+            if encoding[name] != settings[name]:
+                logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
+        parts = []
+        for kind in ("pairs", "prompts"):
+            shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
+            if len(shards) != total:
+                raise ValueError(
+                    f"{folder / kind} holds {len(shards)} of {total} files: encode again, to go on from there."
+                )
+            parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
+        pairs, prompts = parts
+        return cls(pairs.select(range(len(pairs))[: args.max_train_samples]), prompts, args, *arguments)
+
     def __init__(self, pairs, prompts, *arguments):
         super().__init__(pairs, pairs["row"][:], *arguments)
         self.prompts = prompts
@@ -561,39 +592,12 @@ class EncodedPairs(PreferencePairs):
         return digest_of_pairs(self.rows, self.dataset["label"][:], self.dataset["caption"][:])
 
 
-def open_encoded_pairs(args, vae_config, *arguments):
-    """`EncodedPairs`; a `ValueError` if the data is not whole or was encoded by other settings than training's."""
-    folder = Path(args.encoded_data_dir)
-    if not (folder / "encoding.json").is_file():
-        raise ValueError(f"--encoded_data_dir {folder} holds no encoding.json: tools/encode_preferences.py writes it.")
-    encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
-    settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-    for name in ENCODING_ARGUMENTS:
-        if encoding[name] != settings[name]:
-            raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}.")
-    if encoding["no_hflip"] and not args.no_hflip:
-        raise ValueError(f"{folder} was encoded with --no_hflip and holds no flipped images: train with --no_hflip.")
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
-        if encoding[name] != settings[name]:
-            logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
-    parts = []
-    for kind in ("pairs", "prompts"):
-        shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
-        if len(shards) != total:
-            raise ValueError(
-                f"{folder / kind} holds {len(shards)} of {total} files: encode again, to go on from there."
-            )
-        parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
-    pairs, prompts = parts
-    return EncodedPairs(pairs.select(range(len(pairs))[: args.max_train_samples]), prompts, args, *arguments)
-
-
 def open_pairs(args, accelerator, noise_scheduler, vae_config):
     """The pairs to train on, of which the first batch is known to be readable."""
     side = args.resolution // vae_config["downscaling_factor"]
     drawn = (vae_config["latent_channels"], side, side), noise_scheduler.config.num_train_timesteps
     if args.encoded_data_dir is not None:
-        pairs = open_encoded_pairs(args, vae_config, *drawn)
+        pairs = EncodedPairs.open(args, vae_config, *drawn)
     else:
         dataset = load_dataset(args)
         pairs = PreferencePairs(dataset, find_rows(args, dataset), args, *drawn)
@@ -1113,7 +1117,7 @@ class Checkpoints:
 
         def save(models, weights, output_dir):
             if self.accelerator.is_main_process:
-                save_lora(policy, output_dir)
+                self.save_lora(policy, output_dir)
             # Or else accelerate would save the whole U-Net as well.
             weights.clear()
 
@@ -1143,9 +1147,9 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in [*incomplete.rglob("*"), incomplete]:
-                    synchronize(path)
+                    self.synchronize(path)
                 incomplete.rename(folder)
-                synchronize(self.folder)
+                self.synchronize(self.folder)
             self.accelerator.wait_for_everyone()
             # What a machine that does not share --output_dir keeps of it.
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -1161,25 +1165,25 @@ class Checkpoints:
                 shutil.rmtree(old)
         logger.info(f"Saved {folder}")
 
+    @staticmethod
+    def save_lora(policy, folder):
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
+        PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
 
-def save_lora(policy, folder):
-    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
-    PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
-
-
-def synchronize(path):
-    """Waits until a file or folder is on the disk itself, where that can be asked for."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems synchronize nothing. A disk that is full or broken says something else.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    @staticmethod
+    def synchronize(path):
+        """Waits until a file or folder is on the disk itself, where that can be asked for."""
+        if os.name == "nt" and path.is_dir():
+            return
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Some file systems synchronize nothing. A disk that is full or broken says something else.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 # Reports
@@ -1418,7 +1422,7 @@ def main(args):
     if stops:
         signals.stop(accelerator)
     if accelerator.is_main_process:
-        save_lora(policy, args.output_dir)
+        checkpoints.save_lora(policy, args.output_dir)
         draw_images(args.max_train_steps)
         finish(args, accelerator, state["error_scale"])
     accelerator.end_training()
