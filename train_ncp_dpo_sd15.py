@@ -57,14 +57,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from huggingface_hub import ModelCard, ModelCardData, create_repo, list_repo_files, upload_folder
 from huggingface_hub.errors import OfflineModeIsEnabled
 from ncp_loss import (
@@ -139,7 +132,6 @@ ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_fac
 ERROR_SCALE_PAIRS = 64
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-PROGRESS_METRICS = ("loss", "implicit_accuracy", "margin")
 
 
 # Arguments
@@ -341,9 +333,7 @@ def check_columns(args, schema):
     for flag, (wanted, types) in COLUMNS.items():
         column = getattr(args, flag)
         if column not in schema.names:
-            raise ValueError(
-                f"has no column {column!r} (--{flag}): its columns are {one_line(', '.join(schema.names))}"
-            )
+            raise ValueError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
         if not re.match(f"null|(large_)?({types})", kind := one_line(schema.field(column).type)):
             raise ValueError(f"column {column} (--{flag}) is of type {kind}, but must be {wanted}")
 
@@ -550,7 +540,7 @@ class EncodedPairs(PreferencePairs):
         folder = Path(args.encoded_data_dir)
         if not (folder / "encoding.json").is_file():
             raise ValueError(
-                f"--encoded_data_dir {folder} holds no encoding.json: tools/encode_preferences.py writes it."
+                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it."
             )
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
@@ -558,9 +548,7 @@ class EncodedPairs(PreferencePairs):
             if encoding[name] != settings[name]:
                 raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}.")
         if encoding["no_hflip"] and not args.no_hflip:
-            raise ValueError(
-                f"{folder} was encoded with --no_hflip and holds no flipped images: train with --no_hflip."
-            )
+            raise ValueError(f"{folder} was encoded with --no_hflip, without flipped images: train with --no_hflip.")
         for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
             if encoding[name] != settings[name]:
                 logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
@@ -569,7 +557,7 @@ class EncodedPairs(PreferencePairs):
             shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
             if len(shards) != total:
                 raise ValueError(
-                    f"{folder / kind} holds {len(shards)} of {total} files: encode again, to go on from there."
+                    f"{folder / kind} holds {len(shards)} of {total} files: encode again, to complete it."
                 )
             parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
         pairs, prompts = parts
@@ -631,11 +619,9 @@ def create_dataloader(args, pairs):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
-    options = {"batch_size": args.train_batch_size, "drop_last": True, "num_workers": args.dataloader_num_workers}
-    sampler = EpochSampler(pairs.rows, args.seed)
-    return torch.utils.data.DataLoader(
-        pairs, sampler=sampler, collate_fn=collate_fn, worker_init_fn=ignore_stop_signals, **options
-    )
+    sizes = {"batch_size": args.train_batch_size, "drop_last": True, "num_workers": args.dataloader_num_workers}
+    functions = {"collate_fn": collate_fn, "worker_init_fn": ignore_stop_signals}
+    return torch.utils.data.DataLoader(pairs, sampler=EpochSampler(pairs.rows, args.seed), **functions, **sizes)
 
 
 def remaining_batches(args, accelerator, dataloader, sampler, state):
@@ -822,11 +808,8 @@ def noise_batch(args, batch, components, noise_scheduler):
     encoder_hidden_states, added_cond_kwargs = prompt_conditioning(prompt, batch, images_per_pair)
     timesteps = batch["timesteps"].repeat(images_per_pair)
     noise, variance_noise = (batch[name].repeat(images_per_pair, 1, 1, 1) for name in ("noise", "variance_noise"))
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, timesteps),
-        "sample": lambda: latents,
-    }[noise_scheduler.config.prediction_type]()
+    velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[noise_scheduler.config.prediction_type]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     return Denoising(noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise)
 
@@ -869,25 +852,20 @@ def perturbed_lora(policy, seed):
     for layer, up in zip(layers, ups):
         up.copy_(torch.randn(up.shape, generator=generator))
         up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-    try:
-        yield
-    finally:
-        for up, before in ups.items():
-            up.copy_(before)
+    yield
+    for up, before in ups.items():
+        up.copy_(before)
 
 
 @torch.no_grad()
 def measure_error_scale(args, accelerator, dataloader, policy, components, noise_scheduler, perception):
     """The factor that gives margins (for sft the winners' part) the spread of latent space under the same small change."""
-    # Every process takes other pairs, all of them as many.
-    first, stride = accelerator.process_index, accelerator.num_processes
-    num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * stride))
-    num_batches = min(num_batches, len(dataloader) // stride)
-    batches = itertools.islice(dataloader, first, num_batches * stride, stride)
+    num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * accelerator.num_processes))
+    num_batches, quiet = min(num_batches, len(dataloader)), not accelerator.is_local_main_process
     margins = {"latent": [], "ncp": []}
     with perturbed_lora(policy, args.seed):
-        for batch in tqdm(batches, "Error scale", num_batches, disable=not accelerator.is_local_main_process):
-            denoising = noise_batch(args, send_to_device(batch, accelerator.device), components, noise_scheduler)
+        for batch in tqdm(itertools.islice(dataloader, num_batches), "Error scale", num_batches, disable=quiet):
+            denoising = noise_batch(args, batch, components, noise_scheduler)
             for space, perceive in [("latent", None), ("ncp", perception)]:
                 errors, ref_errors = measure_errors(args, denoising, policy, policy, perceive, needs_reference=True)
                 change = ref_errors - errors
@@ -996,9 +974,7 @@ def create_optimizer(args, accelerator, policy):
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
         logger.warning("--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up")
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
-        logger.warning(
-            f"--lr_warmup_steps {args.lr_warmup_steps} is no less than all steps: --learning_rate is not reached"
-        )
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} are all steps: --learning_rate is never reached")
     # accelerate steps it once per process.
     steps = (number * accelerator.num_processes for number in (args.lr_warmup_steps, args.max_train_steps))
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, *steps, args.lr_num_cycles, args.lr_power)
@@ -1040,12 +1016,9 @@ class Checkpoints:
         """What `--resume_from_checkpoint` means; `None` for a new run."""
         checkpoints, where = self.find(), f"--output_dir {self.folder} holds"
         finished, wanted = (self.folder / WEIGHTS_NAME).is_file(), self.args.resume_from_checkpoint
-        if wanted is None:
-            if checkpoints or finished:
-                other = checkpoints[-1].name if checkpoints else "the LoRA"
-                advice = "Give another folder, or continue that run by --resume_from_checkpoint latest."
-                raise ValueError(f"{where} {other} of another run. {advice}")
-            return None
+        if wanted is None and (checkpoints or finished):
+            advice = "Give another folder, or continue that run by --resume_from_checkpoint latest."
+            raise ValueError(f"{where} {checkpoints[-1].name if checkpoints else 'the LoRA'} of another run. {advice}")
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
                 logger.warning(f"{path} is passed over: it is no complete checkpoint")
@@ -1053,6 +1026,7 @@ class Checkpoints:
                 raise ValueError(f"{where} a finished LoRA and no checkpoint to resume from. Give another folder.")
             if not checkpoints:
                 logger.info(f"There is no checkpoint in {self.folder} yet: starting anew")
+        if wanted in (None, "latest"):
             return checkpoints[-1] if checkpoints else None
         named = [Path(wanted), self.folder / wanted]
         found = next((folder for folder in named if (folder / STATE_NAME).is_file()), None)
@@ -1068,22 +1042,15 @@ class Checkpoints:
         The checkpoint to resume from and its state, or two `None`. The main process chooses, since machines need not share
         `--output_dir`; every process must have what it chose.
         """
-        choice = [None, None, None]
+        choice = [None, None]
         if self.accelerator.is_main_process:
-            try:
-                choice[0] = self.choose()
-                choice[1] = choice[0] and self.read_state(choice[0])
-            except ValueError as error:
-                choice[2] = str(error)
-        checkpoint, saved, problem = broadcast_object_list(choice)
-        if problem is not None:
-            raise ValueError(problem)
+            checkpoint = self.choose()
+            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
+        checkpoint, saved = broadcast_object_list(choice)
         has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
         if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
             advice = "copy it to their machines, or share --output_dir"
-            raise ValueError(
-                f"Process 0 resumes from {checkpoint}, which the processes {without} do not have: {advice}."
-            )
+            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {without} have not: {advice}.")
         return checkpoint, saved
 
     def check(self, checkpoint, saved, state):
@@ -1101,9 +1068,8 @@ class Checkpoints:
         before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
         if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
             before["ncp_error_scale"] = now["ncp_error_scale"]
-        changes = [
-            f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names if now[name] != before[name]
-        ]
+        names = [name for name in names if now[name] != before[name]]
+        changes = [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names]
         if (data := saved.get("data", state["data"])) != state["data"]:
             changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
         if changes and not self.args.allow_resume_changes:
@@ -1156,10 +1122,8 @@ class Checkpoints:
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(incomplete, ignore_errors=True)
             whole = ", ".join(path.name for path in self.find()) or "none"
-            advice = "Make room, or go on with --resume_from_checkpoint and another --output_dir."
-            raise RuntimeError(
-                f"{folder} could not be saved: {error}. Whole checkpoints: {whole}. {advice}"
-            ) from error
+            advice = f"Whole checkpoints: {whole}. Make room, or go on from one of them in another --output_dir."
+            raise RuntimeError(f"{folder} could not be saved: {error}. {advice}") from error
         if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
             for old in self.find()[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
@@ -1194,18 +1158,17 @@ class Monitor:
 
     def __init__(self, args, accelerator, state):
         self.args, self.accelerator, self.state = args, accelerator, state
-        settings = {**state["arguments"], "ncp_error_scale": state["error_scale"]}
-        accelerator.init_trackers(args.tracker_name, settings)
+        accelerator.init_trackers(args.tracker_name, {**state["arguments"], "ncp_error_scale": state["error_scale"]})
         logger.info(f"Training for {args.max_train_steps} steps")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps = 0, 0, 0
 
     def report_skipped_pairs(self, reasons):
-        for reason in reasons:
-            self.num_skipped_pairs += 1
-            total = f"{self.num_skipped_pairs} unreadable pairs were skipped so far"
-            logger.warning(f"{reason}. The next pair takes its place; {total}", main_process_only=False)
+        for number, reason in enumerate(reasons, start=self.num_skipped_pairs + 1):
+            message = f"{reason}. The next pair takes its place, {number} were skipped so far"
+            logger.warning(message, main_process_only=False)
+        self.num_skipped_pairs += len(reasons)
 
     def gather(self, observed):
         """Means over the pairs of a step, on all processes, and the numbers of their rows."""
@@ -1238,16 +1201,14 @@ class Monitor:
 
     def log(self, metrics, learning_rate):
         """Logs a step, and says so if logits have not spread for a hundred."""
+        shown = metrics.keys() & {"loss", "implicit_accuracy", "margin"}
+        self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in sorted(shown)}, refresh=False)
         self.progress_bar.update()
-        shown = {name: f"{metrics[name]:.4g}" for name in PROGRESS_METRICS if name in metrics}
-        self.progress_bar.set_postfix(shown)
         self.accelerator.log({**metrics, "lr": learning_rate}, step=self.state["global_step"])
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
         if self.flat_steps == 100:
             effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
-            logger.warning(
-                f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it, or measure the scale."
-            )
+            logger.warning(f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it.")
 
 
 def finish(args, accelerator, error_scale):
@@ -1260,8 +1221,8 @@ def finish(args, accelerator, error_scale):
     rows = {
         "loss": f"{args.loss_type} in {args.loss_space} space, `--ncp_error_scale {error_scale}`",
         "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        **{name: getattr(args, name) for name in CARD_ARGUMENTS},
     }
+    rows.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     description = f"""# {repo_id}
 
@@ -1296,12 +1257,11 @@ def log_validation(args, accelerator, policy, components, weight_dtype, global_s
     source = {"revision": args.revision, "torch_dtype": weight_dtype}
     pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, unet=policy, **source, **components)
     pipeline.to(accelerator.device).set_progress_bar_config(disable=True)
-    size, vae, images = {"height": args.resolution, "width": args.resolution}, pipeline.vae, []
+    options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
+    vae, images = pipeline.vae, []
     for index in range(args.num_validation_images):
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        drawn = pipeline(
-            args.validation_prompt, generator=generator, num_inference_steps=25, output_type="latent", **size
-        )
+        drawn = pipeline(args.validation_prompt, generator=generator, **options)
         # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         image = vae.decode(drawn.images.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
@@ -1320,32 +1280,30 @@ def log_validation(args, accelerator, policy, components, weight_dtype, global_s
 
 
 class StopSignals:
-    """Notices SIGTERM and SIGINT, the first of each: a second one stops at once."""
+    """Notices the first SIGTERM and SIGINT; a second one stops at once."""
 
     def __init__(self):
-        self.received = []
+        self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        self.received.append(number)
+        self.number = number
         signal.signal(number, signal.SIG_DFL)
 
     def reached(self, accelerator):
         """Whether any process has received one."""
-        received = torch.tensor(sum(self.received), device=accelerator.device)
-        return accelerator.reduce(received).item() > 0
+        return accelerator.reduce(torch.tensor(self.number, device=accelerator.device)).item() > 0
 
     def stop(self, accelerator):
         """Ends the run, its checkpoint saved, with the command that goes on."""
         accelerator.end_training()
-        number = self.received[0] if self.received else signal.SIGTERM
+        number = self.number or signal.SIGTERM
         # Neither an earlier checkpoint nor a secret.
         words = re.sub(r" '?--(resume_from_checkpoint|hub_token)[= ]('[^']*'|\S+)", "", shlex.join(sys.argv))
-        command = (
-            f"accelerate launch --num_processes {accelerator.num_processes} {words} --resume_from_checkpoint latest"
-        )
-        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{command}")
+        command = f"accelerate launch --num_processes {accelerator.num_processes} {words}"
+        go_on = f"{command} --resume_from_checkpoint latest"
+        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{go_on}")
         sys.exit(128 + number)
 
 
@@ -1375,7 +1333,7 @@ def main(args):
         accelerator.load_state(str(checkpoint))
         state["global_step"] = saved["global_step"]
         logger.info(f"Resumed from {checkpoint}")
-    perception = create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, saved)
+    perception = create_perception(args, accelerator, train_dataloader, policy, components, noise_scheduler, saved)
     state["error_scale"] = perception and perception.error_scale
     monitor = Monitor(args, accelerator, state)
     draw_images = functools.partial(log_validation, args, accelerator, policy, components, weight_dtype)
