@@ -232,6 +232,9 @@ def _hidden_states(block_output):
 
 
 def _tf32_allowed():
+    # Since PyTorch 2.9 the older switches cannot be read once a newer one was set.
+    if hasattr(torch.backends, "fp32_precision"):
+        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
 
@@ -302,7 +305,6 @@ class NoiseConditionedPerception:
         added_cond_kwargs=None,
         variance_noise=None,
         ref_pred=None,
-        recorded=(),
     ):
         """
         Everything about a batch that does not depend on the policy, without gradient.
@@ -317,7 +319,6 @@ class NoiseConditionedPerception:
             ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors are
                 the reference's plus what the policy changed. Two separately rounded errors would differ by more rounding
                 than change early in training.
-            recorded (`list`): of [`~NoiseConditionedPerception.record`] around the reference's forward pass.
 
         Returns:
             `Anchor`: for [`~NoiseConditionedPerception.error`]; its `ref_errors` `(N,)` are the reference's.
@@ -331,38 +332,22 @@ class NoiseConditionedPerception:
             center = center + step.sigma * variance_noise.to(dtype)
         conditioning = (step.timesteps, encoder_hidden_states, added_cond_kwargs)
 
-        points = [] if self._central or recorded else [center]
+        points = [] if self._central else [center]
         if ref_pred is not None:
             ref_points, inverse_scale = self._probe(center, step.k * (target - center_pred))
             points.append(ref_points)
 
-        center_features, ref_change, ref_errors = recorded[0] if recorded else None, 0.0, None
+        center_features, ref_change, ref_errors = None, 0.0, None
         if points:
             with torch.no_grad(), self._frozen_encoder():
                 features = self._features(torch.cat(points), *conditioning)
-            if points[0] is center:
+            if not self._central:
                 center_features, features = features.tensor_split([center.shape[0]])
             if ref_pred is not None:
                 # The probe went from the reference to the target; the change is the other way.
                 ref_change = -self._change(features, center_features, inverse_scale)
                 ref_errors = self.error_scale * ref_change.square().mean(dim=(1, 2, 3))
         return Anchor(center, center_pred, step.k, conditioning, center_features, ref_change, ref_errors)
-
-    @contextlib.contextmanager
-    def record(self):
-        """
-        Within the block, lets the reference's forward pass on (x_t, t) leave its own features in the list that is yielded,
-        so that `anchor(..., recorded=...)` need not compute them again. They are of use for one-sided differences with
-        `target_timestep="current"`; otherwise the list stays empty.
-        """
-        recorded = []
-        block = self.unet.mid_block if self.layer == "mid" else self.unet.down_blocks[-1]
-        if self.target_timestep == "current" and not self._central:
-            hook = block.register_forward_hook(lambda module, inputs, output: recorded.append(_hidden_states(output)))
-        else:
-            hook = contextlib.nullcontext()
-        with hook:
-            yield recorded
 
     def error(self, model_pred, anchor):
         """

@@ -18,7 +18,7 @@
     python benchmarks/step_cost.py time --json result.json  # a GPU: pairs per second and peak memory of SDXL
     python benchmarks/step_cost.py time --model small       # any machine: the same steps with a small model
 
-Every step is the training scripts' own `training_step` on their own policy, with random weights and latents. The step that
+Every step is what the training scripts do with a batch, on their own policy, with random weights and latents. The step that
 it is compared with, "the authors' way", measures the literal eq. 13 with a second U-Net, which is kept for its encoder:
 three passes of one prediction each and no gradient checkpointing in them, after the VAE, in float32, and the text encoders
 have encoded the batch. Its encoder stops at the mid block, as ours does.
@@ -160,20 +160,20 @@ class Variant(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     probe_rms: float | None = None
     target_timestep: str = "previous"
-    cached: bool = True  # latents and text embeddings
+    encoded: bool = True  # the data are latents and text embeddings
     second_unet: bool = False  # the authors' way
     flags: tuple = ()  # more of the training script
 
 
 VARIANTS = {
     "latent DPO": Variant(loss_space="latent"),
-    "latent DPO, VAE in the loop": Variant(loss_space="latent", cached=False),
+    "latent DPO, VAE in the loop": Variant(loss_space="latent", encoded=False),
     "NCP-DPO": Variant(),
     "NCP-DPO, one-sided": Variant(probe_rms=0),
     "NCP-DPO, one-sided, current timestep": Variant(probe_rms=0, target_timestep="current"),
     "NCP-CPO": Variant(loss_type="cpo"),
     "NCP-SFT": Variant(loss_type="sft"),
-    "NCP-DPO, the authors' way": Variant(probe_rms=0, cached=False, second_unet=True),
+    "NCP-DPO, the authors' way": Variant(probe_rms=0, encoded=False, second_unet=True),
 }
 # Which change nothing that can be counted.
 TIMED_VARIANTS = {
@@ -209,19 +209,22 @@ class Step:
     def __init__(self, model, variant, device, batch_size=1, gradient_checkpointing=False, use_8bit_adam=False):
         self.model, self.variant, self.device, self.batch_size = model, variant, device, batch_size
         self.script = importlib.import_module(model.script)
-        flags = ["--pretrained_model_name_or_path", "random", "--dataset_name", "random", "--mixed_precision", "no"]
+        flags = ["--pretrained_model_name_or_path", "random", "--mixed_precision", "no", "--max_train_steps", "1"]
         flags += ["--rank", str(model.rank), "--loss_type", variant.loss_type, "--loss_space", variant.loss_space]
         flags += ["--gradient_checkpointing"] * gradient_checkpointing + ["--use_8bit_adam"] * use_8bit_adam
-        flags += ["--cache_latents"] * variant.cached + list(variant.flags)
+        flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
         unet_class = self.script.UNet2DConditionModel
-        with mock.patch.object(unet_class, "from_pretrained", lambda *args, **kwargs: self.create_unet()):
+        with (
+            mock.patch.object(unet_class, "from_pretrained", self.create_unet),
+            mock.patch.object(self.script, "choose_variant", lambda *args: None),
+        ):
             self.policy = self.script.create_policy(self.args, SimpleNamespace(device=device), variant.dtype)
         self.policy.train()
         self.second_unet = self.perception = None
         if variant.second_unet:
-            self.second_unet = self.create_unet().requires_grad_(False).to(variant.dtype)
+            self.second_unet = self.create_unet(variant.dtype).requires_grad_(False)
         if variant.loss_space == "ncp":
             self.perception = NoiseConditionedPerception(
                 self.second_unet or self.policy,
@@ -229,20 +232,20 @@ class Step:
                 target_timestep=variant.target_timestep,
                 probe_rms=variant.probe_rms,
             )
-        self.components = {} if variant.cached else self.create_components()
+        self.components = {} if variant.encoded else self.create_components()
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
 
-    def create_unet(self):
+    def create_unet(self, torch_dtype, **source):
         with torch.device(self.device):
-            return UNet2DConditionModel(**self.model.unet)
+            return UNet2DConditionModel(**self.model.unet).to(torch_dtype)
 
     def create_scheduler(self):
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
     def create_components(self):
         """VAE in float32 and text encoders in the precision of the U-Net, as peers have them."""
-        components = {}
+        components = {"force_zeros_for_empty_prompt": False}
         with torch.device(self.device):
             components["vae"] = AutoencoderKL(**self.model.vae).requires_grad_(False)
             for suffix, (text_encoder_class, config) in self.model.text_encoders.items():
@@ -252,7 +255,7 @@ class Step:
         return components
 
     def create_batch(self):
-        """Random pairs as the data loader gives them, images or, cached, latents and text embeddings."""
+        """Random pairs as the data loader gives them, images or, encoded, latents and text embeddings."""
         config, num_pairs = self.policy.config, self.batch_size
         num_images = num_pairs if self.variant.loss_type == "sft" else 2 * num_pairs
         latent_shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -263,7 +266,7 @@ class Step:
                 "variance_noise": torch.randn(num_pairs, *latent_shape),
                 "time_ids": torch.ones(num_images, 6),
             }
-            if not self.variant.cached:
+            if not self.variant.encoded:
                 resolution = self.model.resolution
                 return {
                     **batch,
@@ -278,14 +281,17 @@ class Step:
             return {**batch, "latents": torch.randn(num_images, *latent_shape), "prompt": prompt}
 
     def create_optimizer(self):
-        return self.script.create_optimizer(self.args, SimpleNamespace(num_processes=1), self.policy)
+        return self.script.create_optimizer(self.args, SimpleNamespace(num_processes=1), self.policy)[0]
 
     def denoising(self):
         return self.script.noise_batch(self.args, self.batch, self.components, self.scheduler)
 
     def loss(self, denoising):
         if self.second_unet is None:
-            return self.script.training_step(self.args, denoising, self.policy, self.policy, self.perception)[0]
+            errors, ref_errors = self.script.measure_errors(
+                self.args, denoising, self.policy, self.policy, self.perception
+            )
+            return self.script.measure_loss(self.args, errors, ref_errors)[0]
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
         ref_pred = denoising.predict_reference(self.policy)
         anchor = self.perception.anchor(*denoising)
@@ -441,15 +447,12 @@ def count(model, variant, gradient_checkpointing=False):
 
 def count_parts(costs):
     """FLOPs of what steps consist of, per image (text encoders: per prompt), from the costs of all `VARIANTS`."""
-    latent, one_sided, current = (
-        costs[name].flops
-        for name in ("latent DPO, VAE in the loop", "NCP-DPO, one-sided", "NCP-DPO, one-sided, current timestep")
-    )
+    latent, one_sided = (costs[name].flops for name in ("latent DPO, VAE in the loop", "NCP-DPO, one-sided"))
     return {
         "U-Net forward (F)": latent["reference"] / 2,
         "policy forward (U-Net with LoRA)": latent["policy"] / 2,
         "policy backward": latent["backward"] / 2,
-        "encoder forward (down and mid blocks)": current["anchor"] / 2,
+        "encoder forward (down and mid blocks)": one_sided["anchor"] / 4,
         "encoder forward and input-backward": one_sided["error"] / 2,
         "VAE encode": latent["VAE"] / 2,
         "text encoders, per prompt": latent["text"],
@@ -533,7 +536,7 @@ reference's prediction without gradient (in the authors' way on the target only)
 on the policy's prediction, forward and backward (in the authors' way on the reference's, too); *backward*, the policy's.
 """
 MEMORY_TEXT = """
-Peak memory for one pair with gradient checkpointing, 8-bit Adam and, unless a VAE is shown, cached latents and text
+Peak memory for one pair with gradient checkpointing, 8-bit Adam and, unless a VAE is shown, encoded latents and text
 embeddings. Parameters and optimizer state by arithmetic: frozen weights at 2 bytes (the VAE's at 4), the LoRA at 4, Adam's
 state at 2.03. For the rest the same step on the meta device: the bytes of all tensors made since the step began that are alive
 at a time (activations, gradients, operations' results, autocast's copies), attention without its N x N matrix; the most in

@@ -459,56 +459,47 @@ def test_the_literal_formula_is_the_default_where_it_is_exact():
     assert cosines(probed[1][1:], literal[1][1:]).min() > 0.95
 
 
-@pytest.mark.parametrize("layer", ["mid", "down"])
-@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
-def test_recorded_features_spare_a_pass(layer, ref):
-    unet, scheduler = sd15_unet().double().requires_grad_(False), ddpm()
-    perception = NoiseConditionedPerception(unet, scheduler, layer=layer, target_timestep="current")
-    batch = make_batch(unet, scheduler)
-    rows = []
-    with perception.record() as recorded, torch.no_grad():
-        unet(batch["x_t"], batch["timesteps"], batch["condition"][0])
-    hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    results = []
-    for features in ((), recorded):
-        anchor = perception.anchor(
-            batch["x_t"],
-            batch["timesteps"],
-            batch["target"],
-            batch["condition"][0],
-            ref_pred=batch["ref"] if ref else None,
-            recorded=features,
-        )
-        results.append(with_gradient(lambda prediction: perception.error(prediction, anchor), batch["prediction"]))
-    hook.remove()
-    batch_size = len(batch["timesteps"])
-    # Anchor and error twice, the second time without the center's own features.
-    assert sum(rows) == batch_size * (5 if ref else 3)
-    for plain, spared in zip(*results):
-        torch.testing.assert_close(spared, plain, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("dtype, target_timestep", [(torch.bfloat16, "current"), (torch.float64, "previous")])
-def test_nothing_is_recorded_where_it_is_of_no_use(dtype, target_timestep):
-    unet = sd15_unet().to(dtype).requires_grad_(False)
-    perception = NoiseConditionedPerception(unet, ddpm(), target_timestep=target_timestep)
-    batch = make_batch(unet, ddpm(), dtype=dtype)
-    with perception.record() as recorded, torch.no_grad():
-        unet(batch["x_t"], batch["timesteps"], batch["condition"][0])
-    assert recorded == []
+@pytest.fixture
+def perception_on_cuda():
+    """In float32 on a GPU, as far as the choice of differences asks."""
+    perception = NoiseConditionedPerception(sd15_unet(), ddpm())
+    weight = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    perception.unet = SimpleNamespace(conv_in=SimpleNamespace(weight=weight))
+    return perception
 
 
 @pytest.mark.parametrize(("matmul", "cudnn"), [(True, False), (False, True), (True, True), (False, False)])
-def test_tf32_counts_as_half_precision(matmul, cudnn):
-    perception = NoiseConditionedPerception(sd15_unet(), ddpm())
-    on_cuda = SimpleNamespace(dtype=torch.float32, is_cuda=True)
-    perception.unet = SimpleNamespace(conv_in=SimpleNamespace(weight=on_cuda))
+def test_tf32_counts_as_half_precision(perception_on_cuda, matmul, cudnn):
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-        assert perception._central == (matmul or cudnn)
+        assert perception_on_cuda._central == (matmul or cudnn)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("matmul", "conv"), [("tf32", "ieee"), ("ieee", "tf32"), ("none", "tf32"), ("tf32", "tf32"), ("ieee", "ieee")]
+)
+def test_tf32_by_the_newer_switches(perception_on_cuda, matmul, conv):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, precision in zip(backends, (matmul, conv)):
+            backend.fp32_precision = precision
+        assert perception_on_cuda._central == ("tf32" in (matmul, conv))
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("matmul", [False, True])
+def test_tf32_where_only_the_older_switches_exist(monkeypatch, perception_on_cuda, matmul):
+    older = SimpleNamespace(
+        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=matmul)), cudnn=SimpleNamespace(allow_tf32=False)
+    )
+    monkeypatch.setattr(torch, "backends", older)
+    assert perception_on_cuda._central == matmul
 
 
 def test_gradients_of_a_half_precision_prediction_do_not_underflow():
