@@ -28,7 +28,6 @@ perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on th
 
 import argparse
 import bisect
-import contextlib
 import errno
 import functools
 import hashlib
@@ -87,14 +86,10 @@ from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
     convert_unet_state_dict_to_peft,
-    is_wandb_available,
     make_image_grid,
 )
 from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 
-
-if is_wandb_available():
-    import wandb
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
 check_min_version("0.35.0")
@@ -843,33 +838,27 @@ def measure_loss(args, errors, ref_errors):
     return result.loss, observed
 
 
-@contextlib.contextmanager
-def perturbed_lora(policy, seed):
-    """A small random LoRA in place of the policy's, every layer's update 2 % of its weight."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
-    for layer, up in zip(layers, ups):
-        up.copy_(torch.randn(up.shape, generator=generator))
-        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-    yield
-    for up, before in ups.items():
-        up.copy_(before)
-
-
 @torch.no_grad()
 def measure_error_scale(args, accelerator, dataloader, policy, components, noise_scheduler, perception):
     """The factor that gives margins (for sft the winners' part) the spread of latent space under the same small change."""
     num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * accelerator.num_processes))
     num_batches, quiet = min(num_batches, len(dataloader)), not accelerator.is_local_main_process
+    generator = torch.Generator().manual_seed(args.seed)
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
+    for layer, up in zip(layers, ups):
+        # Every layer's update is 2 % of its weight.
+        up.copy_(torch.randn(up.shape, generator=generator))
+        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
     margins = {"latent": [], "ncp": []}
-    with perturbed_lora(policy, args.seed):
-        for batch in tqdm(itertools.islice(dataloader, num_batches), "Error scale", num_batches, disable=quiet):
-            denoising = noise_batch(args, batch, components, noise_scheduler)
-            for space, perceive in [("latent", None), ("ncp", perception)]:
-                errors, ref_errors = measure_errors(args, denoising, policy, policy, perceive, needs_reference=True)
-                change = ref_errors - errors
-                margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
+    for batch in tqdm(itertools.islice(dataloader, num_batches), "Error scale", num_batches, disable=quiet):
+        denoising = noise_batch(args, batch, components, noise_scheduler)
+        for space, perceive in [("latent", None), ("ncp", perception)]:
+            errors, ref_errors = measure_errors(args, denoising, policy, policy, perceive, needs_reference=True)
+            change = ref_errors - errors
+            margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
+    for up, before in ups.items():
+        up.copy_(before)
     spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
     if not (spread["latent"] > 0 and spread["ncp"] > 0):
         raise RuntimeError(f"The margins' spread is {spread}: give --ncp_error_scale, or more than one pair.")
@@ -929,10 +918,9 @@ def create_accelerator(args):
 
 def set_run_seed(args, saved):
     """If no seed is given, takes over the checkpoint's or draws one, the same on every process."""
-    if args.seed is None and saved is not None:
-        args.seed = saved["arguments"]["seed"]
     if args.seed is None:
-        args.seed = broadcast_object_list([int(np.random.SeedSequence().generate_state(1)[0])])[0]
+        drawn = int(np.random.SeedSequence().generate_state(1)[0])
+        args.seed = saved["arguments"]["seed"] if saved else broadcast_object_list([drawn])[0]
         logger.info(f"Drew --seed {args.seed}")
     set_seed(args.seed)
 
@@ -1272,11 +1260,9 @@ def log_validation(args, accelerator, policy, components, weight_dtype, global_s
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            pictures = [wandb.Image(image, caption=args.validation_prompt) for image in images]
-            tracker.log({"validation": pictures}, step=global_step)
+        if tracker.name in ("tensorboard", "wandb"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.stack(images)}, step=global_step, **options)
 
 
 class StopSignals:
