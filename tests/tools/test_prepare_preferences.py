@@ -12,26 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import base64
+import decimal
 import io
 import json
+import os
 import random
 import re
+import runpy
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
+import prepare_preferences
 import pyarrow.parquet as pq
 import pytest
+from accelerate.state import PartialState
+from conftest import ROOT
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
-from conftest import ROOT
+from prepare_preferences import encoded_bytes, inspect_image, main, pair_ranks, parse_args, row_groups
 from tiny_checkpoints import build_tokenizer
+from transformers import CLIPTextConfig
 
-import prepare_preferences
-from prepare_preferences import image_bytes, main, pair_ranks, parse_args, row_groups
+import train_ncp_dpo_sd15
 
 
 SCRIPT = ROOT / "tools" / "prepare_preferences.py"
@@ -109,13 +116,14 @@ def table_row(output, name):
     return re.search(rf"^{name}  +(.*)$", output, re.MULTILINE).group(1)
 
 
-# ---- check ----------------------------------------------------------------------------------------------------------
+# check
 
 
 @pytest.mark.parametrize("source", ["binary", "image", "folder"])
 def test_check_of_good_pairs(tmp_path, capsys, source):
     columns = pair_columns(6)
     columns["label_0"][5] = 0.5
+    columns["jpg_1"][5] = b"no picture, and not read"
     columns["jpg_0"][0] = png(0, (16, 32))
     if source == "folder":
         rows = [
@@ -136,7 +144,8 @@ def test_check_of_good_pairs(tmp_path, capsys, source):
     assert table_row(output, "prompts").startswith("3 ")
     assert table_row(output, "width").startswith("8 / 8 / 16")
     assert table_row(output, "height").startswith("8 / 8 / 32")
-    assert table_row(output, "most common sizes") == "8x8 (11), 16x32 (1)"
+    # Less the tie's.
+    assert table_row(output, "most common sizes") == "8x8 (9), 16x32 (1)"
     assert table_row(output, "long captions").startswith("not checked")
     for kind in ("unreadable images", "bad labels", "bad captions", "duplicate pairs", "small images"):
         assert table_row(output, kind).startswith("0 ")
@@ -152,13 +161,15 @@ def bomb():
 BAD_IMAGES = {
     "truncated": (lambda: png(0, (64, 64), "JPEG")[:-20], "image file is truncated"),
     "zero bytes": (lambda: b"", "empty, 0 bytes"),
-    "text": (lambda: b"this is no picture", "not in an image format"),
+    "text": (lambda: b"this is no picture", "is text instead of an image"),
+    "base64": (lambda: base64.b64encode(png(0)), "is text instead of an image; base64 has to be decoded"),
+    "other bytes": (lambda: b"\xff\xfe\xfd", "not in an image format"),
     "bomb": (bomb, "400000000 pixels"),
     "missing": (lambda: "missing.png", "No such file"),
-    "leaves the folder": (lambda: "../outside.png", "leaves the folder"),
-    "absolute": (lambda: "/etc/hostname", "leaves the folder"),
-    "null": (lambda: None, "the file name is null"),
-    "number": (lambda: 7, "the file name is of type int"),
+    "another folder": (lambda: "../outside.png", "../outside.png is not in"),
+    "absolute": (lambda: "/etc/hostname", "/etc/hostname is not in"),
+    "link": (lambda: "link.png", "link.png is a link that leaves"),
+    "null": (lambda: None, "null instead of an image"),
     "damaged": (lambda: png(3, (64, 64))[:60] + b"\0" * 40, "3_jpg_0_file_name.png: "),
 }
 
@@ -171,6 +182,7 @@ def test_check_names_unreadable_images(tmp_path, capsys, kind):
     rows[3]["jpg_0_file_name"] = make()
     folder = write_image_folder(tmp_path / "data", rows)
     (tmp_path / "outside.png").write_bytes(png(0))
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     assert run("check", "--train_data_dir", folder, "--num_proc", 1) == 1
     output = capsys.readouterr().out
     assert table_row(output, "unreadable images").startswith("1 ")
@@ -190,7 +202,7 @@ def test_check_names_small_images_and_uses_exif_orientation(tmp_path, capsys):
 
 
 @pytest.mark.bad_input
-def test_check_finds_bad_images_first_last_and_in_worker_processes(tmp_path, capsys):
+def test_check_finds_bad_images_first_last_and_in_order(tmp_path, capsys):
     columns = pair_columns(30)
     for row in (0, 17, 29):
         columns["jpg_1"][row] = b"bad"
@@ -209,24 +221,18 @@ def test_check_finds_bad_images_first_last_and_in_worker_processes(tmp_path, cap
 
 @pytest.mark.bad_input
 def test_check_of_labels_and_captions(tmp_path, capsys):
-    rows = good_rows(11)
-    for row, label in zip(rows, (None, float("nan"), "1", 2, [1])):
+    rows = good_rows(8)
+    for row, label in zip(rows, (None, float("nan"), 2)):
         row["label_0"] = label
-    for row, caption in zip(rows[5:], (None, "", ["a list"], "x" * 10_000, "\U0001f63a")):
+    for row, caption in zip(rows[4:], (None, "", "x" * 10_000, "\U0001f63a")):
         row["caption"] = caption
     folder = write_image_folder(tmp_path / "data", rows)
     assert run("check", "--train_data_dir", folder, "--num_proc", 1) == 1
     output = capsys.readouterr().out
-    assert re.findall(r"row (\d+), the label is (.*);", output) == [
-        ("0", "null"),
-        ("1", "nan"),
-        ("2", "of type str"),
-        ("3", "2"),
-        ("4", "of type list"),
-    ]
-    assert re.findall(r"row (\d+), the caption is (.*);", output) == [("5", "null"), ("7", "of type list")]
-    assert "empty captions:\n  row 6\n" in output
-    assert "Not fit for training: 5 bad labels, 2 bad captions." in output
+    assert re.findall(r"row (\d+), the label is (.*), but", output) == [("0", "None"), ("1", "nan"), ("2", "2.0")]
+    assert re.findall(r"row (\d+), the caption is (.*), but", output) == [("4", "null")]
+    assert "empty captions:\n  row 5\n" in output
+    assert "Not fit for training: 3 bad labels, 1 bad captions." in output
 
 
 def test_empty_and_long_captions_alone_do_not_stop_training(tmp_path, capsys):
@@ -236,7 +242,11 @@ def test_empty_and_long_captions_alone_do_not_stop_training(tmp_path, capsys):
 
 
 def test_check_counts_tokens(tmp_path, capsys):
-    build_tokenizer(tmp_path / "model" / "tokenizer")
+    # Without a limit of its own: the text encoder's holds.
+    tokenizer = build_tokenizer(tmp_path / "model" / "tokenizer")
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
+    CLIPTextConfig().save_pretrained(tmp_path / "model" / "text_encoder")
     captions = ["short", "x" * 75, "x" * 76, "x" * 76, "\U0001f63a" * 30]  # a byte-level tokenizer: 4 tokens a cat
     folder = write_parquet(tmp_path / "data", pair_columns(5, caption=captions))
     flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--num_proc", 1]
@@ -276,34 +286,217 @@ def test_check_lists_as_many_findings_as_asked(tmp_path, capsys):
     assert "row 1, jpg_0" in output and "row 2, jpg_0" not in output and "and 3 more" in output
 
 
-@pytest.mark.parametrize("source", ["folder", "parquet", "ties"])
 @pytest.mark.bad_input
-def test_check_without_a_pair(tmp_path, capsys, source):
-    if source == "folder":
-        flags = ["--train_data_dir", write_image_folder(tmp_path / "data", [])]
-    elif source == "ties":
-        flags = ["--dataset_name", write_parquet(tmp_path / "data", pair_columns(2, label_0=[0.5, 0.5]))]
-    else:
-        features = Features({name: Value("binary") for name in ("jpg_0", "jpg_1")})
-        features.update(label_0=Value("float64"), caption=Value("string"))
-        flags = ["--dataset_name", write_parquet(tmp_path / "data", {name: [] for name in features}, 1, features)]
-    assert run("check", *flags, "--num_proc", 1) == 1
-    assert "Not fit for training: no pair is left." in capsys.readouterr().out
+def test_check_without_a_pair(tmp_path, capsys):
+    for flags in (
+        ["--train_data_dir", write_image_folder(tmp_path / "data", [])],
+        ["--dataset_name", write_parquet(tmp_path / "ties", pair_columns(2, label_0=[0.5, 0.5]))],
+    ):
+        assert run("check", *flags, "--num_proc", 1) == 1
+        assert "Not fit for training: no pair is left." in capsys.readouterr().out
 
 
-def test_check_as_a_command(tmp_path):
+def test_check_runs_in_any_folder_and_code_page(tmp_path):
     folder = write_image_folder(tmp_path / "data", good_rows(3))
     (folder / "1_jpg_0_file_name.png").write_bytes(b"")
-    command = [sys.executable, str(SCRIPT), "check", "--num_proc", "2", "--train_data_dir"]
-    result = subprocess.run([*command, str(folder)], capture_output=True, text=True)
-    assert result.returncode == 1 and "row 1, jpg_0: 1_jpg_0_file_name.png: empty, 0 bytes" in result.stdout
-    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    message = "does not exist; --train_data_dir needs it, with one JSON object per line"
-    assert result.stderr == f"error: {tmp_path}/metadata.jsonl {message}\n"
+    rows = (folder / "metadata.jsonl").read_text().replace("jpg_0_file", "\u753b\u50cf_file")
+    (folder / "metadata.jsonl").write_text(rows.replace("1_\u753b\u50cf", "1_jpg_0"), encoding="utf-8-sig")
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "check",
+        "--train_data_dir",
+        str(folder),
+        "--image_0_column",
+        "\u753b\u50cf",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(PYTHONUTF8="0", PYTHONIOENCODING="cp1252", HF_HOME=str(tmp_path / "hf"))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 1, result.stderr
+    assert r"row 1, \u753b\u50cf: 1_jpg_0_file_name.png: empty, 0 bytes" in result.stdout
 
 
-# ---- Errors of the input as a whole ---------------------------------------------------------------------------------
+def run_script(monkeypatch, *arguments):
+    """The exit code of the file run as a script, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return exit.value.code
+
+
+@pytest.mark.parametrize("command", [[], ["check"], ["filter"], *(["convert", name] for name in ("pairs", "rows"))])
+def test_help_is_ascii(monkeypatch, capsys, command):
+    assert run_script(monkeypatch, *command, "--help") == 0
+    assert capsys.readouterr().out.isascii()
+
+
+GREYS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+@pytest.mark.parametrize(
+    ("pixels", "problem"),
+    [
+        (GREYS, None),
+        (GREYS.astype(np.float32) / 255, None),
+        (GREYS.astype(np.int32), None),
+        (GREYS.astype(np.uint16) * 16, None),
+        (GREYS.astype(np.int32) * 1000, "0 to 252000, but must be"),
+        (GREYS.astype(np.float32), "0 to 252, but must be"),
+    ],
+)
+@pytest.mark.bad_input
+def test_inspect_image_says_what_training_says(tmp_path, pixels, problem):
+    Image.fromarray(pixels).save(tmp_path / "grey.tiff")
+    for value in (tmp_path / "grey.tiff", str(tmp_path / "grey.tiff"), {"bytes": None, "path": "grey.tiff"}):
+        if isinstance(value, dict):
+            value["path"] = str(tmp_path / "grey.tiff")
+        size, digest, found = inspect_image(value)
+        if problem is None:
+            assert (size, found) == ((8, 8), None)
+            assert digest == inspect_image((tmp_path / "grey.tiff").read_bytes())[1]
+            train_ncp_dpo_sd15.read_image(value)
+        else:
+            assert size is digest is None and problem in found
+            with pytest.raises(ValueError, match=problem):
+                train_ncp_dpo_sd15.read_image(value)
+
+
+# What check and training say of the same data
+
+
+def change_metadata(**changes):
+    """An image folder of six pairs whose lines are changed; line 4 (row 3) by `line`, a text or a dict."""
+
+    def build(folder):
+        rows = good_rows(6)
+        for row, caption in zip(rows, changes.get("captions", ())):
+            row["caption"] = caption
+        write_image_folder(folder, rows)
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        line = changes.get("line", {})
+        lines[3] = line if isinstance(line, str) else json.dumps({**json.loads(lines[3]), **line})
+        text = changes.get("start", "") + "\n".join(lines * changes.get("times", 1) + changes.get("more", []))
+        (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+        return ["--train_data_dir", folder]
+
+    return build
+
+
+def late_tie(folder):
+    """The first label that is no integer comes after 12 MB."""
+    flags = change_metadata(captions=["x" * 40_000] * 6, times=50)(folder)
+    lines = (folder / "metadata.jsonl").read_text().replace(".0,", ",").splitlines()
+    lines[-1] = lines[-1].replace('"label_0": 1,', '"label_0": 0.5,')
+    assert "0.5" in lines[-1]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return flags
+
+
+def shards(*changes):
+    """A folder with a parquet file of four pairs for each of these changes to the columns; `None` takes one away."""
+
+    def build(folder):
+        folder.mkdir()
+        for index, change in enumerate(changes):
+            columns = {name: values for name, values in pair_columns(4, **change).items() if values is not None}
+            Dataset.from_dict(columns).to_parquet(str(folder / f"train-{index}.parquet"))
+        return ["--dataset_name", folder]
+
+    return build
+
+
+def broken_mask(folder):
+    features = Features({"jpg_0": Value("binary"), "jpg_1": Value("binary"), "label_0": Value("float64")})
+    features.update(caption=Value("string"), mask=datasets.Image())
+    mask = [{"bytes": b"broken", "path": None}] * 4
+    return ["--dataset_name", write_parquet(folder, pair_columns(4, mask=mask), 1, features)]
+
+
+def parquet_file(folder):
+    return ["--dataset_name", next(write_parquet(folder, pair_columns(4)).iterdir())]
+
+
+def missing_split(folder):
+    file = next(write_parquet(folder, pair_columns(4)).iterdir())
+    shutil.move(file, folder / "validation.parquet")
+    return ["--dataset_name", folder]
+
+
+def saved_to_disk(folder):
+    Dataset.from_dict(pair_columns(4)).save_to_disk(str(folder))
+    return ["--dataset_name", folder]
+
+
+def damaged_shard(folder):
+    flags = shards({})(folder)
+    (folder / "train-1.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    return flags
+
+
+# What is built, and what is said of it: `None` if it is fit for training.
+DATASETS = {
+    "late tie": (late_tie, None),
+    "captions like dates": (change_metadata(captions=[f"2024-01-0{day}" for day in range(1, 7)]), None),
+    "byte-order mark": (change_metadata(start="\ufeff"), None),
+    "whole numbers": (change_metadata(line={"label_0": 1}), None),
+    "lone surrogate": (change_metadata(line={"caption": "bad \ud83d emoji"}), "metadata.jsonl, line 4: "),
+    "broken line": (change_metadata(line="{'caption': 1}"), "metadata.jsonl, line 4: "),
+    "list": (change_metadata(line='["no object"]'), "metadata.jsonl, line 4: "),
+    "label in text": (change_metadata(line={"label_0": "1"}), "metadata.jsonl, line 4: "),
+    "caption in a list": (change_metadata(line={"caption": ["a"]}), "metadata.jsonl, line 4: "),
+    "number for a file": (change_metadata(line={"jpg_0_file_name": 7}), "metadata.jsonl, line 4: "),
+    "line without a label": (change_metadata(more=['{"caption": "x"}']), "metadata.jsonl, line 7: "),
+    "label 2": (change_metadata(line={"label_0": 2}), "Row 3: the label is 2.0"),
+    "null label": (change_metadata(line={"label_0": None}), "Row 3: the label is None"),
+    "null caption": (change_metadata(line={"caption": None}), "Row 3: the caption is null"),
+    "int, then float shards": (shards({"label_0": [0, 1, 1, 0]}, {"label_0": [0.5, 1.0, 0.0, 0.5]}), None),
+    "float, then int shards": (shards({}, {"label_0": [0, 1, 1, 0]}), None),
+    "decimals": (shards({"label_0": [decimal.Decimal(text) for text in ("0.5", "1.0", "0.0", "1.0")]}), None),
+    "another column in a shard": (shards({}, {"extra": [1, 2, 3, 4]}), None),
+    "broken column that is not used": (broken_mask, None),
+    "no label in a shard": (shards({}, {"label_0": None}), "train-1.parquet has no column 'label_0' (--label_column)"),
+    "text for labels": (shards({"label_0": ["1"] * 4}), "column label_0 (--label_column) is of type string"),
+    "lists for captions": (shards({"caption": [["a"]] * 4}), "column caption (--caption_column) is of type list"),
+    "damaged shard": (damaged_shard, "train-1.parquet "),
+    "only ties": (shards({"label_0": [0.5] * 4}), "No pair is left"),
+    "no rows": (shards({name: [] for name in ("jpg_0", "jpg_1", "label_0", "caption")}), "cannot be read: "),
+    "parquet file": (parquet_file, "it is a file: give the folder that it is in"),
+    "missing split": (missing_split, "its splits (--dataset_split_name) are validation, not train"),
+    "save_to_disk": (saved_to_disk, "it was written by save_to_disk"),
+    "nothing": (lambda folder: ["--dataset_name", folder], "cannot be read: "),
+    "no metadata.jsonl": (lambda folder: ["--train_data_dir", folder], "there is no file"),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+@pytest.mark.bad_input
+def test_check_and_training_say_the_same(tmp_path, capsys, kind):
+    build, message = DATASETS[kind]
+    flags = [str(word) for word in build(tmp_path / "data")]
+    code = run("check", *flags, "--num_proc", 1)
+    output, errors = capsys.readouterr()
+
+    PartialState()  # for the trainer's log
+    args = train_ncp_dpo_sd15.parse_args([*flags, "--pretrained_model_name_or_path", "unused"])
+    try:
+        dataset = train_ncp_dpo_sd15.load_dataset(args)
+    except ValueError as error:
+        assert code == 2 and errors.splitlines()[-1] == f"error: {' '.join(str(error).split())}"
+        assert message in str(error)
+        return
+    try:
+        rows = train_ncp_dpo_sd15.find_rows(args, dataset)
+    except ValueError as error:
+        assert code == 1 and message in str(error)
+        finding = str(error).removesuffix(".").replace(": ", ", ", 1)
+        assert finding in output.replace("  row ", "Row ") or "Not fit for training: no pair is left." in output
+    else:
+        assert (code, message) == (0, None) and output.endswith("Fit for training.\n"), errors
+        assert table_row(output, "pairs").startswith(f"{len(rows)} ")
+
+
+# Errors of the input as a whole
 
 
 @pytest.mark.bad_input
@@ -313,12 +506,11 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     broken = write_image_folder(tmp_path / "broken", good_rows(1))
     with open(broken / "metadata.jsonl", "a") as file:
         file.write('\n["no object"]\n')
-    damaged = write_parquet(tmp_path / "damaged", pair_columns(2))
+    damaged = write_parquet(tmp_path / "damaged", {"prompt": ["x"], "chosen": [png(1)], "rejected": [png(2)]})
     (damaged / "train-1.parquet").write_bytes(b"PAR1 and nothing else PAR1")
-    wider = write_parquet(tmp_path / "wider", pair_columns(2))
-    Dataset.from_dict(pair_columns(2, extra=[1, 2])).to_parquet(str(wider / "train-1.parquet"))
-    halves = write_parquet(tmp_path / "halves", pair_columns(2, label_0=[0, 1]))
-    Dataset.from_dict(pair_columns(2, label_0=[0.5, 1.0])).to_parquet(str(halves / "train-1.parquet"))
+    narrower = write_parquet(tmp_path / "narrower", {"prompt": ["x"], "chosen": [png(1)], "rejected": [png(2)]})
+    Dataset.from_dict({"prompt": ["x"], "chosen": [png(1)]}).to_parquet(str(narrower / "train-1.parquet"))
+    numbers = write_parquet(tmp_path / "numbers", {"prompt": [1], "chosen": [png(1)], "rejected": [png(2)]})
     a_file = folder / "train-00000-of-00001.parquet"
     full = tmp_path / "full"
     full.mkdir()
@@ -326,25 +518,39 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     cases = [
         (["check"], "give either --dataset_name or --train_data_dir"),
         (["check", "--dataset_name", folder, "--train_data_dir", images], "and not both"),
-        (["check", "--dataset_name", tmp_path / "nothing"], "nothing does not exist"),
-        (["check", "--dataset_name", folder, "--dataset_split_name", "dev"], "split dev"),
-        (["check", "--dataset_name", damaged], "damaged/train-1.parquet: "),
-        (["check", "--dataset_name", wider], "wider/train-1.parquet: it has extra, which "),
-        (["check", "--dataset_name", halves], "halves/train-1.parquet: Float value 0.5"),
-        (["check", "--dataset_name", a_file], "is a file; for training give the folder that it is in"),
         (["check", "--dataset_name", folder, "--pretrained_model_name_or_path", "./none"], "none"),
         (["filter", "--dataset_name", folder, "--output_file", a_file], "parquet exists; give a new file"),
         (["check", "--dataset_name", folder, "--image_1_column", "b"], "has no column 'b' (--image_1_column)"),
-        (["check", "--train_data_dir", images, "--image_0_column", "a"], "no column 'a_file_name' (--image_0_column)"),
-        (["check", "--train_data_dir", images, "--label_column", "win"], "no column 'win' (--label_column)"),
-        (["check", "--train_data_dir", broken], "metadata.jsonl, line 3: not a JSON object"),
+        (["check", "--train_data_dir", images, "--image_0_column", "a"], "has no 'a_file_name'"),
+        (["check", "--train_data_dir", images, "--label_column", "win"], "has no 'win'"),
+        (["filter", "--train_data_dir", broken, "--output_file", full / "x"], "metadata.jsonl, line 3: not a JSON"),
+        (["filter", "--dataset_name", tmp_path / "nothing", "--output_file", full / "x"], "nothing"),
+        (
+            ["filter", "--dataset_name", folder, "--dataset_split_name", "dev", "--output_file", full / "x"],
+            "are train",
+        ),
         (["filter", "--dataset_name", folder, "--output_file", full / "x"], "no column 'image_0_uid' (--image_0_uid"),
         (["convert", "pairs", "--dataset_name", folder, "--output_dir", full], "full is not empty"),
         (
-            ["convert", "pairs", "--dataset_name", folder, "--output_dir", "new"],
+            ["convert", "pairs", "--dataset_name", damaged, "--output_dir", tmp_path / "new"],
+            "damaged/train-1.parquet: ",
+        ),
+        (
+            ["convert", "pairs", "--dataset_name", narrower, "--output_dir", tmp_path / "new"],
+            "it has no rejected, which ",
+        ),
+        (
+            ["convert", "pairs", "--dataset_name", numbers, "--output_dir", tmp_path / "new"],
+            "is of type int64, not text",
+        ),
+        (
+            ["convert", "pairs", "--dataset_name", folder, "--output_dir", tmp_path / "new"],
             "no column 'prompt' (--caption_column)",
         ),
-        (["convert", "folders", "--winners", full, "--losers", "none", "--output_dir", "new"], "none is not a folder"),
+        (
+            ["convert", "folders", "--winners", full, "--losers", "none", "--output_dir", tmp_path / "new"],
+            "none is not a folder",
+        ),
     ]
     for arguments, message in cases:
         assert run(*arguments) == 2, arguments
@@ -360,7 +566,7 @@ def test_counts_are_positive(flag, capsys):
     assert exit.value.code == 2 and flag in capsys.readouterr().err
 
 
-# ---- filter ---------------------------------------------------------------------------------------------------------
+# filter
 
 
 def random_metadata(num_rows, seed):
@@ -480,7 +686,7 @@ def test_filter_of_an_image_folder_goes_by_file_names(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("label_0", 2.0, "row 5: the label is 2.0"),
+        ("label_0", 2.0, "row 5: label_0 (--label_column) is not 1, 0 or 0.5: 2.0"),
         ("label_0", None, "row 5: label_0 (--label_column) is null"),
         ("caption", None, "row 5: caption (--caption_column) is null"),
         ("image_1_uid", None, "row 5: image_1_uid (--image_1_uid_column) is null"),
@@ -506,10 +712,10 @@ def test_filter_names_columns_that_it_cannot_compare(tmp_path, capsys):
     rows[3]["image_0_uid"] = 3
     folder = write_image_folder(tmp_path / "folder", rows)
     assert run("filter", "--train_data_dir", folder, "--output_file", kept) == 2
-    assert "metadata.jsonl mixes types in a column" in capsys.readouterr().err
+    assert "metadata.jsonl mixes types in column image_0_uid" in capsys.readouterr().err
     folder = write_image_folder(tmp_path / "empty", [])
     assert run("filter", "--train_data_dir", folder, "--output_file", kept) == 2
-    assert "the dataset has no rows" in capsys.readouterr().err
+    assert "metadata.jsonl has no rows" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input
@@ -521,7 +727,7 @@ def test_filter_that_keeps_nothing_writes_nothing(tmp_path, capsys):
     assert "no pair is left" in capsys.readouterr().err and not kept.exists()
 
 
-# ---- convert --------------------------------------------------------------------------------------------------------
+# convert
 
 
 def load(folder):
@@ -565,7 +771,7 @@ def test_convert_pairs(tmp_path, capsys, caplog, source):
     assert "2 pairs in 1 files" in output
     assert "skipped 2: an image cannot be read" in output and "skipped 1: no caption" in output
     skipped = [record.getMessage() for record in caplog.records]
-    assert len(skipped) == 3 and skipped[0] == "skipped row 1: the caption is null; it must be text"
+    assert len(skipped) == 3 and skipped[0] == "skipped row 1: the caption is null, but must be a text"
     assert skipped[1].startswith("skipped row 2: ") and skipped[2] == "skipped row 3: empty, 0 bytes"
 
     assert run("check", "--dataset_name", tmp_path / "out", "--num_proc", 1) == 0
@@ -669,7 +875,7 @@ def test_convert_rankings_of_scores_in_groups(tmp_path, caplog):
     assert shades(load(tmp_path / "out")) == [(20, 10, "p")]
     assert [record.getMessage() for record in caplog.records] == [
         "skipped row 4: its caption is not that of its group's first row",
-        "skipped row 5: the caption is null; it must be text",
+        "skipped row 5: text is null",
         "skipped row 6: group is null",
         "skipped row 3: the rank is None; it must be a number",
         "skipped the ranking of 2: no two images of different ranks",
@@ -766,7 +972,7 @@ def test_convert_pick_a_pic(tmp_path, caplog, images):
     assert pd.read_parquet(next((tmp_path / "out").iterdir()))["created_at"].tolist() == [created] * 3
     assert [record.getMessage() for record in caplog.records] == [
         "skipped row 2: no image of uid gone",
-        "skipped row 4: the label is 3.0; it must be 1, 0 or 0.5",
+        "skipped row 4: the label is 3.0, but must be 1, 0, or 0.5 for a tie",
     ]
 
 
@@ -825,32 +1031,64 @@ def test_filter_then_convert_rows(tmp_path, capsys, source):
     short = write_image_folder(tmp_path / "short", rows[: expected[-1]])
     flags = ["--train_data_dir", short, "--output_dir", tmp_path / "new"]
     assert run("convert", "rows", "--rows_file", kept, *flags) == 2
-    assert f"has row {expected[-1]}, which is beyond the end" in capsys.readouterr().err
+    assert f"row {expected[-1]} of {kept} is beyond the end" in capsys.readouterr().err
     flags[1] = write_image_folder(tmp_path / "other", rows[::-1])
     assert run("convert", "rows", "--rows_file", kept, *flags) == 2
-    assert f"row {expected[0]} has " in capsys.readouterr().err
+    assert f"row {expected[0]} of {kept} has " in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_image_bytes_takes_what_datasets_hold(tmp_path):
-    (tmp_path / "a.png").write_bytes(png(5))
+@pytest.mark.bad_input
+def test_encoded_bytes(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png(5))
+    (tmp_path / "outside.png").write_bytes(png(6))
+    args = parse_args(["convert", "pairs", "--dataset_name", str(tmp_path / "data"), "--output_dir", "new"])
+    path = tmp_path / "data" / "a.png"
     for value in (
         png(5),
         {"bytes": png(5), "path": "elsewhere.png"},
-        {"bytes": None, "path": str(tmp_path / "a.png")},
+        path,
+        str(path),
+        {"bytes": None, "path": str(path)},
     ):
-        assert image_bytes(value) == png(5)
-    assert image_bytes(str(tmp_path / "a.png")) == png(5)
-    for value in (None, 3, {"bytes": None, "path": None}):
-        with pytest.raises(ValueError, match="instead of an image"):
-            image_bytes(value)
+        assert encoded_bytes(value) == encoded_bytes(value, args) == png(5)
+    assert encoded_bytes("a.png", args) == png(5)
+    # A file that was found may lie anywhere, one that the data name must lie with them.
+    assert encoded_bytes(tmp_path / "outside.png", args) == png(6)
+    for value, message in (
+        (None, "null instead of an image"),
+        ({"bytes": None, "path": None}, "null instead of an image"),
+        (3, "3 instead of an image"),
+        (b"", "empty, 0 bytes"),
+        (base64.b64encode(bytes(1000)).decode(), "is text instead of an image; base64 has to be decoded"),
+        ({"bytes": None, "path": "../outside.png"}, "is not in"),
+        (str(tmp_path / "outside.png"), "is not in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoded_bytes(value, args)
 
 
-def test_conversions_log_to_the_terminal(tmp_path):
+def test_conversions_as_a_command(tmp_path, capsys, caplog, monkeypatch):
     columns = {"prompt": ["a", None], "chosen": [png(1), png(2)], "rejected": [png(3), png(4)]}
     folder = write_parquet(tmp_path / "data", columns)
-    command = [sys.executable, str(SCRIPT), "convert", "pairs", "--dataset_name", str(folder)]
-    result = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "skipped row 1: the caption is null; it must be text" in result.stderr
-    assert result.stdout == f"1 pairs in 1 files in {tmp_path / 'out'}\nskipped 1: no caption\n"
+    command = ["convert", "pairs", "--dataset_name", folder, "--output_dir", tmp_path / "out"]
+    assert run_script(monkeypatch, *command) == 0
+    assert capsys.readouterr().out == f"1 pairs in 1 files in {tmp_path / 'out'}\nskipped 1: no caption\n"
+    assert caplog.messages == ["skipped row 1: the caption is null, but must be a text"]
+    assert run_script(monkeypatch, *command) == 2
+    assert f"error: --output_dir {tmp_path / 'out'} is not empty; give a new folder\n" in capsys.readouterr().err
+
+
+def test_images_beside_a_parquet_file(tmp_path, caplog):
+    """Files that a dataset names are looked for in the folder that its parquet file is in."""
+    (tmp_path / "outside.png").write_bytes(png(3))
+    columns = {"prompt": ["a", "b"], "chosen": ["1.png", "1.png"], "rejected": ["2.png", "../outside.png"]}
+    file = next(write_parquet(tmp_path / "data", columns).iterdir())
+    for number in (1, 2):
+        (tmp_path / "data" / f"{number}.png").write_bytes(png(number))
+    for name in (file, tmp_path / "data"):
+        folder = tmp_path / f"out-{name.name}"
+        assert run("convert", "pairs", "--dataset_name", name, "--output_dir", folder) == 0
+        assert shades(load(folder)) == [(1, 2, "a")]
+        assert caplog.messages[-1].startswith("skipped row 1: ../outside.png is not in ")
