@@ -59,6 +59,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from huggingface_hub import ModelCard, ModelCardData, create_repo, list_repo_files, upload_folder
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import OfflineModeIsEnabled
 from ncp_loss import (
     LAYERS,
@@ -304,9 +305,10 @@ def load_dataset(args):
             raise ValueError("it was written by save_to_disk: write it by to_parquet instead")
         builder = datasets.load_dataset_builder(**source)
         splits = builder.config.data_files or {}
-        if splits and split.isidentifier() and split not in splits:
+        wanted = re.findall(r"[A-Za-z_]\w*", split)
+        if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
-        files, options = splits.get(split, []), {}
+        files, options = [file for name in wanted for file in splits.get(name, [])], {}
         if files and all(file.endswith(".parquet") for file in files):
             for file in (file for file in files if "://" not in file):
                 check_columns(args, pq.read_schema(file))
@@ -314,7 +316,9 @@ def load_dataset(args):
             file, options = "", {"features": features, "columns": list(features)}
         dataset = datasets.load_dataset(**source, split=split, **options)
         check_columns(args, dataset.features.arrow_schema)
-        return dataset.select_columns(list(features)).cast(features)
+        dataset = dataset.select_columns(list(features))
+        # A cast writes all of it again.
+        return dataset if dataset.features == features else dataset.cast(features)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         what = f"{file} {one_line(error.__cause__ or error)}".strip()
         raise ValueError(f"--dataset_name {name} cannot be read: {what}") from error
@@ -371,7 +375,10 @@ def load_image_folder(args):
 # Copied from train_ncp_dpo_sd15.find_rows
 def find_rows(args, dataset):
     """The numbers of the rows with a winner; a `ValueError` that names the first row that cannot be trained on."""
-    labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
+    try:
+        labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--caption_column {args.caption_column} holds what is not UTF-8: {error}") from error
     for row, (label, caption) in enumerate(zip(labels, captions)):
         if problem := label_problem(label) or caption_problem(caption):
             raise ValueError(f"Row {row}: {problem}.")
@@ -489,11 +496,12 @@ def locate_image(args, value):
         raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; base64 has to be decoded")
     # A dataset of somebody else's must not read other files.
     name = args.train_data_dir or args.dataset_name
-    folder = Path(name if os.path.isdir(name) else args.cache_dir or datasets.config.HF_CACHE_HOME).resolve()
-    path = folder / value["path"]
-    if not path.resolve().is_relative_to(folder):
-        inside = Path(os.path.normpath(path)).is_relative_to(folder)
-        raise ValueError(f"{value['path']} {'is a link that leaves' if inside else 'is not in'} {folder}")
+    caches = [folder for folder in (args.cache_dir, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE) if folder]
+    folders = [Path(folder).resolve() for folder in ([name] if os.path.isdir(name) else caches)]
+    path = folders[0] / value["path"]
+    if not any(path.resolve().is_relative_to(folder) for folder in folders):
+        where = "is a link that leaves" if Path(os.path.normpath(path)).is_relative_to(folders[0]) else "is not in"
+        raise ValueError(f"{one_line(value['path'], 100)} {where} {folders[0]}")
     return str(path.resolve())
 
 
