@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import safetensors.torch
 import tiny_checkpoints
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +103,11 @@ class Run:
         script.main(script.parse_args(self.command(flags, {f"--{name}": value for name, value in options.items()})))
         return self
 
+    def into(self, name):
+        """The same run, but with an output folder of another name."""
+        self.output_dir = self.arguments["--output_dir"] = self.output_dir.with_name(name)
+        return self
+
     def launch(self, *flags, **options):
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
         words = self.command(flags, {f"--{name}": value for name, value in options.items()})
@@ -112,6 +120,15 @@ class Run:
 
     def up_weights(self, folder=""):
         return {name: weight for name, weight in self.lora(folder).items() if "lora.up" in name}
+
+    def state(self, checkpoint):
+        return json.loads((self.output_dir / checkpoint / "training_state.json").read_text())
+
+    def edit_state(self, checkpoint, edit):
+        """Changes what a checkpoint says of itself, by a function of the dictionary that training_state.json holds."""
+        state = self.state(checkpoint)
+        edit(state)
+        (self.output_dir / checkpoint / "training_state.json").write_text(json.dumps(state))
 
     def scalars(self, name):
         (folder,) = (path for path in (self.output_dir / "logs").iterdir() if path.is_dir())
@@ -128,3 +145,14 @@ def run(kind, checkpoints, parquet, tmp_path):
 @pytest.fixture
 def run_sd15(checkpoints, parquet, tmp_path):
     return Run("sd15", checkpoints["sd15"], parquet, tmp_path / "output")
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Shows that a refusal comes before anything large is loaded."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    for model_class in (UNet2DConditionModel, AutoencoderKL):
+        monkeypatch.setattr(model_class, "from_pretrained", refuse)

@@ -31,8 +31,8 @@ import pytest
 import torch
 from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
-from scenes import SCENES, render
 from experiment import ASSETS, encode_png, to_pil
+from scenes import SCENES, render
 
 import train_ncp_dpo_sd15
 

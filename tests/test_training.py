@@ -16,12 +16,14 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import Run
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 import train_ncp_dpo_sd15
@@ -80,6 +82,7 @@ def test_resume_reaches_what_an_uninterrupted_run_reaches(run_sd15):
     # 6 steps an epoch: the resume is in the middle of the second.
     run_sd15(max_train_steps=10, checkpointing_steps=8)
     uninterrupted = run_sd15.lora()
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-10")
     run_sd15(max_train_steps=10, resume_from_checkpoint=run_sd15.output_dir / "checkpoint-8")
     assert equal(run_sd15.lora(), uninterrupted)
 
@@ -171,7 +174,7 @@ def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type
     monkeypatch.setattr(train_ncp_dpo_sd15.Denoising, "predict_reference", refuse)
     run_sd15(loss_type=loss_type, loss_space=loss_space, ncp_error_scale=1000)
     with pytest.raises(AssertionError, match="the reference was run"):
-        run_sd15("--resume_from_checkpoint", "latest", loss_type="dpo", loss_space=loss_space, ncp_error_scale=1000)
+        run_sd15.into("dpo")(loss_type="dpo", loss_space=loss_space, ncp_error_scale=1000)
 
 
 def test_error_scale_is_measured_once_and_reproduces(run_sd15):
@@ -231,18 +234,37 @@ def test_validation_shows_the_policy(run_sd15):
 
 
 def test_push_to_hub(run_sd15, monkeypatch):
-    uploads = []
+    created, uploads = [], []
 
     class Repository:
         repo_id = "somebody/output"
 
-    monkeypatch.setattr(train_ncp_dpo_sd15, "create_repo", lambda *args, **kwargs: Repository)
+    def create_repo(name, **kwargs):
+        created.append((name, kwargs))
+        return Repository
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "create_repo", create_repo)
     monkeypatch.setattr(train_ncp_dpo_sd15, "upload_folder", lambda **kwargs: uploads.append(kwargs))
-    run_sd15("--push_to_hub", loss_space="latent")
+    run_sd15.output_dir.mkdir()
+    (run_sd15.output_dir / "diary.txt").write_text("nobody's business")
+    options = {"validation_prompt": "a picture", "num_validation_images": 1, "hub_token": "hf_secret"}
+    run_sd15("--push_to_hub", "--hub_private_repo", "--run_validation", loss_space="latent", **options)
+    assert created == [("output", {"private": True, "exist_ok": True, "token": "hf_secret"})]
     (upload,) = uploads
     assert upload["repo_id"] == "somebody/output" and upload["folder_path"] == str(run_sd15.output_dir)
-    assert "checkpoint-*" in upload["ignore_patterns"]
-    assert 'load_lora_weights("somebody/output")' in (run_sd15.output_dir / "README.md").read_text()
+    files = [str(path.relative_to(run_sd15.output_dir)) for path in run_sd15.output_dir.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
+    assert {"pytorch_lora_weights.safetensors", "README.md", "validation/before_after.png"} <= sent
+    assert any(file.startswith("logs/") for file in sent)
+    assert not any(file.startswith(("checkpoint-", "diary")) for file in sent)
+    assert 'load_lora_weights("somebody/output")' in (run_sd15.output_dir / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_tells_nothing_of_this_machine(run_sd15, tmp_path):
+    run_sd15(loss_space="latent")
+    card = (run_sd15.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "base_model" not in card and str(tmp_path) not in card
+    assert "A LoRA for `sd15`, trained on the preference pairs of `parquet`" in card
 
 
 def test_8bit_adam_without_bitsandbytes(run_sd15, monkeypatch):

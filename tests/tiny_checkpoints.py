@@ -16,6 +16,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import torch
@@ -102,6 +103,17 @@ def build_sdxl(folder, **scheduler_options):
     return str(folder)
 
 
+def copy_checkpoint(checkpoint, folder):
+    """A checkpoint in a folder of its own, to be changed."""
+    return shutil.copytree(checkpoint, folder)
+
+
+def edit_json(path, **entries):
+    """Sets entries of a JSON file; `...` removes one."""
+    values = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
 def picture(index, size=(40, 48)):
     """A smooth picture; every index another one."""
     width, height = size
@@ -132,8 +144,12 @@ def pair_columns(num_pairs, num_ties=1):
 
 def build_parquet(folder, num_pairs=12, num_ties=1):
     """A local folder of parquet files, as `--dataset_name` takes it."""
+    return write_parquet(folder, pair_columns(num_pairs, num_ties))
+
+
+def write_parquet(folder, columns, features=None):
     folder.mkdir()
-    Dataset.from_dict(pair_columns(num_pairs, num_ties)).to_parquet(str(folder / "train.parquet"))
+    Dataset.from_dict(columns, features=features).to_parquet(str(folder / "train.parquet"))
     return str(folder)
 
 
