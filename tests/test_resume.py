@@ -14,6 +14,7 @@
 
 """A run that is cut off ends where it would have ended; what would change it silently is refused."""
 
+import errno
 import json
 import logging
 import math
@@ -33,8 +34,10 @@ from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
 from experiment import ASSETS, encode_png, to_pil
 from scenes import SCENES, render
+from tiny_checkpoints import pair_columns, write_parquet
 
 import train_ncp_dpo_sd15
+from diffusers.loaders import lora_base
 
 
 def equal(a, b):
@@ -47,17 +50,17 @@ def equal(a, b):
         (["--use_8bit_adam"], {"rank": 64}),
         ([], {"gradient_accumulation_steps": 2}),
         (["--random_crop"], {"dataloader_num_workers": 2}),
-        (["--cache_latents"], {"loss_space": "ncp", "ncp_error_scale": "auto"}),
-        (["--streaming"], {}),
+        ([], {"loss_space": "ncp", "ncp_error_scale": "auto"}),
         ([], {"lr_scheduler": "cosine", "lr_warmup_steps": 3}),
     ],
 )
-def test_resume_is_exact(run_sd15, tmp_path, flags, options):
+def test_resume_is_exact(run_sd15, flags, options):
     # 6 batches an epoch: both checkpoints lie within one, the later within the second.
-    options = {"loss_space": "latent", "max_train_steps": 9, "cache_dir": tmp_path / "cache", **options}
+    options = {"loss_space": "latent", "max_train_steps": 9, **options}
     run_sd15(*flags, checkpointing_steps=4, **options)
     uninterrupted = run_sd15.lora()
     for step in (8, 4):
+        shutil.rmtree(run_sd15.output_dir / "checkpoint-9")
         run_sd15(*flags, resume_from_checkpoint=f"checkpoint-{step}", **options)
         assert equal(run_sd15.lora(), uninterrupted)
         shutil.rmtree(run_sd15.output_dir / f"checkpoint-{step}")
@@ -111,13 +114,14 @@ def test_killed_runs_end_right(run_sd15, uninterrupted, sign):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_a_checkpoint(run_sd15, uninterrupted, number):
-    process, log = start(run_sd15, checkpointing_steps=1000, dataloader_num_workers=1)
+    process, log = start(run_sd15, checkpointing_steps=1000, dataloader_num_workers=1, hub_token="hf_secret")
     wait_for(lambda: re.search(r" ([3-9]|[12]\d)/40", log.read_text()), process)
     os.killpg(process.pid, number)
     assert process.wait() == 128 + number
     (checkpoint,) = run_sd15.output_dir.glob("*checkpoint-*")
     assert f"Stopped by {number.name}. To go on:" in log.read_text()
     assert "--resume_from_checkpoint latest" in log.read_text()
+    assert "secret" not in log.read_text()
     process, log = start(run_sd15, resume_from_checkpoint="latest")
     assert process.wait() == 0
     assert f"Resumed from {checkpoint}" in log.read_text()
@@ -129,7 +133,7 @@ def test_latest_passes_over_what_is_not_complete(run_sd15, caplog):
     (run_sd15.output_dir / "incomplete-checkpoint-7").mkdir()
     (run_sd15.output_dir / "checkpoint-2/training_state.json").unlink()
     run_sd15(max_train_steps=3, resume_from_checkpoint="latest", loss_space="latent")
-    assert "checkpoint-2 is passed over: it was not completed" in caplog.text
+    assert "checkpoint-2 is passed over: it is no complete checkpoint" in caplog.text
     assert "incomplete-checkpoint-7 is passed over" in caplog.text
 
 
@@ -147,11 +151,6 @@ def test_latest_of_nothing_starts_anew(run_sd15):
         ({"seed": 1}, "--seed is 1, but was 0"),
         ({"resolution": 16}, "--resolution is 16, but was 32"),
         ({"learning_rate": 1}, "--learning_rate is 1.0, but was 0.001"),
-        ({"dataset_name": "another"}, "--dataset_name is 'another', but was '.*parquet'"),
-        (
-            {"pretrained_model_name_or_path": "another"},
-            "--pretrained_model_name_or_path is 'another', but was '.*sd15'",
-        ),
     ],
 )
 @pytest.mark.bad_input
@@ -159,6 +158,163 @@ def test_resume_refuses_changes(run_sd15, options, message):
     run_sd15(checkpointing_steps=2, loss_space="latent")
     with pytest.raises(ValueError, match=message):
         run_sd15(**{"loss_space": "latent", "resume_from_checkpoint": "latest", **options})
+
+
+@pytest.mark.bad_input
+def test_resume_refuses_another_model(run_sd15, checkpoints):
+    run_sd15(checkpointing_steps=2, loss_space="latent")
+    options = {"loss_space": "latent", "pretrained_model_name_or_path": checkpoints["sd2"]}
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path is '.*sd2', but was '.*sd15'"):
+        run_sd15(resume_from_checkpoint="latest", **options)
+
+
+@pytest.mark.parametrize("change", ["caption", "label", "length", "place"])
+@pytest.mark.bad_input
+def test_resume_refuses_other_data(run_sd15, tmp_path, caplog, change):
+    run_sd15(loss_space="latent")
+    columns = pair_columns(13 if change == "length" else 12)
+    if change == "caption":
+        columns["caption"][3] = "another"
+    elif change == "label":
+        columns["label_0"][3] = 1 - columns["label_0"][3]
+    options = {
+        "dataset_name": write_parquet(tmp_path / "other", columns),
+        "loss_space": "latent",
+        "max_train_steps": 3,
+    }
+    if change == "place":
+        # The same pairs in another folder are the same data.
+        run_sd15(resume_from_checkpoint="latest", **options)
+        return
+    message = f"the data are {13 if change == 'length' else 12} pairs, but were 12 others in .*checkpoint-2"
+    with pytest.raises(ValueError, match=message):
+        run_sd15(resume_from_checkpoint="latest", **options)
+    run_sd15("--allow_resume_changes", resume_from_checkpoint="latest", **options)
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.bad_input
+def test_resume_refuses_fewer_steps_than_there_are(run_sd15):
+    run_sd15(max_train_steps=3, loss_space="latent")
+    with pytest.raises(ValueError, match="--max_train_steps is 2, but .*checkpoint-3 is further on"):
+        run_sd15(max_train_steps=2, loss_space="latent", resume_from_checkpoint="checkpoint-3/")
+    assert "| max_train_steps | 3 |" in (run_sd15.output_dir / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_from_before_a_flag_was_trained_with_its_default(run_sd15):
+    run_sd15(loss_space="latent", ncp_layer="mid")
+    run_sd15.edit_state("checkpoint-2", lambda state: state["arguments"].pop("label_smoothing"))
+    run_sd15.edit_state("checkpoint-2", lambda state: state.pop("data"))
+    options = {"loss_space": "latent", "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="--label_smoothing is 0.1, but was 0.0"):
+        run_sd15(label_smoothing=0.1, **options)
+    run_sd15(**options)
+    assert (run_sd15.output_dir / "checkpoint-3").is_dir()
+
+
+def test_a_finished_run_goes_on(run_sd15):
+    run_sd15(max_train_steps=4, loss_space="latent")
+    uninterrupted = run_sd15.lora()
+    run_sd15.into("in_parts")(max_train_steps=2, loss_space="latent")
+    run_sd15(max_train_steps=4, loss_space="latent", resume_from_checkpoint="latest")
+    assert equal(run_sd15.lora(), uninterrupted)
+
+
+@pytest.mark.bad_input
+def test_a_finished_lora_is_not_replaced(run_sd15):
+    run_sd15(loss_space="latent")
+    trained = run_sd15.lora()
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run. Give another folder, or continue"):
+        run_sd15(loss_space="latent", seed=7)
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-2")
+    with pytest.raises(ValueError, match="holds the LoRA of another run"):
+        run_sd15(loss_space="latent", seed=7)
+    with pytest.raises(ValueError, match="holds a finished LoRA and no checkpoint to resume from"):
+        run_sd15(loss_space="latent", max_train_steps=4, resume_from_checkpoint="latest")
+    assert equal(run_sd15.lora(), trained)
+
+
+def test_what_is_called_otherwise_is_not_ours(run_sd15):
+    run_sd15(checkpointing_steps=1, loss_space="latent")
+    copies = [run_sd15.output_dir / name for name in ("checkpoint-1-good", "checkpoint-x", "my-checkpoint-9")]
+    for copy in copies:
+        shutil.copytree(run_sd15.output_dir / "checkpoint-1", copy)
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "loss_space": "latent"}
+    run_sd15(max_train_steps=4, resume_from_checkpoint="latest", **options)
+    assert all((copy / "training_state.json").is_file() for copy in copies)
+    numbered = {path.name for path in run_sd15.output_dir.glob("checkpoint-*")} - {copy.name for copy in copies}
+    assert numbered == {"checkpoint-3", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("number, passes", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSPC, False)])
+def test_file_systems_that_synchronize_nothing(run_sd15, monkeypatch, number, passes):
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if passes:
+        run_sd15(loss_space="latent")
+        assert (run_sd15.output_dir / "checkpoint-2/training_state.json").is_file()
+    else:
+        with pytest.raises(RuntimeError, match="checkpoint-2 could not be saved: .*No space left on device"):
+            run_sd15(loss_space="latent")
+        assert not list(run_sd15.output_dir.glob("*checkpoint-*"))
+
+
+def test_local_checkpoints_are_loaded_by_name(run_sd15, monkeypatch):
+    def guess(*args, **kwargs):
+        raise ValueError("When using the offline mode, you must specify a `weight_name`.")
+
+    run_sd15(loss_space="latent")
+    monkeypatch.setattr(lora_base, "_best_guess_weight_name", guess)
+    run_sd15(max_train_steps=3, loss_space="latent", resume_from_checkpoint="latest")
+    assert (run_sd15.output_dir / "checkpoint-3").is_dir()
+
+
+LAUNCHER = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import train_ncp_dpo_sd15 as script
+# As on machines of their own, each process has a folder that the other does not see.
+os.chdir(sys.argv[1] + os.environ["RANK"])
+script.main(script.parse_args(sys.argv[2:]))
+"""
+
+
+def test_machines_that_share_no_folder(run_sd15, tmp_path):
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(LAUNCHER)
+    folders = [tmp_path / f"machine{rank}" for rank in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    run_sd15.arguments["--output_dir"] = "output"
+
+    def launch(**options):
+        words = run_sd15.command([], {"--loss_space": "latent", **{f"--{k}": v for k, v in options.items()}})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(launcher),
+        ]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        command += [str(tmp_path / "machine"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+    result = launch()
+    assert result.returncode == 0, result.stderr
+    assert (folders[0] / "output/checkpoint-2").is_dir() and not list(folders[1].glob("output/*checkpoint-*"))
+    # Averaging a LoRA that goes on with one that starts anew would ruin it.
+    result = launch(max_train_steps=3, resume_from_checkpoint="latest")
+    assert result.returncode != 0
+    message = r"Process 0 resumes from output/checkpoint-2, which processes \[1\] have not: copy it to their machines"
+    assert len(re.findall(f"ValueError: {message}", result.stderr)) == 2
+    shutil.copytree(folders[0] / "output/checkpoint-2", folders[1] / "output/checkpoint-2")
+    result = launch(max_train_steps=3, resume_from_checkpoint="latest")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.bad_input
@@ -280,9 +436,9 @@ def test_full_disk(run_sd15):
 
 @pytest.mark.parametrize("scale, finite", [(65536, True), (1, True), (0.5, False)])
 def test_overflow_is_no_fault_while_the_loss_scale_can_fall(scale, finite):
-    accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale))
-    assert train_ncp_dpo_sd15.is_finite(accelerator, {"loss": 1.0, "grad_norm": math.inf}) == finite
-    assert not train_ncp_dpo_sd15.is_finite(accelerator, {"loss": math.nan, "grad_norm": 1.0})
+    monitor = SimpleNamespace(accelerator=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale)))
+    assert train_ncp_dpo_sd15.Monitor.is_finite(monitor, {"loss": 1.0, "grad_norm": math.inf}) == finite
+    assert not train_ncp_dpo_sd15.Monitor.is_finite(monitor, {"loss": math.nan, "grad_norm": 1.0})
 
 
 def fail_at(monkeypatch, *steps):
