@@ -523,7 +523,7 @@ def resize_and_crop(image, args, crop_position, flip):
     top = round(crop_position[0] * (image.height - args.resolution))
     left = round(crop_position[1] * (image.width - args.resolution))
     image = image.crop((left, top, left + args.resolution, top + args.resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), (top, left)
 
 
 def preprocess_image(image, args, crop_position, flip):
