@@ -1,0 +1,357 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pairs are encoded once and whole, and training on them is training on their images."""
+
+import json
+import logging
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import encode_preferences
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import SCRIPTS, reset_accelerate, run_on_two_processes
+from datasets import Dataset
+from PIL import Image
+from tiny_checkpoints import RESOLUTION, copy_checkpoint, edit_json, pair_columns, write_parquet
+
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
+from diffusers import AutoencoderKL
+
+
+@pytest.fixture
+def encode(kind, checkpoints, parquet, tmp_path):
+    return Encoding(checkpoints[kind], parquet, tmp_path / "encoded")
+
+
+@pytest.fixture
+def encode_sd15(checkpoints, parquet, tmp_path):
+    return Encoding(checkpoints["sd15"], parquet, tmp_path / "encoded")
+
+
+class Encoding:
+    """Encodes for a tiny model: `Encoding(...)("--flag", name=value, ...)` in this process."""
+
+    def __init__(self, checkpoint, dataset, output_dir):
+        self.folder = output_dir
+        self.arguments = {
+            "pretrained_model_name_or_path": checkpoint,
+            "dataset_name": dataset,
+            "resolution": RESOLUTION,
+            "num_workers": 2,
+            "output_dir": output_dir,
+        }
+
+    def words(self, *flags, **options):
+        arguments = {**self.arguments, **options}
+        given = [word for name, value in arguments.items() if value is not None for word in (f"--{name}", value)]
+        return [str(word) for word in [*given, *flags]]
+
+    def __call__(self, *flags, **options):
+        reset_accelerate()
+        encode_preferences.main(encode_preferences.parse_args(self.words(*flags, **options)))
+        return self
+
+    def shards(self, part):
+        return sorted((self.folder / part).iterdir())
+
+    def rows(self, part):
+        return [row for shard in self.shards(part) for row in Dataset.from_file(str(shard))]
+
+    def contents(self):
+        return {
+            path.relative_to(self.folder): path.read_bytes() for p in ("pairs", "prompts") for path in self.shards(p)
+        }
+
+
+def losses_of_both(run, encode, precision, **options):
+    """What training logs on images and on encoded data, from the same seed."""
+    encode(mixed_precision=precision)
+    run(mixed_precision=precision, **options)
+    on_images = run.scalars("loss")
+    run.into("on_encoded_data")
+    run(mixed_precision=precision, dataset_name=None, encoded_data_dir=encode.folder, **options)
+    return on_images, run.scalars("loss")
+
+
+@pytest.mark.parametrize("loss_space", ["latent", "ncp"])
+def test_training_on_encoded_data_equals_training_on_images(run, encode, loss_space):
+    # β multiplies rounding, and Adam's first steps are its signs: both are kept from it.
+    options = {"loss_type": "cpo", "beta_dpo": 1, "learning_rate": 0, "max_train_steps": 6, "ncp_error_scale": 3000}
+    on_images, on_encoded_data = losses_of_both(run, encode, "no", loss_space=loss_space, **options)
+    assert on_encoded_data == pytest.approx(on_images, rel=1e-5)
+    assert len(set(on_images)) == 6
+
+
+def test_half_precision(run, encode):
+    on_images, on_encoded_data = losses_of_both(run, encode, "bf16", loss_space="latent", loss_type="sft")
+    assert on_encoded_data == pytest.approx(on_images, rel=2e-3)
+    tensors = safetensors.torch.load(encode.rows("pairs")[0]["tensors"])
+    assert tensors["latents"].dtype == torch.float16
+    prompt = safetensors.torch.load(encode.rows("prompts")[0]["tensors"])
+    assert {value.dtype for value in prompt.values()} == {torch.bfloat16}
+
+
+def test_random_steps_see_both_orientations(run_sd15, encode_sd15):
+    # Over two epochs pairs are flipped now and then, which the losses above would show; here is where they come from.
+    latents = safetensors.torch.load(encode_sd15().rows("pairs")[0]["tensors"])["latents"]
+    assert latents.shape == (2, 2, 4, 16, 16) and not torch.equal(latents[:, 0], latents[:, 1])
+    encode_sd15.folder = encode_sd15.arguments["output_dir"] = encode_sd15.folder.with_name("upright")
+    upright = safetensors.torch.load(encode_sd15("--no_hflip").rows("pairs")[0]["tensors"])["latents"]
+    assert upright.shape == (2, 1, 4, 16, 16)
+    torch.testing.assert_close(upright[:, 0], latents[:, 0])
+    options = {"dataset_name": None, "encoded_data_dir": encode_sd15.folder, "loss_space": "latent"}
+    with pytest.raises(ValueError, match="was encoded with --no_hflip, without flipped images: train with --no_hflip"):
+        run_sd15(**options)
+    run_sd15.into("no_hflip")("--no_hflip", **options)
+
+
+def test_resume_is_exact(run_sd15, encode_sd15):
+    encode_sd15()
+    options = {"dataset_name": None, "encoded_data_dir": encode_sd15.folder, "max_train_steps": 9}
+    run_sd15(checkpointing_steps=4, **options)
+    uninterrupted = run_sd15.lora()
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-9")
+    run_sd15(resume_from_checkpoint="latest", **options)
+    assert all(torch.equal(weight, uninterrupted[name]) for name, weight in run_sd15.lora().items())
+
+
+def test_images_and_encoded_data_are_the_same_data_to_a_resumed_run(run_sd15, encode_sd15):
+    encode_sd15()
+    run_sd15(loss_space="latent")
+    options = {"loss_space": "latent", "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder, **options)
+    assert (run_sd15.output_dir / "checkpoint-3").is_dir()
+
+
+def test_rows_keep_their_numbers_and_captions_are_encoded_once(encode_sd15, tmp_path, monkeypatch):
+    columns = pair_columns(6)
+    columns["label_0"][1] = 0.5
+    columns["caption"] = ["the first", "a tie's", "the second", "the first", "", "the second", "a tie's"]
+    encoded, decoded, pixels = [], [], []
+    encode_prompt, read_image, encode_images = (
+        getattr(train_ncp_dpo_sd15, name) for name in ("encode_prompt", "read_image", "encode_images")
+    )
+    monkeypatch.setattr(train_ncp_dpo_sd15, "encode_prompt", lambda c, t: (encoded.extend(t), encode_prompt(c, t))[1])
+    monkeypatch.setattr(train_ncp_dpo_sd15, "read_image", lambda value: (decoded.append(1), read_image(value))[1])
+    monkeypatch.setattr(
+        train_ncp_dpo_sd15,
+        "encode_images",
+        lambda vae, p, size: (pixels.append(len(p)), encode_images(vae, p, size))[1],
+    )
+    encode_sd15(dataset_name=write_parquet(tmp_path / "data", columns), vae_encode_batch_size=8)
+    assert encoded == ["the first", "the second", ""]
+    # 5 pairs of 2 images, each once upright and once mirrored, two pairs in a batch.
+    assert len(decoded) == 10 and pixels == [8, 8, 4]
+    assert [row["row"] for row in encode_sd15.rows("pairs")] == [0, 2, 3, 4, 5]
+    assert [row["prompt"] for row in encode_sd15.rows("pairs")] == [0, 1, 0, 2, 1]
+    assert [row["label"] for row in encode_sd15.rows("pairs")] == [1, 1, 0, 1, 0]
+
+
+def test_an_interrupted_encoding_goes_on(encode_sd15, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 5)
+    write_shard, written = encode_preferences.write_shard, []
+
+    def interrupt(path, *arguments):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(path, *arguments)
+
+    monkeypatch.setattr(encode_preferences, "write_shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode_sd15()
+    assert [len(encode_sd15.shards(part)) for part in ("prompts", "pairs")] == [3, 1]
+    monkeypatch.setattr(encode_preferences, "write_shard", lambda *a: (written.append(a[0]), write_shard(*a))[1])
+    encode_sd15()
+    assert len(written) == len(set(written)) == 6
+    interrupted = encode_sd15.contents()
+    encode_sd15.folder = encode_sd15.arguments["output_dir"] = encode_sd15.folder.with_name("at_once")
+    assert encode_sd15().contents() == interrupted
+    caplog.clear()
+    encode_sd15()
+    assert "Nothing is left to encode" in caplog.text and "holds 12 pairs and 12 prompts" in caplog.text
+
+
+def test_two_processes_write_what_one_writes(encode_sd15, monkeypatch, tmp_path):
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
+    one = encode_sd15().contents()
+    encode_sd15.folder = encode_sd15.arguments["output_dir"] = tmp_path / "two"
+    script = tmp_path / "small_shards.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(encode_preferences.__file__).parent)!r})\n"
+        "import encode_preferences as tool; tool.SHARD_SIZE = 4; tool.main(tool.parse_args())"
+    )
+    result = run_on_two_processes(script, encode_sd15.words())
+    assert result.returncode == 0, result.stderr
+    assert encode_sd15.contents() == one
+    assert len(encode_sd15.shards("pairs")) == len(encode_sd15.shards("prompts")) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"resolution": 16}, "--resolution is 16, but .* was encoded with 32. Give another --output_dir"),
+        ({"image_interpolation_mode": "bicubic"}, "--image_interpolation_mode is 'bicubic', but .* with 'lanczos'"),
+        ({"max_train_samples": 4}, "--max_train_samples is 4, but .* with None"),
+        ({"mixed_precision": "bf16"}, "--mixed_precision is 'bf16', but .* with 'no'"),
+    ],
+)
+@pytest.mark.bad_input
+def test_other_settings_are_not_mixed(encode_sd15, options, message):
+    before = encode_sd15().contents()
+    with pytest.raises(ValueError, match=message):
+        encode_sd15(**options)
+    assert encode_sd15.contents() == before
+
+
+@pytest.mark.bad_input
+def test_other_data_are_not_mixed(encode_sd15, tmp_path):
+    data = write_parquet(tmp_path / "data", pair_columns(6))
+    encode_sd15(dataset_name=data)
+    Dataset.from_dict({**pair_columns(6), "caption": ["another"] * 7}).to_parquet(f"{data}/train.parquet")
+    with pytest.raises(ValueError, match="is .*, but .* was encoded with"):
+        encode_sd15(dataset_name=data)
+
+
+@pytest.mark.bad_input
+def test_a_folder_of_somebody_else_is_left_alone(encode_sd15):
+    encode_sd15.folder.mkdir()
+    (encode_sd15.folder / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir .*encoded holds no encoding.json, but diary.txt"):
+        encode_sd15()
+    assert [path.name for path in encode_sd15.folder.iterdir()] == ["diary.txt"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"resolution": 16}, "--resolution is 16, but .* was encoded with 32"),
+        ({"image_interpolation_mode": "nearest"}, "--image_interpolation_mode is 'nearest', but .* with 'lanczos'"),
+        ({"image_0_column": "better"}, "--image_0_column is 'better', but .* with 'jpg_0'"),
+        ({"dataset_name": "pairs"}, "Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir"),
+    ],
+)
+@pytest.mark.bad_input
+def test_training_refuses_data_of_other_settings(run_sd15, encode_sd15, request, options, message):
+    encode_sd15()
+    request.getfixturevalue("no_models")
+    with pytest.raises(ValueError, match=message):
+        run_sd15(**{"dataset_name": None, "encoded_data_dir": encode_sd15.folder, **options})
+
+
+@pytest.mark.bad_input
+def test_training_refuses_latents_of_another_scale_and_warns_of_another_model(
+    run_sd15, encode_sd15, checkpoints, tmp_path, caplog
+):
+    encode_sd15()
+    other = Path(copy_checkpoint(checkpoints["sd15"], tmp_path / "other"))
+    options = {"dataset_name": None, "encoded_data_dir": encode_sd15.folder, "loss_space": "latent"}
+    run_sd15(pretrained_model_name_or_path=other, mixed_precision="bf16", **options)
+    assert re.search("--pretrained_model_name_or_path is '.*other', but .* was encoded with '.*sd15'", caplog.text)
+    assert "--mixed_precision is 'bf16', but" in caplog.text
+    edit_json(other / "vae/config.json", scaling_factor=0.5)
+    with pytest.raises(ValueError, match="--vae_scaling_factor is 0.5, but .* was encoded with 0.18215"):
+        run_sd15.into("scale")(pretrained_model_name_or_path=other, **options)
+
+
+@pytest.mark.bad_input
+def test_training_refuses_what_is_not_whole(run_sd15, encode_sd15, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
+    encode_sd15().shards("pairs")[1].unlink()
+    with pytest.raises(ValueError, match="pairs holds 2 of 3 files: encode again, to complete it"):
+        run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder)
+    with pytest.raises(ValueError, match="has no encoding.json: tools/encode_preferences.py writes it"):
+        run_sd15(dataset_name=None, encoded_data_dir=tmp_path)
+
+
+@pytest.mark.bad_input
+def test_unreadable_pairs(run_sd15, encode_sd15, tmp_path, caplog):
+    columns = pair_columns(5)
+    columns["jpg_1"][3] = b"\xff\xd8 broken"
+    data = write_parquet(tmp_path / "data", columns)
+    with pytest.raises(ValueError, match=r"Row 3 \('picture number 3'\): jpg_1 cannot be read as an image"):
+        encode_sd15(dataset_name=data)
+    encode_sd15(dataset_name=data, on_bad_sample="skip")
+    assert "Row 3 ('picture number 3'): jpg_1 cannot be read as an image" in caplog.text
+    assert "1 unreadable pairs were left out" in caplog.text
+    assert [row["row"] for row in encode_sd15.rows("pairs")] == [0, 1, 2, 4]
+    run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder, loss_space="latent")
+    assert all(weight.any() for weight in run_sd15.up_weights().values())
+
+
+def test_anybody_can_open_it(encode, tmp_path):
+    encode()
+    opened = {
+        part: datasets.load_dataset(str(encode.folder), part, split="train", cache_dir=str(tmp_path / "cache"))
+        for part in ("pairs", "prompts")
+    }
+    assert [row["caption"] for row in opened["prompts"]] == [f"picture number {index}" for index in range(12)]
+    assert opened["pairs"][3] == encode.rows("pairs")[3]
+    encoding = json.loads((encode.folder / "encoding.json").read_text(encoding="utf-8"))
+    assert encoding["trainer"] in {f"{script}.py" for script in SCRIPTS.values()} and encoding["num_pairs"] == 12
+
+
+def test_training_on_encoded_data_loads_encoders_for_validation_only(run, encode, monkeypatch):
+    encode()
+    script = {"sd15": train_ncp_dpo_sd15, "sdxl": train_ncp_dpo_sdxl}[run.kind]
+    loaded = []
+    from_pretrained = AutoencoderKL.from_pretrained.__func__
+
+    def spy(cls, *args, **kwargs):
+        loaded.append(cls.__name__)
+        return from_pretrained(cls, *args, **kwargs)
+
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", classmethod(spy))
+    options = {"dataset_name": None, "encoded_data_dir": encode.folder, "loss_space": "latent", "max_train_steps": 1}
+    run(**options)
+    assert loaded == []
+    run.into("validation")("--run_validation", validation_prompt="a picture", num_validation_images=1, **options)
+    assert loaded == ["AutoencoderKL"]
+    assert np.asarray(Image.open(run.output_dir / "validation/step-1.png")).std() > 0
+
+
+@pytest.mark.parametrize("max_train_samples", [None, 5])
+def test_parquet_files_are_read_in_order_where_they_are(tmp_path, max_train_samples):
+    dataset = Dataset.from_dict(pair_columns(12))
+    for shard in range(3):
+        path = tmp_path / f"train-{shard}.parquet"
+        dataset.shard(3, shard, contiguous=True).to_parquet(str(path), batch_size=2)
+    arguments = ["--pretrained_model_name_or_path", "m", "--dataset_name", str(tmp_path), "--output_dir", "o"]
+    arguments += [] if max_train_samples is None else ["--max_train_samples", str(max_train_samples)]
+    args = encode_preferences.parse_args(arguments)
+    with ThreadPoolExecutor(2) as pool:
+        urls = [f"file://{path}" for path in sorted(tmp_path.glob("*.parquet"))]
+        files = encode_preferences.ParquetFiles(args, urls, pool)
+        rows = train_ncp_dpo_sd15.find_rows(args, files)
+        read = list(files.read(rows))
+    wanted = train_ncp_dpo_sd15.load_dataset(args)
+    assert [row for row, _ in read] == train_ncp_dpo_sd15.find_rows(args, wanted)
+    assert [values for _, values in read] == [wanted[row] for row in rows]
+    # No file is opened that is not asked for.
+    assert len(files.data) == (13 if max_train_samples is None else 5)
+
+
+def test_help_is_ascii(capsys):
+    with pytest.raises(SystemExit):
+        encode_preferences.parse_args(["--help"])
+    assert capsys.readouterr().out.isascii()
