@@ -709,7 +709,8 @@ def check_checkpoint(args):
     if not {"beta_schedule", "trained_betas"} & scheduler.keys():
         raise ValueError(f"{where}: its {scheduler['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(scheduler)
-    if args.loss_space == "ncp":
+    if args.loss_space == "ncp" or scheduler.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
+        # Refuses what it cannot compute.
         StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
     for component in ("unet", "vae", *TEXT_ENCODERS):
         choose_variant(args, component)

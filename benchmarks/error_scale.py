@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the error scale is for, shown in the small world: `python benchmarks/small_world.py pairs`, then
-`python benchmarks/error_scale.py`.
+"""What the error scale is for, shown in the small world: `python small_world/experiment.py pairs`,
+then `python benchmarks/error_scale.py`.
 
 NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the paper has them (scale 1) and at the measured
 scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes a table to standard output.
@@ -22,11 +22,17 @@ scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes 
 import argparse
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
-import experiment as small_world
 from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "small_world"))
+
+import experiment  # noqa: E402
+from scenes import RESOLUTION  # noqa: E402
 
 
 ADAM_EPSILON = 1e-8
@@ -38,9 +44,9 @@ def train(folder, name, **options):
     output_dir = folder / "error_scale" / name
     shutil.rmtree(output_dir, ignore_errors=True)
     options = {
-        "pretrained_model_name_or_path": small_world.ASSETS,
+        "pretrained_model_name_or_path": experiment.ASSETS,
         "dataset_name": folder / "pairs",
-        "resolution": small_world.RESOLUTION,
+        "resolution": RESOLUTION,
         "no_hflip": None,
         "rank": 16,
         "train_batch_size": 4,
@@ -50,7 +56,7 @@ def train(folder, name, **options):
         "output_dir": output_dir,
         **options,
     }
-    events = small_world.train(small_world.training_words(options), output_dir)
+    events = experiment.train(experiment.script_words("train_ncp_dpo_sd15.py", options), output_dir)
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
 
 

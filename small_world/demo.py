@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Preference training in minutes, on two cores and without a GPU: `python demo.py` writes everything to `demo/`.
+"""Preference training in minutes, on two cores and without a GPU: `python small_world/demo.py` writes to `demo/`.
 
 A Stable Diffusion of two million parameters (`assets/small-world`) draws coloured shapes, well or badly. Pairs of its
 pictures are labelled by a hidden preference: for sharp pictures of what was asked for, with a dark outline.
-`prepare_preferences.py` keeps those with absolute winners, `train_ncp_dpo_sd15.py` trains a LoRA on them, and other captions
-are drawn with and without it from the same noise.
+`tools/prepare_preferences.py` keeps those with absolute winners, `tools/encode_preferences.py` encodes them,
+`train_ncp_dpo_sd15.py` trains a LoRA on them, and other captions are drawn with and without it from the same noise.
 """
 
 import argparse
@@ -26,16 +26,11 @@ import sys
 import time
 from pathlib import Path
 
+import experiment
 from PIL import Image, ImageDraw, ImageFont
+from scenes import Explanations, reward
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "small_world"))
-
-import experiment as small_world  # noqa: E402
-from scenes import Explanations, reward  # noqa: E402
-
-import diffusers  # noqa: E402
+import diffusers
 
 
 METHOD, LEARNING_RATE = "dpo-ncp-filtered", 3e-4
@@ -60,7 +55,7 @@ def save_before_after(scenes, before, after, path):
     ):
         top = header + row * (side + 28)
         draw.text((margin, top - 14), title, "black", font)
-        for column, picture in enumerate(small_world.to_pil(pictures[: len(scenes)])):
+        for column, picture in enumerate(experiment.to_pil(pictures[: len(scenes)])):
             enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
             grid.paste(enlarged, (margin + column * (side + margin), top))
     grid.save(path)
@@ -70,24 +65,27 @@ def main(output_dir):
     diffusers.logging.set_verbosity_error()
     lora = output_dir / "lora"
 
-    pipeline, explanations = small_world.load_pipeline(small_world.ASSETS), Explanations()
-    _, _, test = small_world.split_scenes()
+    pipeline, explanations = experiment.load_pipeline(experiment.ASSETS), Explanations()
+    _, _, test = experiment.split_scenes()
 
-    say("1/4 The base model draws pictures, which are compared")
-    small_world.make_training_pairs(pipeline, explanations, output_dir)
+    say("1/5 The base model draws pictures, which are compared")
+    experiment.make_training_pairs(pipeline, explanations, output_dir)
 
-    say("2/4 It draws other captions, to measure with")
-    pictures = {0: small_world.draw(pipeline, test, small_world.TEST_NOISE)}
+    say("2/5 It draws other captions, to measure with")
+    pictures = {0: experiment.draw(pipeline, test, experiment.TEST_NOISE)}
 
-    say("3/4 A LoRA is trained on the pairs")
+    say("3/5 The pairs with absolute winners are encoded")
+    experiment.encode_pairs(output_dir, "filtered")
+
+    say("4/5 A LoRA is trained on them")
     # Or else that of an earlier demo would be taken up.
     shutil.rmtree(lora, ignore_errors=True)
-    small_world.train(small_world.training_command(output_dir, lora, METHOD, LEARNING_RATE, 0, STEPS), lora)
+    experiment.train(experiment.training_command(output_dir, lora, METHOD, LEARNING_RATE, 0, STEPS), lora)
 
-    say("4/4 The other captions again, from the same noise")
+    say("5/5 The other captions again, from the same noise")
     for step in STEPS:
         pipeline.load_lora_weights(lora / f"checkpoint-{step}")
-        pictures[step] = small_world.draw(pipeline, test, small_world.TEST_NOISE)
+        pictures[step] = experiment.draw(pipeline, test, experiment.TEST_NOISE)
         pipeline.unload_lora_weights()
     save_before_after(test[:NUM_SHOWN], pictures[0], pictures[step], output_dir / "before_after.png")
 

@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A small world in which the truth is known: a Stable Diffusion of two million parameters, and what people there prefer.
+"""What preference training makes of a small world in which the truth is known.
 
-    python benchmarks/small_world.py base     # trains assets/small-world from scratch: half an hour on two cores
-    python benchmarks/small_world.py pairs    # what the base draws, labelled by a hidden preference
-    python benchmarks/small_world.py run dpo-ncp --learning_rate 1e-3 --seed 0 1 2     # a row of the table: some minutes
-    python benchmarks/small_world.py all      # all runs, two at a time, and the report; what is there is not run again
+    python small_world/experiment.py pairs    # what the base draws, labelled by a hidden preference, and encoded
+    python small_world/experiment.py run dpo-ncp --learning_rate 1e-3 --seed 0 1 2     # a row of the table: some minutes
+    python small_world/experiment.py all      # all runs, two at a time, and the report; what is there is not run again
 
-What pictures show and how good they are is in `scenes.py`. Pairs are labelled as people do it, the better picture winning
-only more often (Bradley-Terry), and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of
-other captions then are is known exactly.
+What pictures show and how good they are is in `scenes.py`; `base.py` trains the model that draws them. Pairs are labelled
+as people do it, the better picture winning only more often (Bradley-Terry), encoded once by `tools/encode_preferences.py`
+and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of other captions then are is known
+exactly.
 """
 
 import argparse
@@ -41,18 +41,14 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-import torch.nn.functional as F
+from base import ASSETS, encode
 from datasets import Dataset
 from PIL import Image
-from scenes import RESOLUTION, SCENES, Explanations, render, reward
+from scenes import RESOLUTION, SCENES, Explanations, reward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,15 +62,7 @@ from ncp_loss import (  # noqa: E402
 )
 
 
-ASSETS = ROOT / "assets" / "small-world"
-NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 SEED = 0
-NUM_PICTURES = 16_000
-WRONG_CAPTIONS = 0.1
-CAPTION_DROPOUT = 0.1
-VAE_STEPS, VAE_BATCH_SIZE = 4_000, 8
-UNET_STEPS, UNET_BATCH_SIZE = 6_000, 32
-
 # Prompts to train on; the others are halved into those that choose the learning rate and those that the results are from.
 NUM_TRAINING_SCENES = 160
 PICTURES_PER_SCENE = 6
@@ -85,6 +73,8 @@ TEST_PICTURES_PER_SCENE = 2
 WORLD_NAME = "world.sha256"
 # The first seed of the noise that pictures are drawn from
 PAIRS_NOISE, HELDOUT_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 20_000, 30_000, 40_000
+# Training in bf16 reads the same tensors.
+ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 # The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576.
 BETA_DPO = 200
 STEPS = (100, 200, 300)
@@ -102,149 +92,9 @@ METHODS = {
     "dpo-ncp-bf16-literal": {"loss_type": "dpo", "mixed_precision": "bf16", "ncp_probe_rms": 0},
     "dpo-ncp-bf16-probe": {"loss_type": "dpo", "mixed_precision": "bf16"},
     "dpo-ncp-scale-1": {"loss_type": "dpo", "ncp_error_scale": 1},
-    "dpo-latent-filtered": {"loss_type": "dpo", "loss_space": "latent", "dataset_name": "filtered"},
-    "dpo-ncp-filtered": {"loss_type": "dpo", "dataset_name": "filtered"},
+    "dpo-latent-filtered": {"loss_type": "dpo", "loss_space": "latent", "encoded_data_dir": "encoded-filtered"},
+    "dpo-ncp-filtered": {"loss_type": "dpo", "encoded_data_dir": "encoded-filtered"},
 }
-
-
-def build_tokenizer():
-    """A CLIP tokenizer to which every word of a caption is one token."""
-    words = sorted({word for scene in SCENES for word in scene.caption.split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Given beforehand, letters that end words have the same numbers, and break ties between merges the same way, every time.
-    last_letters = sorted({f"{word[-1]}</w>" for word in words})
-    bpe.train_from_iterator(
-        words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False)
-    )
-    model = json.loads(bpe.to_str())["model"]
-    vocabulary = [*model["vocab"], "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=[tuple(merge) for merge in model["merges"]],
-        model_max_length=16,
-    )
-
-
-def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch):
-    """AdamW with a cosine schedule; leaves the moving average of the weights in `model`, frozen."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_steps // 50, num_steps)
-    ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True)
-    progress_bar = tqdm(range(num_steps), desc=name)
-    average = None
-    for _ in progress_bar:
-        loss = loss_of_random_batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
-        progress_bar.set_postfix(loss=f"{average:.4f}")
-    ema.copy_to(parameters)
-    model.eval().requires_grad_(False)
-
-
-def train_vae(pictures):
-    """An autoencoder for `pictures` `(N, 3, H, W)` in [-1, 1], whose scaled latents have unit variance."""
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 48),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=RESOLUTION,
-    )
-
-    def loss_of_random_batch():
-        batch = pictures[torch.randint(len(pictures), (VAE_BATCH_SIZE,))]
-        posterior = vae.encode(batch).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-5 * posterior.kl().mean() / RESOLUTION
-
-    fit("VAE", vae, list(vae.parameters()), VAE_STEPS, 2e-3, loss_of_random_batch)
-    latents = encode(vae, pictures[:1000])
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    return vae
-
-
-@torch.no_grad()
-def encode(vae, pictures):
-    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in pictures.split(250)])
-
-
-def train_denoiser(tokenizer, captions, latents):
-    """U-Net and text encoder, together, with classifier-free guidance's empty captions now and then."""
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=latents.shape[-1],
-        block_out_channels=(32, 64, 88),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-    input_ids, empty = (
-        tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for texts in (captions, [""])
-    )
-
-    def loss_of_random_batch():
-        index = torch.randint(len(latents), (UNET_BATCH_SIZE,))
-        dropped = torch.rand(len(index), 1) < CAPTION_DROPOUT
-        encoder_hidden_states = text_encoder(torch.where(dropped, empty, input_ids[index]))[0]
-        noise = torch.randn_like(latents[index])
-        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(index),))
-        noisy_latents = noise_scheduler.add_noise(latents[index], noise, timesteps)
-        return F.mse_loss(unet(noisy_latents, timesteps, encoder_hidden_states).sample, noise)
-
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    fit("U-Net", unet, parameters, UNET_STEPS, 1e-3, loss_of_random_batch)
-    return text_encoder.eval().requires_grad_(False), unet
-
-
-def train_base(folder):
-    """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
-    # Sums are in the order of the threads.
-    torch.set_num_threads(2)
-    random.seed(SEED)
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    scenes = random.choices(SCENES, k=NUM_PICTURES)
-    pictures = torch.cat([render(scenes[start : start + 500], generator) for start in range(0, len(scenes), 500)])
-    pictures = 2 * pictures - 1
-    captions = [(random.choice(SCENES) if random.random() < WRONG_CAPTIONS else scene).caption for scene in scenes]
-
-    vae = train_vae(pictures)
-    tokenizer = build_tokenizer()
-    text_encoder, unet = train_denoiser(tokenizer, captions, encode(vae, pictures) * vae.config.scaling_factor)
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**NOISE_SCHEDULE, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(folder)
 
 
 # Preferences
@@ -348,8 +198,21 @@ def make_training_pairs(pipeline, explanations, folder):
     )
 
 
+def encode_pairs(folder, name):
+    """Turns the pairs in `folder / name` into what training reads, in `folder / f"encoded-{name}"`."""
+    # Those there may be of other pairs.
+    shutil.rmtree(folder / f"encoded-{name}", ignore_errors=True)
+    options = {
+        "pretrained_model_name_or_path": ASSETS,
+        "dataset_name": folder / name,
+        **ENCODING,
+        "output_dir": folder / f"encoded-{name}",
+    }
+    run_script(script_words("tools/encode_preferences.py", options))
+
+
 def digest_of_world():
-    """Of what pairs and results depend on: the base model, how it draws, and how its pictures are judged."""
+    """Of what pairs and results depend on: the base model, how it draws, how its pictures are judged, and how encoded."""
     files = [*sorted(ASSETS.rglob("*.safetensors")), Path(__file__).with_name("scenes.py")]
     drawing = (
         SEED,
@@ -359,7 +222,7 @@ def digest_of_world():
         GUIDANCE_SCALE,
         NUM_INFERENCE_STEPS,
     )
-    contents = [file.read_bytes() for file in files] + [repr((*drawing, TEMPERATURE)).encode()]
+    contents = [file.read_bytes() for file in files] + [repr((*drawing, TEMPERATURE, ENCODING)).encode()]
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
@@ -367,17 +230,19 @@ def check_world(folder):
     """A `ValueError` if the pairs in `folder`, and so the runs on them, are of another world."""
     if (folder / WORLD_NAME).read_text() != digest_of_world():
         raise ValueError(
-            f"--folder {folder} holds pairs of another base model or another reward. Give another one, or remove it."
+            f"--folder {folder} holds pairs of another base model, reward or encoding. Give another one, or remove it."
         )
 
 
 def make_pairs(folder):
-    """Writes the pairs to train on, and others of captions that are not trained on."""
+    """Writes the pairs to train on, encoded as well, and others of captions that are not trained on."""
     if (folder / "runs").exists():
         raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
     pipeline, explanations = load_pipeline(ASSETS), Explanations()
     _, _, test = split_scenes()
     make_training_pairs(pipeline, explanations, folder)
+    encode_pairs(folder, "pairs")
+    encode_pairs(folder, "filtered")
     write_pairs(pipeline, explanations, test, HELDOUT_NOISE, folder / "heldout")
     (folder / WORLD_NAME).write_text(digest_of_world())
 
@@ -385,27 +250,31 @@ def make_pairs(folder):
 # The experiment
 
 
-def training_words(options):
+def script_words(script, options):
     """
-    The training script with options, as words after `python` in the repository's root. Paths are made relative to it; options
-    that are `None` are flags.
+    One of this repository's scripts with options, as words after `python` in the repository's root. Paths are made relative to
+    it; options that are `None` are flags.
     """
-    words = ["train_ncp_dpo_sd15.py"]
+    words = [script]
     for name, value in options.items():
         value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
         words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
     return words
 
 
+def run_script(words):
+    """Runs `script_words` on one core."""
+    print(shlex.join(["python", *words]), file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def training_command(folder, output_dir, method, learning_rate, seed, steps):
     """What a user would run in the repository's root, as words after `python`, with checkpoints at all `steps`."""
     options = {
         "pretrained_model_name_or_path": ASSETS,
-        "dataset_name": "pairs",
+        "encoded_data_dir": "encoded-pairs",
         "resolution": RESOLUTION,
         "no_hflip": None,
-        "cache_latents": None,
-        "cache_dir": folder / "cache",
         "rank": 16,
         "train_batch_size": 8,
         "beta_dpo": BETA_DPO,
@@ -419,14 +288,13 @@ def training_command(folder, output_dir, method, learning_rate, seed, steps):
         "resume_from_checkpoint": "latest",
         **METHODS[method],
     }
-    options["dataset_name"] = folder / options["dataset_name"]
-    return training_words(options)
+    options["encoded_data_dir"] = folder / options["encoded_data_dir"]
+    return script_words("train_ncp_dpo_sd15.py", options)
 
 
 def train(words, output_dir):
-    """Runs `training_words` on one core. Returns what was logged."""
-    print(shlex.join(["python", *words]), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Trains by a `training_command`. Returns what was logged."""
+    run_script(words)
     (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
     return EventAccumulator(str(logs)).Reload()
 
@@ -591,8 +459,7 @@ def run_all(folder):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("base", help="train the base model from scratch, into assets/small-world")
-    pairs = commands.add_parser("pairs", help="draw with the base and label")
+    pairs = commands.add_parser("pairs", help="draw with the base, label and encode")
     everything = commands.add_parser("all", help="the whole experiment")
     one = commands.add_parser("run", help="train and measure one method")
     one.add_argument("method", choices=list(METHODS))
@@ -604,9 +471,6 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    if args.command == "base":
-        train_base(ASSETS)
-        return
     if args.command == "pairs" or not (args.folder / WORLD_NAME).is_file():
         make_pairs(args.folder)
     check_world(args.folder)

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What came out of `small_world.py all`, which calls this: a table, plots and pictures.
+"""What came out of `experiment.py all`, which calls this: a table, plots and pictures.
 
-python benchmarks/small_world_report.py     # reads small-world/runs, writes benchmarks/results/small_world
+`python small_world/report.py` reads `small-world/runs` and writes `small_world/results`.
 """
 
 import argparse
@@ -22,21 +22,25 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import sys
 from pathlib import Path
 
+import experiment
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from base import encode
+from PIL import Image
+from scenes import Explanations, render, reward
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from eval_win_rate import compare  # noqa: E402
 
 
 matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import experiment as small_world  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from scenes import render, reward  # noqa: E402
-
-from eval_win_rate import compare  # noqa: E402
 
 
 LATENT_TWINS = {
@@ -68,30 +72,30 @@ def load_results(folder):
     """
 
     def load(*arguments):
-        return json.loads(small_world.result_file(folder, *arguments).read_text())
+        return json.loads(experiment.result_file(folder, *arguments).read_text())
 
-    methods, rates, seeds = small_world.METHODS, small_world.LEARNING_RATES, small_world.SEEDS
+    methods, rates, seeds = experiment.METHODS, experiment.LEARNING_RATES, experiment.SEEDS
     tried = [load(method, rate, seeds[0]) for method, rate in itertools.product(methods, rates)]
-    best = small_world.best_learning_rates(tried).items()
+    best = experiment.best_learning_rates(tried).items()
     return {method: [load(method, rate, seed) for seed in seeds] for method, rate in best}, tried
 
 
 @torch.no_grad()
 def measure_best():
     """Rewards of pictures that nothing is wrong with, outlined, as the base's VAE passes them on: no policy draws better ones."""
-    scenes = small_world.split_scenes()[2] * 4
-    pictures = render(scenes, torch.Generator().manual_seed(small_world.SEED), well_drawn=1.0)
-    explanations = small_world.Explanations()
+    scenes = experiment.split_scenes()[2] * 4
+    pictures = render(scenes, torch.Generator().manual_seed(experiment.SEED), well_drawn=1.0)
+    explanations = Explanations()
     outlined = reward(pictures, scenes, explanations).style > 0.5
     scenes, pictures = [scene for scene, has in zip(scenes, outlined) if has], pictures[outlined]
-    vae = small_world.load_pipeline(small_world.ASSETS).vae
-    decoded = vae.decode(small_world.encode(vae, 2 * pictures - 1)).sample
+    vae = experiment.load_pipeline(experiment.ASSETS).vae
+    decoded = vae.decode(encode(vae, 2 * pictures - 1)).sample
     rewards = reward((decoded / 2 + 0.5).clamp(0, 1), scenes, explanations)
     return {name: value.numpy() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
 
 
 def final(result, part="total"):
-    return np.array(result["test"][str(small_world.STEPS[-1])][part])
+    return np.array(result["test"][str(experiment.STEPS[-1])][part])
 
 
 def curve(result, base):
@@ -110,7 +114,7 @@ def win_rate(ours, theirs):
         ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by training, rewards of pictures of the same captions from the
             same noise, those of one caption together.
     """
-    ours, theirs = (np.reshape(side, (len(side), -1, small_world.TEST_PICTURES_PER_SCENE)) for side in (ours, theirs))
+    ours, theirs = (np.reshape(side, (len(side), -1, experiment.TEST_PICTURES_PER_SCENE)) for side in (ours, theirs))
     wins = np.array([[compare(a, b).win_rate for a, b in zip(*training)] for training in zip(ours, theirs)])
     rng = np.random.default_rng(0)
     trainings, captions = (rng.integers(size, size=(10_000, size)) for size in wins.shape)
@@ -137,7 +141,7 @@ def table(chosen, base, best):
         lines.append(f"| {name} | | {' | '.join(f'{np.mean(rewards[part]):.3f}' for part in PARTS)} |" + " |" * 8)
     for method, runs in chosen.items():
         rate = runs[0]["learning_rate"]
-        at_edge = rate in (small_world.LEARNING_RATES[0], small_world.LEARNING_RATES[-1])
+        at_edge = rate in (experiment.LEARNING_RATES[0], experiment.LEARNING_RATES[-1])
         cells = [method, f"{rate:g}" + " (edge)" * at_edge]
         cells += [f"{np.mean([final(run, part) for run in runs]):.3f}" for part in PARTS]
         of_base = [np.array(base[run["seed"]]["total"]) for run in runs]
@@ -155,7 +159,7 @@ def table(chosen, base, best):
         else:
             cells += 3 * [""]
         cells += [f"{np.mean([run['implicit_accuracy'][space] for run in runs]):.2f}" for space in ("latent", "ncp")]
-        cells += [f"{np.mean([run['seconds'][str(small_world.STEPS[-1])] for run in runs]):.0f}"]
+        cells += [f"{np.mean([run['seconds'][str(experiment.STEPS[-1])] for run in runs]):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -169,19 +173,19 @@ def duels(chosen):
 
 def steps_table(chosen, base):
     """Mean rewards after all steps."""
-    lines = [f"| method | {' | '.join(map(str, small_world.LATENT_STEPS))} |"]
-    lines += ["|---" * (len(small_world.LATENT_STEPS) + 1) + "|"]
+    lines = [f"| method | {' | '.join(map(str, experiment.LATENT_STEPS))} |"]
+    lines += ["|---" * (len(experiment.LATENT_STEPS) + 1) + "|"]
     for method, runs in chosen.items():
         _, *means = np.mean([curve(run, base)[2] for run in runs], axis=0)
-        means += [None] * (len(small_world.LATENT_STEPS) - len(means))
+        means += [None] * (len(experiment.LATENT_STEPS) - len(means))
         lines.append(f"| {method} | {' | '.join('' if mean is None else f'{mean:.3f}' for mean in means)} |")
     return "\n".join(lines)
 
 
 def learning_rate_table(tried):
     """What learning rates were chosen by: the mean reward on captions that are in no other table."""
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in small_world.LEARNING_RATES)} |"]
-    lines += ["|---" * (len(small_world.LEARNING_RATES) + 1) + "|"]
+    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in experiment.LEARNING_RATES)} |"]
+    lines += ["|---" * (len(experiment.LEARNING_RATES) + 1) + "|"]
     for method, results in itertools.groupby(tried, key=lambda result: result["method"]):
         means = [f"{np.mean(result['choosing']['total']):.3f}" for result in results]
         lines.append(f"| {method} | {' | '.join(means)} |")
@@ -210,17 +214,17 @@ def plot(chosen, base, path):
 
 def save_pictures(folder, chosen, path):
     """A row per method: the first test captions, the first picture of each that was measured with the first seed."""
-    pipeline = small_world.load_pipeline(small_world.ASSETS)
-    scenes = small_world.split_scenes()[2][:NUM_SHOWN]
-    repeated = [scene for scene in scenes for _ in range(small_world.TEST_PICTURES_PER_SCENE)]
+    pipeline = experiment.load_pipeline(experiment.ASSETS)
+    scenes = experiment.split_scenes()[2][:NUM_SHOWN]
+    repeated = [scene for scene in scenes for _ in range(experiment.TEST_PICTURES_PER_SCENE)]
     rows = [("base", None)] + [(method, runs[0]) for method, runs in chosen.items()]
     figure, axes = plt.subplots(len(rows), NUM_SHOWN, figsize=(1.3 * NUM_SHOWN, 1.35 * len(rows)), squeeze=False)
     for (method, run), row in zip(rows, axes):
         if run is not None:
-            pipeline.load_lora_weights(small_world.run_folder(folder, method, run["learning_rate"], run["seed"]))
-        pictures = small_world.draw(pipeline, repeated, small_world.test_noise(small_world.SEEDS[0]))
-        pictures = pictures[:: small_world.TEST_PICTURES_PER_SCENE]
-        for axis, scene, image in zip(row, scenes, small_world.to_pil(pictures)):
+            pipeline.load_lora_weights(experiment.run_folder(folder, method, run["learning_rate"], run["seed"]))
+        pictures = experiment.draw(pipeline, repeated, experiment.test_noise(experiment.SEEDS[0]))
+        pictures = pictures[:: experiment.TEST_PICTURES_PER_SCENE]
+        for axis, scene, image in zip(row, scenes, experiment.to_pil(pictures)):
             axis.imshow(image.resize((144, 144), Image.Resampling.NEAREST))
             axis.set(xticks=[], yticks=[])
             if run is None:
@@ -232,14 +236,14 @@ def save_pictures(folder, chosen, path):
 
 
 def main(args):
-    small_world.check_world(args.folder)
+    experiment.check_world(args.folder)
     chosen, tried = load_results(args.folder)
-    base = {seed: small_world.measure_base(seed) for seed in small_world.SEEDS}
-    choosing_base = small_world.measure(
-        small_world.load_pipeline(small_world.ASSETS),
-        small_world.split_scenes()[1],
-        small_world.CHOOSING_NOISE,
-        small_world.Explanations(),
+    base = {seed: experiment.measure_base(seed) for seed in experiment.SEEDS}
+    choosing_base = experiment.measure(
+        experiment.load_pipeline(experiment.ASSETS),
+        experiment.split_scenes()[1],
+        experiment.CHOOSING_NOISE,
+        Explanations(),
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(chosen, base, args.output_dir / "rewards.png")
@@ -247,10 +251,10 @@ def main(args):
     commands = [result["command"] for result in [*tried, *(run for runs in chosen.values() for run in runs[1:])]]
     (args.output_dir / "commands.txt").write_text("\n".join(commands) + "\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    num_pictures = len(base[small_world.SEEDS[0]]["total"])
+    num_pictures = len(base[experiment.SEEDS[0]]["total"])
     report = f"""# Small world
 
-`python benchmarks/small_world.py all`; Python {platform.python_version()}, {versions}. The commands of all {len(commands)} runs are in
+`python small_world/experiment.py all`; Python {platform.python_version()}, {versions}. The commands of all {len(commands)} runs are in
 [`commands.txt`](commands.txt).
 
 {table(chosen, base, measure_best())}
@@ -258,14 +262,14 @@ def main(args):
 ![Reward against steps and seconds](rewards.png)
 
 - *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], after
-  {small_world.STEPS[-1]} steps, of {num_pictures} pictures for each of {len(small_world.SEEDS)} seeds. Captions are held out.
+  {experiment.STEPS[-1]} steps, of {num_pictures} pictures for each of {len(experiment.SEEDS)} seeds. Captions are held out.
   *best possible*: well-drawn, outlined pictures, encoded and decoded by the base's VAE.
 - *over*, *beats*: difference in reward, and share of pictures with the higher one, to the picture from the same noise by the base,
   or by the twin: the same method in latent space (for variants of NCP-DPO: latent DPO), trained for as many steps.
   ± is the standard deviation between trainings with different seeds; 95 % confidence intervals are over captions and trainings.
-- *over twin at equal time*: the twin was trained on, for {small_world.LATENT_STEPS[-1]} steps; its reward is interpolated at the seconds that the method took.
+- *over twin at equal time*: the twin was trained on, for {experiment.LATENT_STEPS[-1]} steps; its reward is interpolated at the seconds that the method took.
 - *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
-- *seconds* for {small_world.STEPS[-1]} steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
+- *seconds* for {experiment.STEPS[-1]} steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
   before.
 - *(edge)*: no lower, or no higher, learning rate was tried than the one chosen.
 
@@ -283,7 +287,7 @@ def main(args):
 
 ## Learning rates
 
-By the mean reward on captions of their own, after {small_world.STEPS[-1]} steps with seed {small_world.SEEDS[0]}. The base's is {np.mean(choosing_base["total"]):.3f}.
+By the mean reward on captions of their own, after {experiment.STEPS[-1]} steps with seed {experiment.SEEDS[0]}. The base's is {np.mean(choosing_base["total"]):.3f}.
 
 {learning_rate_table(tried)}
 """

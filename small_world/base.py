@@ -1,0 +1,201 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trains the base model of the small world, a Stable Diffusion of two million parameters, into `assets/small-world`.
+
+    python small_world/base.py     # from scratch: half an hour on two cores
+
+It draws what `scenes.py` shows it, well or badly, so that there is something to prefer.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scenes import RESOLUTION, SCENES, render
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "small-world"
+NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+SEED = 0
+NUM_PICTURES = 16_000
+WRONG_CAPTIONS = 0.1
+CAPTION_DROPOUT = 0.1
+VAE_STEPS, VAE_BATCH_SIZE = 4_000, 8
+UNET_STEPS, UNET_BATCH_SIZE = 6_000, 32
+
+
+def build_tokenizer():
+    """A CLIP tokenizer to which every word of a caption is one token."""
+    words = sorted({word for scene in SCENES for word in scene.caption.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Given beforehand, letters that end words have the same numbers, and break ties between merges the same way, every time.
+    last_letters = sorted({f"{word[-1]}</w>" for word in words})
+    bpe.train_from_iterator(
+        words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False)
+    )
+    model = json.loads(bpe.to_str())["model"]
+    vocabulary = [*model["vocab"], "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[tuple(merge) for merge in model["merges"]],
+        model_max_length=16,
+    )
+
+
+def save_vocabulary(folder):
+    """Writes `vocab.json` and `merges.txt`, which transformers 4 reads, from the `tokenizer.json` in a tokenizer's folder."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"])])
+    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(merges + "\n", encoding="utf-8")
+
+
+def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch):
+    """AdamW with a cosine schedule; leaves the moving average of the weights in `model`, frozen."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_steps // 50, num_steps)
+    ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True)
+    progress_bar = tqdm(range(num_steps), desc=name)
+    average = None
+    for _ in progress_bar:
+        loss = loss_of_random_batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        progress_bar.set_postfix(loss=f"{average:.4f}")
+    ema.copy_to(parameters)
+    model.eval().requires_grad_(False)
+
+
+def train_vae(pictures):
+    """An autoencoder for `pictures` `(N, 3, H, W)` in [-1, 1], whose scaled latents have unit variance."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=RESOLUTION,
+    )
+
+    def loss_of_random_batch():
+        batch = pictures[torch.randint(len(pictures), (VAE_BATCH_SIZE,))]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-5 * posterior.kl().mean() / RESOLUTION
+
+    fit("VAE", vae, list(vae.parameters()), VAE_STEPS, 2e-3, loss_of_random_batch)
+    latents = encode(vae, pictures[:1000])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.no_grad()
+def encode(vae, pictures):
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in pictures.split(250)])
+
+
+def train_denoiser(tokenizer, captions, latents):
+    """U-Net and text encoder, together, with classifier-free guidance's empty captions now and then."""
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=latents.shape[-1],
+        block_out_channels=(32, 64, 88),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=text_encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    input_ids, empty = (
+        tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for texts in (captions, [""])
+    )
+
+    def loss_of_random_batch():
+        index = torch.randint(len(latents), (UNET_BATCH_SIZE,))
+        dropped = torch.rand(len(index), 1) < CAPTION_DROPOUT
+        encoder_hidden_states = text_encoder(torch.where(dropped, empty, input_ids[index]))[0]
+        noise = torch.randn_like(latents[index])
+        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(index),))
+        noisy_latents = noise_scheduler.add_noise(latents[index], noise, timesteps)
+        return F.mse_loss(unet(noisy_latents, timesteps, encoder_hidden_states).sample, noise)
+
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    fit("U-Net", unet, parameters, UNET_STEPS, 1e-3, loss_of_random_batch)
+    return text_encoder.eval().requires_grad_(False), unet
+
+
+def train_base(folder):
+    """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
+    # Sums are in the order of the threads.
+    torch.set_num_threads(2)
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    scenes = random.choices(SCENES, k=NUM_PICTURES)
+    pictures = torch.cat([render(scenes[start : start + 500], generator) for start in range(0, len(scenes), 500)])
+    pictures = 2 * pictures - 1
+    captions = [(random.choice(SCENES) if random.random() < WRONG_CAPTIONS else scene).caption for scene in scenes]
+
+    vae = train_vae(pictures)
+    tokenizer = build_tokenizer()
+    text_encoder, unet = train_denoiser(tokenizer, captions, encode(vae, pictures) * vae.config.scaling_factor)
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**NOISE_SCHEDULE, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16).save_pretrained(folder)
+    save_vocabulary(Path(folder) / "tokenizer")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    train_base(ASSETS)

@@ -1,0 +1,170 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the flags and the environment say, and that what they cannot mean is said before any model is loaded."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from accelerate.state import PartialState
+from conftest import ROOT
+
+from train_ncp_dpo_sd15 import StopSignals
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "kto"}, "argument --loss_type: invalid choice: 'kto'"),
+        ({"loss_space": "pixel"}, "argument --loss_space: invalid choice: 'pixel'"),
+        ({"ncp_layer": "up"}, "argument --ncp_layer: invalid choice: 'up'"),
+        ({"ncp_timestep": "next"}, "argument --ncp_timestep: invalid choice: 'next'"),
+        ({"image_interpolation_mode": "cubic"}, "argument --image_interpolation_mode: invalid choice: 'cubic'"),
+        ({"lr_scheduler": "step"}, "argument --lr_scheduler: invalid choice: 'step'"),
+        ({"lr_scheduler": "piecewise_constant"}, "argument --lr_scheduler: invalid choice: 'piecewise_constant'"),
+        ({"on_bad_sample": "ignore"}, "argument --on_bad_sample: invalid choice: 'ignore'"),
+        ({"report_to": "paper"}, "argument --report_to: invalid choice: 'paper'"),
+        ({"rank": 0}, "argument --rank: 0, but must be at least 1"),
+        ({"train_batch_size": "two"}, "argument --train_batch_size: invalid int value: 'two'"),
+        ({"beta_dpo": 0}, "argument --beta_dpo: 0, but must be greater than 0"),
+        ({"beta_dpo": "nan"}, "argument --beta_dpo: nan, but must be greater than 0"),
+        ({"label_smoothing": 0.5}, r"argument --label_smoothing: 0.5, but must be in \[0, 0.5\)"),
+        ({"ncp_probe_rms": -1}, "argument --ncp_probe_rms: -1, but must be at least 0"),
+        ({"ncp_error_scale": 0}, "argument --ncp_error_scale: 0, but must be auto or > 0"),
+        ({"seed": -1}, r"argument --seed: -1, but must be within 0 and 2\*\*32 - 1"),
+        ({"seed": 2**32}, r"argument --seed: 4294967296, but must be within 0 and 2\*\*32 - 1"),
+    ],
+)
+@pytest.mark.bad_input
+def test_what_one_flag_decides(run_sd15, no_models, capfd, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run_sd15(**options)
+    assert stop.value.code == 2
+    assert re.search(message, capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flags, options, message",
+    [
+        ([], {"resolution": 33}, "--resolution is 33, but must be a multiple of 2"),
+        ([], {"label_smoothing": 0.1, "loss_type": "ipo"}, "--label_smoothing goes with --loss_type dpo or cpo"),
+        ([], {"dataset_name": None}, "exactly one of --dataset_name, --train_data_dir and --encoded_data_dir"),
+        (
+            [],
+            {"train_data_dir": "somewhere"},
+            "exactly one of --dataset_name, --train_data_dir and --encoded_data_dir",
+        ),
+        (["--random_crop"], {"dataset_name": None, "encoded_data_dir": "x"}, "--random_crop does not go with it"),
+        ([], {"image_1_column": "rejected"}, r"has no column 'rejected' \(--image_1_column\): there are jpg_0, jpg_1"),
+        ([], {"label_column": "label"}, r"has no column 'label' \(--label_column\)"),
+        ([], {"caption_column": "text"}, r"has no column 'text' \(--caption_column\)"),
+        ([], {"train_batch_size": 13}, "--train_batch_size 13 .* takes 13 pairs, but there are 12"),
+        ([], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
+        ([], {"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU; bf16 does without"),
+        (["--run_validation"], {}, "--run_validation needs a --validation_prompt"),
+        ([], {"report_to": "wandb", "hub_token": "secret"}, "--hub_token would show up in wandb's logs"),
+    ],
+)
+@pytest.mark.bad_input
+def test_what_does_not_go_together(run_sd15, no_models, flags, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_sd15(*flags, **options)
+
+
+@pytest.mark.bad_input
+def test_a_tracker_that_is_not_installed(run_sd15, no_models):
+    # None of the suite's packages needs it.
+    with pytest.raises(ImportError, match="To report to swanlab, please install it: `pip install swanlab`"):
+        run_sd15(report_to="swanlab")
+
+
+def test_no_tracker_at_all(run_sd15):
+    run_sd15(report_to="none", loss_space="latent")
+    assert run_sd15.lora() and not list(run_sd15.output_dir.glob("logs/*/events*"))
+
+
+@pytest.mark.bad_input
+def test_accumulation_of_the_environment(run_sd15, no_models, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    message = "--gradient_accumulation_steps is 1, but accelerate's configuration or environment says 3"
+    with pytest.raises(ValueError, match=message):
+        run_sd15()
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run_sd15(gradient_accumulation_steps=3)
+
+
+def test_the_last_step_of_an_epoch_weighs_its_batches_evenly(run_sd15):
+    # 6 batches of 2, 4 a step: the second step is of 2 batches, and of the same pairs as the third of batches of 4.
+    options = {"loss_space": "latent", "loss_type": "sft", "learning_rate": 0, "max_grad_norm": 1e9}
+    run_sd15(train_batch_size=4, max_train_steps=3, **options)
+    whole = run_sd15.scalars("grad_norm")[2]
+    run_sd15.into("accumulated")(gradient_accumulation_steps=4, **options)
+    assert run_sd15.scalars("grad_norm")[1] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"lr_warmup_steps": 7},
+            "--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up",
+        ),
+        ({"lr_scheduler": "cosine"}, "--lr_warmup_steps 500 are all steps: --learning_rate is never reached"),
+        ({}, None),
+    ],
+)
+def test_a_warm_up_that_is_none(run_sd15, caplog, options, message):
+    run_sd15(loss_space="latent", max_train_steps=1, **options)
+    warned = [record.getMessage() for record in caplog.records if "warm" in record.getMessage()]
+    assert len(warned) == (message is not None) and all(message in text for text in warned)
+
+
+@pytest.mark.parametrize("script", ["train_ncp_dpo_sd15.py", "train_ncp_dpo_sdxl.py"])
+def test_help_bears_code_pages(script):
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.isascii() and b"--encoded_data_dir" in result.stdout
+
+
+@pytest.mark.parametrize("token", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_the_command_that_goes_on_holds_no_secret(monkeypatch, caplog, token):
+    PartialState()  # what the scripts log through
+
+    class Accelerator:
+        num_processes = 2
+
+        def end_training(self):
+            pass
+
+    caplog.set_level(logging.INFO)
+    words = [
+        "train.py",
+        "--validation_prompt",
+        "a cat",
+        *token,
+        "--resume_from_checkpoint",
+        "checkpoint 4",
+        "--rank",
+        "8",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        StopSignals().stop(Accelerator())
+    command = "train.py --validation_prompt 'a cat' --rank 8 --resume_from_checkpoint latest"
+    assert f"accelerate launch --num_processes 2 {command}" in caplog.text and "secret" not in caplog.text

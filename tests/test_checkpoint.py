@@ -1,0 +1,200 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The base model is looked at first: what cannot be trained is said before anything large is read, and what to do instead."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+from tiny_checkpoints import copy_checkpoint, edit_json
+from tiny_unets import sd15_unet
+from transformers import CLIPTokenizer
+
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
+from diffusers import StableDiffusionPipeline
+
+
+@pytest.fixture
+def checkpoint(checkpoints, tmp_path):
+    return Path(copy_checkpoint(checkpoints["sd15"], tmp_path / "sd15"))
+
+
+@pytest.fixture
+def sdxl(checkpoints, tmp_path):
+    return Path(copy_checkpoint(checkpoints["sdxl"], tmp_path / "sdxl"))
+
+
+def components_of(script, checkpoint, *flags):
+    """What the script loads beside the U-Net."""
+    words = ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_name", "none", *flags]
+    accelerator = type("Accelerator", (), {"device": torch.device("cpu")})
+    return script.load_components(script.parse_args(words), accelerator, torch.float32)
+
+
+@pytest.mark.bad_input
+def test_an_inpainting_unet(run_sd15, checkpoint, no_models):
+    edit_json(checkpoint / "unet/config.json", in_channels=9)
+    with pytest.raises(ValueError, match="the U-Net takes 9 channels, the VAE gives 4. Inpainting"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+@pytest.mark.bad_input
+def test_the_checkpoint_of_the_other_script(checkpoints, parquet, tmp_path, no_models):
+    for kind, other, script in [("sd15", "sdxl", "train_ncp_dpo_sdxl.py"), ("sdxl", "sd15", "train_ncp_dpo_sd15.py")]:
+        with pytest.raises(ValueError, match=f"is of another architecture: use {script}"):
+            Run(kind, checkpoints[other], parquet, tmp_path / kind)()
+
+
+@pytest.mark.bad_input
+def test_a_refiner(parquet, sdxl, tmp_path, no_models):
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(sdxl / part)
+    with pytest.raises(ValueError, match="has no text_encoder, which train_ncp_dpo_sdxl.py needs"):
+        Run("sdxl", sdxl, parquet, tmp_path / "output")()
+
+
+@pytest.mark.bad_input
+def test_text_encoders_of_another_model(run_sd15, checkpoint, no_models):
+    size = json.loads((checkpoint / "text_encoder/config.json").read_text())["hidden_size"]
+    edit_json(checkpoint / "unet/config.json", cross_attention_dim=2 * size)
+    with pytest.raises(ValueError, match=f"the U-Net takes embeddings of {2 * size}, but is given {size}"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+@pytest.mark.bad_input
+def test_a_part_that_is_not_there(run_sd15, checkpoint, no_models, part):
+    shutil.rmtree(checkpoint / part)
+    with pytest.raises(ValueError, match=f"has no {part}, which train_ncp_dpo_sd15.py needs"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+@pytest.fixture
+def fp16(checkpoint, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "fp16", variant="fp16")
+    return tmp_path / "fp16"
+
+
+@pytest.mark.bad_input
+def test_files_that_exist_only_as_a_variant(run_sd15, fp16, no_models):
+    with pytest.raises(ValueError, match="the weights of its unet are --variant fp16"):
+        run_sd15(pretrained_model_name_or_path=fp16)
+    with pytest.raises(ValueError, match="the weights of its unet are --variant fp16"):
+        run_sd15(pretrained_model_name_or_path=fp16, variant="ema")
+
+
+def test_a_variant_of_some_parts_falls_back_for_the_others(run_sd15, fp16, checkpoint):
+    shutil.rmtree(fp16 / "vae")
+    shutil.copytree(checkpoint / "vae", fp16 / "vae")
+    run_sd15(pretrained_model_name_or_path=fp16, variant="fp16", loss_space="latent")
+    assert run_sd15.lora()
+
+
+@pytest.mark.bad_input
+def test_weights_that_are_not_there(run_sd15, checkpoint, no_models):
+    (checkpoint / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="the weights of its vae are none at all"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+def test_variants_on_the_hub(monkeypatch):
+    files = ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.bin"]
+    monkeypatch.setattr(train_ncp_dpo_sd15, "list_repo_files", lambda name, revision: files)
+    words = ["--pretrained_model_name_or_path", "somebody/model", "--dataset_name", "none", "--variant", "fp16"]
+    args = train_ncp_dpo_sd15.parse_args(words)
+    assert train_ncp_dpo_sd15.choose_variant(args, "unet") == "fp16"
+    assert train_ncp_dpo_sd15.choose_variant(args, "vae") is None
+    args.variant = None
+    with pytest.raises(ValueError, match="the weights of its unet are --variant fp16"):
+        train_ncp_dpo_sd15.choose_variant(args, "unet")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    ],
+)
+@pytest.mark.bad_input
+def test_schedulers_without_betas(run_sd15, checkpoint, no_models, config):
+    (checkpoint / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    for loss_space in ("ncp", "latent"):
+        with pytest.raises(ValueError, match=f"its {config['_class_name']} has no betas of DDPM"):
+            run_sd15(pretrained_model_name_or_path=checkpoint, loss_space=loss_space)
+
+
+@pytest.mark.bad_input
+def test_a_prediction_that_no_loss_is_known_for(run_sd15, checkpoint, no_models):
+    edit_json(checkpoint / "scheduler/scheduler_config.json", prediction_type="flow_prediction")
+    for loss_space in ("ncp", "latent"):
+        with pytest.raises(ValueError, match="`prediction_type` is 'flow_prediction', but must be"):
+            run_sd15(pretrained_model_name_or_path=checkpoint, loss_space=loss_space)
+
+
+@pytest.mark.bad_input
+def test_epsilon_with_zero_terminal_snr(run_sd15, checkpoint, no_models):
+    edit_json(checkpoint / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+@pytest.mark.parametrize("option", [{"shift_factor": 0.1}, {"latents_mean": [0.1] * 4}, {"latents_std": [2.0] * 4}])
+@pytest.mark.bad_input
+def test_vaes_whose_latents_are_shifted(run_sd15, checkpoint, no_models, option):
+    edit_json(checkpoint / "vae/config.json", **option)
+    with pytest.raises(ValueError, match=f"its VAE has a {next(iter(option))}, which is not supported"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+def test_a_unet_without_mid_block(run_sd15, checkpoint, monkeypatch):
+    sd15_unet(sample_size=16, mid_block_type=None).save_pretrained(checkpoint / "unet")
+    with pytest.raises(ValueError, match="has no mid block: give --ncp_layer down"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+    run_sd15(pretrained_model_name_or_path=checkpoint, ncp_layer="down", ncp_error_scale=1000)
+    assert run_sd15.lora()
+
+
+@pytest.mark.bad_input
+def test_a_single_file(run, tmp_path, no_models):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    pipeline = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[run.kind]
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors is a single file. Convert it, .* {pipeline}.from_single"
+    ):
+        run(pretrained_model_name_or_path=tmp_path / "model.safetensors")
+
+
+def test_a_tokenizer_that_does_not_say_how_much_is_too_much(checkpoint):
+    edit_json(checkpoint / "tokenizer/tokenizer_config.json", model_max_length=...)
+    assert CLIPTokenizer.from_pretrained(checkpoint / "tokenizer").model_max_length > 10**6
+    components = components_of(train_ncp_dpo_sd15, checkpoint)
+    embeddings = train_ncp_dpo_sd15.encode_prompt(components, ["a cat", "word " * 200])["prompt_embeds"]
+    assert embeddings.shape[:2] == (2, 77)
+
+
+def test_empty_captions_of_sdxl_are_embedded_as_its_pipeline_does(sdxl):
+    components = components_of(train_ncp_dpo_sdxl, sdxl)
+    prompt = train_ncp_dpo_sdxl.encode_prompt(components, ["", "a cat"])
+    for value in prompt.values():
+        assert not value[0].any() and value[1].any()
+    edit_json(sdxl / "model_index.json", force_zeros_for_empty_prompt=False)
+    components = components_of(train_ncp_dpo_sdxl, sdxl)
+    assert all(value[0].any() for value in train_ncp_dpo_sdxl.encode_prompt(components, ["", "a cat"]).values())
