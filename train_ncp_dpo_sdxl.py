@@ -94,7 +94,7 @@ from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_c
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.35.0")
+check_min_version("0.42.0")
 
 logger = get_logger(__name__)
 

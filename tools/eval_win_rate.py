@@ -56,7 +56,7 @@ from diffusers.utils import check_min_version
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.35.0")
+check_min_version("0.42.0")
 
 # The flags of both sides' model, its variant and revision, and LoRA.
 SIDES = {
