@@ -194,7 +194,11 @@ def test_an_interrupted_encoding_goes_on(encode_sd15, monkeypatch, caplog):
 
 def test_two_processes_write_what_one_writes(encode_sd15, monkeypatch, tmp_path):
     monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
+    # Sums are in the order of the threads, of which the processes below have one.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     one = encode_sd15().contents()
+    torch.set_num_threads(num_threads)
     encode_sd15.folder = encode_sd15.arguments["output_dir"] = tmp_path / "two"
     script = tmp_path / "small_shards.py"
     script.write_text(
