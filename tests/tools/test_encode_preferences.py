@@ -194,7 +194,8 @@ def test_an_interrupted_encoding_goes_on(encode_sd15, monkeypatch, caplog):
 
 def test_two_processes_write_what_one_writes(encode_sd15, monkeypatch, tmp_path):
     monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
-    # Sums are in the order of the threads, of which the processes below have one.
+    # Sums are in the order of the threads, so that all have one.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = encode_sd15().contents()
