@@ -24,6 +24,7 @@ import pytest
 from accelerate.state import PartialState
 from conftest import ROOT
 
+import train_ncp_dpo_sd15
 from train_ncp_dpo_sd15 import StopSignals
 
 
@@ -75,7 +76,6 @@ def test_what_one_flag_decides(run_sd15, no_models, capfd, options, message):
         ([], {"caption_column": "text"}, r"has no column 'text' \(--caption_column\)"),
         ([], {"train_batch_size": 13}, "--train_batch_size 13 .* takes 13 pairs, but there are 12"),
         ([], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
-        ([], {"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU; bf16 does without"),
         (["--run_validation"], {}, "--run_validation needs a --validation_prompt"),
         ([], {"report_to": "wandb", "hub_token": "secret"}, "--hub_token would show up in wandb's logs"),
     ],
@@ -84,6 +84,21 @@ def test_what_one_flag_decides(run_sd15, no_models, capfd, options, message):
 def test_what_does_not_go_together(run_sd15, no_models, flags, options, message):
     with pytest.raises(ValueError, match=message):
         run_sd15(*flags, **options)
+
+
+@pytest.mark.bad_input
+def test_fp16_without_a_gpu(run_sd15, no_models, monkeypatch):
+    monkeypatch.setattr(train_ncp_dpo_sd15.torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU; bf16 does without"):
+        run_sd15(mixed_precision="fp16")
+
+
+@pytest.mark.bad_input
+@pytest.mark.xfail(strict=True, reason="check_arguments looks for wandb by its name alone")
+def test_all_trackers_may_include_wandb(run_sd15, no_models, monkeypatch):
+    monkeypatch.setattr(train_ncp_dpo_sd15, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+    with pytest.raises(ValueError, match="--hub_token would show up in wandb's logs"):
+        run_sd15(report_to="all", hub_token="secret")
 
 
 @pytest.mark.bad_input
@@ -142,8 +157,21 @@ def test_help_bears_code_pages(script):
     assert result.stdout.isascii() and b"--encoded_data_dir" in result.stdout
 
 
+CUT = pytest.mark.xfail(strict=True, reason="the words are joined before they are looked at")
+
+
 @pytest.mark.parametrize("token", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
-def test_the_command_that_goes_on_holds_no_secret(monkeypatch, caplog, token):
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        ["--resume_from_checkpoint", "checkpoint-4"],
+        ["--resume_from_checkpoint=checkpoint-4"],
+        ["--resume_from_checkpoint", "a folder/checkpoint-4"],
+        pytest.param(["--resume_from_checkpoint=a folder/checkpoint-4"], marks=CUT),
+        pytest.param(["--resume_from_checkpoint", "John's/checkpoint-4"], marks=CUT),
+    ],
+)
+def test_the_command_that_goes_on_holds_no_secret(monkeypatch, caplog, token, checkpoint):
     PartialState()  # what the scripts log through
 
     class Accelerator:
@@ -153,16 +181,7 @@ def test_the_command_that_goes_on_holds_no_secret(monkeypatch, caplog, token):
             pass
 
     caplog.set_level(logging.INFO)
-    words = [
-        "train.py",
-        "--validation_prompt",
-        "a cat",
-        *token,
-        "--resume_from_checkpoint",
-        "checkpoint 4",
-        "--rank",
-        "8",
-    ]
+    words = ["train.py", "--validation_prompt", "a cat", *token, *checkpoint, "--rank", "8"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit):
         StopSignals().stop(Accelerator())

@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import Run
 from tiny_checkpoints import copy_checkpoint, edit_json
@@ -124,6 +125,48 @@ def test_variants_on_the_hub(monkeypatch):
     args.variant = None
     with pytest.raises(ValueError, match="the weights of its unet are --variant fp16"):
         train_ncp_dpo_sd15.choose_variant(args, "unet")
+
+
+@pytest.mark.xfail(strict=True, reason="choose_variant does not know the name pytorch_model.bin")
+def test_text_encoders_of_before_safetensors(run_sd15, checkpoint):
+    path = checkpoint / "text_encoder/model.safetensors"
+    torch.save(safetensors.torch.load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    run_sd15(pretrained_model_name_or_path=checkpoint, loss_space="latent", max_train_steps=1)
+    assert run_sd15.lora()
+
+
+@pytest.mark.xfail(strict=True, reason="choose_variant lists the VAE's repository at the base model's revision")
+def test_a_vae_of_its_own_has_no_revision_of_the_base_model(monkeypatch):
+    revisions = {}
+
+    def list_repo_files(name, revision=None):
+        revisions[name] = revision
+        return ["unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"]
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "list_repo_files", list_repo_files)
+    words = ["--pretrained_model_name_or_path", "somebody/model", "--revision", "v2", "--dataset_name", "none"]
+    args = train_ncp_dpo_sd15.parse_args([*words, "--pretrained_vae_model_name_or_path", "somebody/vae"])
+    for component in ("unet", "vae"):
+        train_ncp_dpo_sd15.choose_variant(args, component)
+    assert revisions == {"somebody/model": "v2", "somebody/vae": None}
+
+
+@pytest.mark.xfail(strict=True, raises=ConnectionError, reason="choose_variant asks the hub, whatever the cache holds")
+def test_no_network_is_no_reason_to_refuse_a_cached_model(monkeypatch):
+    def list_repo_files(name, revision=None):
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "list_repo_files", list_repo_files)
+    words = ["--pretrained_model_name_or_path", "somebody/model", "--dataset_name", "none", "--variant", "fp16"]
+    assert train_ncp_dpo_sd15.choose_variant(train_ncp_dpo_sd15.parse_args(words), "unet") == "fp16"
+
+
+@pytest.mark.bad_input
+@pytest.mark.xfail(strict=True, reason="load_config names the base model's flag")
+def test_a_vae_that_is_none(run_sd15, no_models, tmp_path):
+    with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path .* has no vae"):
+        run_sd15(pretrained_vae_model_name_or_path=tmp_path)
 
 
 @pytest.mark.parametrize(

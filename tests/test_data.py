@@ -308,6 +308,17 @@ def test_image_folders_read_no_file_outside(tmp_path):
         load_pairs(train_data_dir=str(folder))[0, 0]
 
 
+@pytest.mark.bad_input
+def test_image_folders_name_what_is_not_there(run_sd15, no_models, tmp_path):
+    folder = Path(build_image_folder(tmp_path / "images", num_pairs=2))
+    edit_metadata(folder, lambda rows: [json.dumps({**row, "jpg_0_file_name": "images/none.png"}) for row in rows])
+    with pytest.raises(ValueError, match=r"Row \d .*jpg_0 cannot be read as an image: .*No such file.*none.png"):
+        run_sd15(dataset_name=None, train_data_dir=folder)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="--train_data_dir: there is no file .*metadata.jsonl"):
+        run_sd15(dataset_name=None, train_data_dir=folder)
+
+
 def edit_metadata(folder, edit):
     path = Path(folder, "metadata.jsonl")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -367,6 +378,22 @@ def test_shards_of_integers_and_decimals_are_one_dataset(tmp_path):
         table = pa.table({**columns, "label_0": pa.array(values), "mask": [b"broken"] * 3})
         pq.write_table(table, tmp_path / f"train-{shard}.parquet")
     assert load_pairs(dataset_name=str(tmp_path)).rows == [0, 1, 2, 3, 5, 6, 8]
+
+
+def test_a_column_of_broken_images_that_is_not_used(run_sd15, tmp_path):
+    columns = pair_columns(6)
+    features = Features(
+        {
+            "jpg_0": Value("binary"),
+            "jpg_1": Value("binary"),
+            "label_0": Value("float64"),
+            "caption": Value("string"),
+            "mask": ImageFeature(),
+        }
+    )
+    columns["mask"] = [{"bytes": b"broken", "path": None}] * len(columns["caption"])
+    run_sd15(dataset_name=write_parquet(tmp_path / "data", columns, features), loss_space="latent")
+    assert all(weight.any() for weight in run_sd15.up_weights().values())
 
 
 @pytest.mark.parametrize(
