@@ -59,7 +59,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from huggingface_hub import ModelCard, ModelCardData, create_repo, list_repo_files, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import OfflineModeIsEnabled
 from ncp_loss import (
     LAYERS,
     LOSS_TYPES,
@@ -267,7 +266,10 @@ def check_arguments(args):
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does without.")
     if args.run_validation and args.validation_prompt is None:
         raise ValueError("--run_validation needs a --validation_prompt.")
-    if args.report_to == "wandb" and args.hub_token is not None:
+    wandb_tracks = (
+        args.report_to == "wandb" or args.report_to == "all" and "wandb" in map(str, get_available_trackers())
+    )
+    if wandb_tracks and args.hub_token is not None:
         raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
@@ -695,6 +697,11 @@ def component_source(args, component):
     return {"pretrained_model_name_or_path": name, "subfolder": component, "revision": args.revision}
 
 
+def source_flag(args, component):
+    own_vae = component == "vae" and args.pretrained_vae_model_name_or_path is not None
+    return f"--pretrained_{'vae_' if own_vae else ''}model_name_or_path"
+
+
 def load_config(args, component, config_class=UNet2DConditionModel):
     source = component_source(args, component)
     name = source.pop("pretrained_model_name_or_path")
@@ -702,7 +709,7 @@ def load_config(args, component, config_class=UNet2DConditionModel):
         return config_class.load_config(name, **source)
     except OSError as error:
         message = f"{name} has no {component}, which {Path(__file__).name} needs"
-        raise ValueError(f"--pretrained_model_name_or_path {message}: {one_line(error)}") from error
+        raise ValueError(f"{source_flag(args, component)} {message}: {one_line(error)}") from error
 
 
 def choose_variant(args, component):
@@ -711,15 +718,15 @@ def choose_variant(args, component):
     name, folder = source["pretrained_model_name_or_path"], source.get("subfolder", "")
     try:
         is_local = os.path.isdir(name)
-        files = os.listdir(Path(name, folder)) if is_local else list_repo_files(name, revision=args.revision)
-    except OfflineModeIsEnabled:
+        files = os.listdir(Path(name, folder)) if is_local else list_repo_files(name, revision=source.get("revision"))
+    except Exception:  # without a network or a token; what is in the cache may load all the same
         return args.variant
-    pattern = rf"({folder}/)?(diffusion_pytorch_)?model(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
+    pattern = rf"({folder}/)?(diffusion_)?(pytorch_)?model(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
     variants = {match["variant"] for match in map(re.compile(pattern).fullmatch, files) if match}
     if args.variant in variants or None in variants:
         return args.variant if args.variant in variants else None
     there = " or ".join(f"--variant {variant}" for variant in sorted(variants)) or "none at all"
-    raise ValueError(f"--pretrained_model_name_or_path {name}: the weights of its {component} are {there}.")
+    raise ValueError(f"{source_flag(args, component)} {name}: the weights of its {component} are {there}.")
 
 
 def pipeline_options(args):
@@ -1294,9 +1301,10 @@ class StopSignals:
         """Ends the run, its checkpoint saved, with the command that goes on."""
         accelerator.end_training()
         number = self.number or signal.SIGTERM
-        # Neither an earlier checkpoint nor a secret.
-        words = re.sub(r" '?--(resume_from_checkpoint|hub_token)[= ]('[^']*'|\S+)", "", shlex.join(sys.argv))
-        command = f"accelerate launch --num_processes {accelerator.num_processes} {words}"
+        # Neither an earlier checkpoint nor a secret, given as `--flag value` or `--flag=value`.
+        words, flags = iter(sys.argv), ("--resume_from_checkpoint", "--hub_token")
+        kept = [word for word in words if word.partition("=")[0] not in flags or word in flags and next(words) is None]
+        command = f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(kept)}"
         go_on = f"{command} --resume_from_checkpoint latest"
         logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{go_on}")
         sys.exit(128 + number)

@@ -127,7 +127,6 @@ def test_variants_on_the_hub(monkeypatch):
         train_ncp_dpo_sd15.choose_variant(args, "unet")
 
 
-@pytest.mark.xfail(strict=True, reason="choose_variant does not know the name pytorch_model.bin")
 def test_text_encoders_of_before_safetensors(run_sd15, checkpoint):
     path = checkpoint / "text_encoder/model.safetensors"
     torch.save(safetensors.torch.load_file(path), path.with_name("pytorch_model.bin"))
@@ -136,7 +135,6 @@ def test_text_encoders_of_before_safetensors(run_sd15, checkpoint):
     assert run_sd15.lora()
 
 
-@pytest.mark.xfail(strict=True, reason="choose_variant lists the VAE's repository at the base model's revision")
 def test_a_vae_of_its_own_has_no_revision_of_the_base_model(monkeypatch):
     revisions = {}
 
@@ -152,7 +150,6 @@ def test_a_vae_of_its_own_has_no_revision_of_the_base_model(monkeypatch):
     assert revisions == {"somebody/model": "v2", "somebody/vae": None}
 
 
-@pytest.mark.xfail(strict=True, raises=ConnectionError, reason="choose_variant asks the hub, whatever the cache holds")
 def test_no_network_is_no_reason_to_refuse_a_cached_model(monkeypatch):
     def list_repo_files(name, revision=None):
         raise ConnectionError("Network is unreachable")
@@ -163,7 +160,6 @@ def test_no_network_is_no_reason_to_refuse_a_cached_model(monkeypatch):
 
 
 @pytest.mark.bad_input
-@pytest.mark.xfail(strict=True, reason="load_config names the base model's flag")
 def test_a_vae_that_is_none(run_sd15, no_models, tmp_path):
     with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path .* has no vae"):
         run_sd15(pretrained_vae_model_name_or_path=tmp_path)
