@@ -28,7 +28,7 @@ from transformers import CLIPTokenizer
 
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 
 @pytest.fixture
@@ -104,8 +104,9 @@ def test_files_that_exist_only_as_a_variant(run_sd15, fp16, no_models):
 def test_a_variant_of_some_parts_falls_back_for_the_others(run_sd15, fp16, checkpoint):
     shutil.rmtree(fp16 / "vae")
     shutil.copytree(checkpoint / "vae", fp16 / "vae")
-    run_sd15(pretrained_model_name_or_path=fp16, variant="fp16", loss_space="latent")
-    assert run_sd15.lora()
+    validation = {"validation_prompt": "a picture", "num_validation_images": 1, "max_train_steps": 1}
+    run_sd15("--run_validation", pretrained_model_name_or_path=fp16, variant="fp16", loss_space="latent", **validation)
+    assert run_sd15.lora() and (run_sd15.output_dir / "validation/step-1.png").is_file()
 
 
 @pytest.mark.bad_input
@@ -203,7 +204,19 @@ def test_vaes_whose_latents_are_shifted(run_sd15, checkpoint, no_models, option)
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 
-def test_a_unet_without_mid_block(run_sd15, checkpoint, monkeypatch):
+@pytest.mark.xfail(reason="the message names the flag of the base model", raises=AssertionError, strict=True)
+@pytest.mark.bad_input
+def test_a_vae_of_its_own_is_looked_at_too(run_sd15, checkpoint, no_models):
+    edit_json(checkpoint / "vae/config.json", shift_factor=0.1)
+    with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path .*/vae.* has a shift_factor"):
+        run_sd15(pretrained_vae_model_name_or_path=checkpoint / "vae")
+    AutoencoderTiny().save_config(checkpoint / "vae")
+    with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path .*/vae.* AutoencoderTiny"):
+        run_sd15(pretrained_vae_model_name_or_path=checkpoint / "vae")
+
+
+@pytest.mark.bad_input
+def test_a_unet_without_mid_block(run_sd15, checkpoint):
     sd15_unet(sample_size=16, mid_block_type=None).save_pretrained(checkpoint / "unet")
     with pytest.raises(ValueError, match="has no mid block: give --ncp_layer down"):
         run_sd15(pretrained_model_name_or_path=checkpoint)
@@ -230,10 +243,11 @@ def test_a_tokenizer_that_does_not_say_how_much_is_too_much(checkpoint):
 
 
 def test_empty_captions_of_sdxl_are_embedded_as_its_pipeline_does(sdxl):
-    components = components_of(train_ncp_dpo_sdxl, sdxl)
-    prompt = train_ncp_dpo_sdxl.encode_prompt(components, ["", "a cat"])
-    for value in prompt.values():
-        assert not value[0].any() and value[1].any()
-    edit_json(sdxl / "model_index.json", force_zeros_for_empty_prompt=False)
-    components = components_of(train_ncp_dpo_sdxl, sdxl)
-    assert all(value[0].any() for value in train_ncp_dpo_sdxl.encode_prompt(components, ["", "a cat"]).values())
+    for zeros in (True, False):
+        edit_json(sdxl / "model_index.json", force_zeros_for_empty_prompt=zeros)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl)
+        prompt_embeds, empty_embeds, pooled_embeds, empty_pooled_embeds = pipeline.encode_prompt("a cat")
+        prompt = train_ncp_dpo_sdxl.encode_prompt(components_of(train_ncp_dpo_sdxl, sdxl), ["", "a cat"])
+        torch.testing.assert_close(prompt["prompt_embeds"], torch.cat([empty_embeds, prompt_embeds]))
+        torch.testing.assert_close(prompt["pooled_prompt_embeds"], torch.cat([empty_pooled_embeds, pooled_embeds]))
+        assert prompt["prompt_embeds"][0].any() != zeros

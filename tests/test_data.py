@@ -297,6 +297,23 @@ def test_datasets_read_no_file_outside_their_folder(tmp_path, where):
         pairs[0, 0]
 
 
+def test_paths_below_the_data_are_read(tmp_path):
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    (folder / "images").mkdir(parents=True)
+    cache.mkdir()
+    for path in (folder / "images/a.png", cache / "b.png"):
+        picture(0).save(path)
+    os.symlink(folder / "images/a.png", folder / "link.png")
+    for path in ("images/a.png", "link.png", str(folder / "images/a.png")):
+        located = locate_image(arguments(dataset_name=str(folder)), {"bytes": None, "path": path})
+        assert located == str((folder / "images/a.png").resolve())
+    # What a dataset of the hub was unpacked to.
+    hub = arguments(dataset_name="somebody/pairs", cache_dir=str(cache))
+    assert read_image(locate_image(hub, {"bytes": None, "path": str(cache / "b.png")})).size == picture(0).size
+    with pytest.raises(ValueError, match="a.png is not in .*cache"):
+        locate_image(hub, {"bytes": None, "path": str(folder / "images/a.png")})
+
+
 @pytest.mark.bad_input
 def test_image_folders_read_no_file_outside(tmp_path):
     folder = Path(build_image_folder(tmp_path / "images", num_pairs=2))

@@ -212,6 +212,18 @@ def test_a_checkpoint_from_before_a_flag_was_trained_with_its_default(run_sd15):
     assert (run_sd15.output_dir / "checkpoint-3").is_dir()
 
 
+@pytest.mark.xfail(reason="KeyError: a flag that a checkpoint lacks is no default here", raises=KeyError, strict=True)
+def test_an_error_scale_from_before_a_flag_is_kept(run_sd15, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("measured again")
+
+    run_sd15()
+    run_sd15.edit_state("checkpoint-2", lambda state: state["arguments"].pop("ncp_timestep"))
+    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_error_scale", refuse)
+    run_sd15(max_train_steps=3, resume_from_checkpoint="latest")
+    assert run_sd15.state("checkpoint-3")["error_scale"] == run_sd15.state("checkpoint-2")["error_scale"]
+
+
 def test_a_finished_run_goes_on(run_sd15):
     run_sd15(max_train_steps=4, loss_space="latent")
     uninterrupted = run_sd15.lora()
@@ -261,6 +273,19 @@ def test_file_systems_that_synchronize_nothing(run_sd15, monkeypatch, number, pa
         assert not list(run_sd15.output_dir.glob("*checkpoint-*"))
 
 
+@pytest.mark.xfail(reason="folders are opened in any case", raises=RuntimeError, strict=True)
+def test_folders_that_cannot_be_opened(run_sd15, monkeypatch):
+    def open_file(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_descriptor(path, *args, **kwargs)
+
+    open_descriptor = os.open
+    monkeypatch.setattr(train_ncp_dpo_sd15.os, "open", open_file)
+    run_sd15(loss_space="latent")
+    assert (run_sd15.output_dir / "checkpoint-2/training_state.json").is_file()
+
+
 def test_local_checkpoints_are_loaded_by_name(run_sd15, monkeypatch):
     def guess(*args, **kwargs):
         raise ValueError("When using the offline mode, you must specify a `weight_name`.")
@@ -281,12 +306,16 @@ script.main(script.parse_args(sys.argv[2:]))
 """
 
 
+@pytest.mark.bad_input
 def test_machines_that_share_no_folder(run_sd15, tmp_path):
     launcher = tmp_path / "launcher.py"
     launcher.write_text(LAUNCHER)
     folders = [tmp_path / f"machine{rank}" for rank in range(2)]
     for folder in folders:
         folder.mkdir()
+    run_sd15.output_dir = run_sd15.arguments["--output_dir"] = folders[0] / "output"
+    run_sd15(loss_space="latent")
+    run_sd15.edit_state("checkpoint-2", lambda state: state.update(num_processes=2))
     run_sd15.arguments["--output_dir"] = "output"
 
     def launch(**options):
@@ -304,9 +333,6 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
         command += [str(tmp_path / "machine"), *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
-    result = launch()
-    assert result.returncode == 0, result.stderr
-    assert (folders[0] / "output/checkpoint-2").is_dir() and not list(folders[1].glob("output/*checkpoint-*"))
     # Averaging a LoRA that goes on with one that starts anew would ruin it.
     result = launch(max_train_steps=3, resume_from_checkpoint="latest")
     assert result.returncode != 0
@@ -315,6 +341,8 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
     shutil.copytree(folders[0] / "output/checkpoint-2", folders[1] / "output/checkpoint-2")
     result = launch(max_train_steps=3, resume_from_checkpoint="latest")
     assert result.returncode == 0, result.stderr
+    assert (folders[0] / "output/checkpoint-3").is_dir()
+    assert [path.name for path in folders[1].glob("output/*checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.bad_input

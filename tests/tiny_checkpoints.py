@@ -157,7 +157,7 @@ def build_image_folder(folder, num_pairs=12, num_ties=1):
     """Images with a metadata.jsonl, as `--train_data_dir` takes it."""
     (folder / "images").mkdir(parents=True)
     columns = pair_columns(num_pairs, num_ties)
-    with open(folder / "metadata.jsonl", "w") as file:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for index, (label, caption) in enumerate(zip(columns["label_0"], columns["caption"])):
             row = {"label_0": label, "caption": caption}
             for column in ("jpg_0", "jpg_1"):
