@@ -147,7 +147,6 @@ def number(kind, rule, accepts):
 COUNT = number(int, "at least 1", lambda value: value >= 1)
 POSITIVE = number(float, "greater than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number(float, "at least 0", lambda value: 0 <= value < math.inf)
-SCALE = number(lambda text: text if text == "auto" else float(text), "auto or > 0", lambda x: x == "auto" or x > 0)
 SHARE = number(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
 SEED = number(int, "within 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 
@@ -180,6 +179,9 @@ def add_shared_arguments(parser):
 
 
 def create_parser():
+    def auto_or_positive(text):
+        return text if text == "auto" else POSITIVE(text)
+
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add_shared_arguments(parser)
@@ -198,7 +200,7 @@ def create_parser():
     add("--ncp_timestep", choices=TARGET_TIMESTEPS, default="previous", help="Timestep that the features see.")
     add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
     scale = "Unit of perceptual errors, auto: measured, so that all else means what it does in latent space; 1: the paper's."
-    add("--ncp_error_scale", type=SCALE, default="auto", help=scale)
+    add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="Where everything is written.")
@@ -594,6 +596,13 @@ def open_pairs(args, accelerator, noise_scheduler, vae_config):
     else:
         dataset = load_dataset(args)
         pairs = PreferencePairs(dataset, find_rows(args, dataset), args, *drawn)
+        if args.train_data_dir is not None and args.on_bad_sample == "error":
+            for column in (args.image_0_column, args.image_1_column):
+                images = dataset[column][:]
+                for row in pairs.rows:
+                    if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
+                        where = f"{column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}"
+                        raise ValueError(f"Row {row}: {where}.")
     num_pairs, batch_size = len(pairs.rows), args.train_batch_size * accelerator.num_processes
     if num_pairs < batch_size:
         batch = f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} process(es)"
@@ -657,6 +666,9 @@ def check_checkpoint(args):
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
         raise ValueError(f"{where} is a single file. Convert it, and give the folder: {convert}")
     unet, vae = load_config(args, "unet"), load_config(args, "vae")
+    vae_where = f"{source_flag(args, 'vae')} {component_source(args, 'vae')['pretrained_model_name_or_path']}"
+    if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{vae_where}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
     kind = unet.get("addition_embed_type")
     if kind != ADDITION_EMBED_TYPE:
         script = {None: "use train_ncp_dpo_sd15.py", "text_time": "use train_ncp_dpo_sdxl.py"}
@@ -671,7 +683,7 @@ def check_checkpoint(args):
         raise ValueError(f"{where}: {channels}. Inpainting and similar models cannot be trained.")
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
-            raise ValueError(f"{where}: its VAE has a {option}, which is not supported.")
+            raise ValueError(f"{vae_where}: its VAE has a {option}, which is not supported.")
     # What configurations from before this entry mean.
     vae.setdefault("scaling_factor", 0.18215)
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -890,7 +902,10 @@ def create_perception(args, accelerator, dataloader, policy, components, noise_s
     perception = NoiseConditionedPerception(policy, noise_scheduler, *options)
     if args.ncp_error_scale != "auto":
         error_scale = args.ncp_error_scale
-    elif saved is not None and all(saved["arguments"][name] == getattr(args, name) for name in ERROR_ARGUMENTS):
+    elif saved is not None and all(
+        saved["arguments"].get(name, create_parser().get_default(name)) == getattr(args, name)
+        for name in ERROR_ARGUMENTS
+    ):
         error_scale = saved["error_scale"]
     else:
         measured_with = policy, components, noise_scheduler, perception
@@ -1141,9 +1156,12 @@ class Checkpoints:
     @staticmethod
     def synchronize(path):
         """Waits until a file or folder is on the disk itself, where that can be asked for."""
-        if os.name == "nt" and path.is_dir():
-            return
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        except PermissionError:
+            if path.is_dir():  # as on Windows, which opens no folders
+                return
+            raise
         try:
             os.fsync(descriptor)
         except OSError as error:

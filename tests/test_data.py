@@ -329,7 +329,7 @@ def test_image_folders_read_no_file_outside(tmp_path):
 def test_image_folders_name_what_is_not_there(run_sd15, no_models, tmp_path):
     folder = Path(build_image_folder(tmp_path / "images", num_pairs=2))
     edit_metadata(folder, lambda rows: [json.dumps({**row, "jpg_0_file_name": "images/none.png"}) for row in rows])
-    with pytest.raises(ValueError, match=r"Row \d .*jpg_0 cannot be read as an image: .*No such file.*none.png"):
+    with pytest.raises(ValueError, match=r"Row 0: jpg_0 is 'images/none.png', which is no file in .*images"):
         run_sd15(dataset_name=None, train_data_dir=folder)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="--train_data_dir: there is no file .*metadata.jsonl"):
@@ -523,6 +523,20 @@ def test_unreadable_image_later(run_sd15, tmp_path, workers):
         )
     assert all(weight.any() for weight in run_sd15.up_weights("checkpoint-4").values())
     assert not (run_sd15.output_dir / "checkpoint-6").exists()
+
+
+@pytest.mark.bad_input
+def test_a_file_that_is_not_there_is_named_before_training(checkpoints, tmp_path, no_models):
+    folder = Path(build_image_folder(tmp_path / "images", num_pairs=6))
+    last = [row for _, row in EpochSampler(list(range(6)), seed=0)][-1]
+    (folder / f"images/{last}_jpg_1.png").unlink()
+    run = Run("sd15", checkpoints["sd15"], None, tmp_path / "output")
+    with pytest.raises(
+        ValueError, match=f"Row {last}: jpg_1 is 'images/{last}_jpg_1.png', which is no file in .*images"
+    ):
+        run(train_data_dir=folder)
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run(train_data_dir=folder, on_bad_sample="skip")
 
 
 def test_image_folder(checkpoints, tmp_path, caplog):
