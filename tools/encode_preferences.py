@@ -103,12 +103,12 @@ configs:
   data_files: prompts/*.arrow
 ---
 
-Preference pairs, encoded by `tools/encode_preferences.py` for `{trainer} --encoded_data_dir`; `encoding.json` says by what.
+Preference pairs, encoded by `tools/encode_preferences.py`; `encoding.json` says by what, and which script trains on them.
 
-`safetensors.torch.load(row["tensors"])` gives a row's tensors. Of a pair: `latents`, scaled, of shape (2, {orientations}, C, h, w),
-{time_ids}the winner first, then the loser, each {flips}. Of a prompt: its text embeddings. A pair's `prompt` is
-the number of its caption's row in `prompts`, its `row` that of the pair in the source, its `label` 1 if the source's first image
-won and 0 if the second did.
+`safetensors.torch.load(row["tensors"])` gives a row's tensors. Of a pair: scaled `latents` of shape (2, orientations, C, h, w) and,
+for SDXL, `time_ids` of shape (2, orientations, 6): the winner, then the loser, each as it is and, unless `no_hflip`, flipped
+horizontally. Of a prompt: its text embeddings. A pair's `prompt` is the number of its caption's row in `prompts`, its `row` that of
+the pair in the source, its `label` 1 if the source's first image won and 0 if the second did.
 """
 
 
@@ -300,14 +300,8 @@ def open_folder(folder, encoding):
         with whole_file(path) as incomplete:
             incomplete.write_text(json.dumps(encoding, indent=2) + "\n", encoding="utf-8")
     if not (folder / "README.md").exists():
-        words = {
-            "trainer": encoding["trainer"],
-            "orientations": 1 if encoding["no_hflip"] else 2,
-            "flips": "as it is" if encoding["no_hflip"] else "as it is and flipped horizontally",
-            "time_ids": "and `time_ids`: " if encoding["trainer"] == Path(train_ncp_dpo_sdxl.__file__).name else "",
-        }
         with whole_file(folder / "README.md") as incomplete:
-            incomplete.write_text(README.format(**words), encoding="utf-8")
+            incomplete.write_text(README, encoding="utf-8")
     for kind in ("pairs", "prompts"):
         (folder / kind).mkdir(exist_ok=True)
 
@@ -438,7 +432,8 @@ def main(args):
             decoded = map_ahead(pool, decode, read(wanted), 2 * args.num_workers)
             bar = tqdm(decoded, total=len(wanted), desc="Pairs", disable=not accelerator.is_local_main_process)
             encode_pairs(args, trainer, components, dtype, missing["pairs"], iter(bar), prompts)
-        else:
+        elif accelerator.num_processes == 1:
+            # Of several, others may have something left.
             logger.info(f"Nothing is left to encode: {folder} holds all of it already")
 
     accelerator.wait_for_everyone()
