@@ -27,7 +27,9 @@ by a detached factor s, and the feature difference divided by s: to first order 
 """
 
 import contextlib
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,17 +38,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-LOSS_TYPES = ("dpo", "ipo", "hinge", "cpo", "sft")
-REFERENCE_FREE_LOSS_TYPES = ("cpo", "sft")
 LAYERS = ("mid", "down")
 TARGET_TIMESTEPS = ("previous", "current", "zero")
+TIMESTEP_WEIGHTINGS = ("none", "balanced", "ncp")
 DEFAULT_PROBE_RMS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
-
-
-class PreferenceLoss(NamedTuple):
-    loss: torch.Tensor
-    margin: torch.Tensor
-    implicit_accuracy: torch.Tensor
 
 
 def latent_error(model_pred, target):
@@ -64,66 +59,282 @@ def latent_error(model_pred, target):
     return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
-def preference_loss(errors, ref_errors=None, loss_type="dpo", beta=5000.0, sft_weight=1.0, label_smoothing=0.0):
+# Losses
+
+
+class Pairs(NamedTuple):
+    """What a loss is made of: tensors of shape `(B,)`, and its options."""
+
+    errors_w: torch.Tensor  # e_w
+    errors_l: torch.Tensor  # e_l
+    margin: torch.Tensor  # m = (r_w - r_l) - (e_w - e_l), r = 0 in losses without a reference
+    logits: torch.Tensor  # z = ½·β·m
+    beta: float
+    label_smoothing: float  # ε
+    target_margin: float  # γ
+
+
+class LossType(NamedTuple):
+    losses: Callable  # of `Pairs`, a loss for each
+    needs_reference: bool
+    beta: float  # what to try first
+    sft_weight: float | None  # λ by default; `None`: it has none
+    has_label_smoothing: bool
+    uses_logits: bool  # whether β enters by z alone
+
+
+LOSSES = {}
+
+
+def _loss_type(needs_reference=True, beta=5000.0, sft_weight=0.0, has_label_smoothing=False, uses_logits=True):
+    # Enters a function `_name` into `LOSSES` as "name".
+    def enter(losses):
+        kind = LossType(losses, needs_reference, beta, sft_weight, has_label_smoothing, uses_logits)
+        LOSSES[losses.__name__[1:]] = kind
+        return losses
+
+    return enter
+
+
+@_loss_type(has_label_smoothing=True)
+def _dpo(pairs):
+    """-(1-ε)·log σ(z) - ε·log σ(-z) (eq. 18; arXiv:2311.12908; ε: arXiv:2305.18290)"""
+    smoothing = pairs.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(pairs.logits) - smoothing * F.logsigmoid(-pairs.logits)
+
+
+@_loss_type()
+def _ipo(pairs):
+    """(z - ½)² (arXiv:2310.12036)"""
+    return (pairs.logits - 0.5).square()
+
+
+@_loss_type()
+def _hinge(pairs):
+    """max(0, 1 - z) (arXiv:2305.10425)"""
+    return F.relu(1 - pairs.logits)
+
+
+@_loss_type(needs_reference=False, sft_weight=1.0, has_label_smoothing=True)
+def _cpo(pairs):
+    """As "dpo", without a reference and with λ = 1 (eq. 19; arXiv:2401.08417)."""
+    return _dpo(pairs)
+
+
+@_loss_type(needs_reference=False, sft_weight=None)
+def _sft(pairs):
+    """e_w"""
+    return pairs.errors_w
+
+
+@_loss_type(needs_reference=False)
+def _simpo(pairs):
+    """-log σ(z - γ) (arXiv:2405.14734)"""
+    return -F.logsigmoid(pairs.logits - pairs.target_margin)
+
+
+@_loss_type(needs_reference=False, beta=0.1, uses_logits=False)
+def _mapo(pairs):
+    """e_w - β·log σ(T·(h(e_w) - h(e_l))), h(e) = s·e / (exp(s·e) - 1), s = ½, T = 1000 (arXiv:2406.06424)"""
+
+    def h(errors):
+        x = 0.5 * errors
+        # Near 0, where e is at the first timestep, by the series; exp must not overflow either.
+        large = x.clamp(0.01, 80)
+        return torch.where(x < 0.01, 1 - x / 2 + x.square() / 12, large / torch.expm1(large))
+
+    return pairs.errors_w - pairs.beta * F.logsigmoid(1000 * (h(pairs.errors_w) - h(pairs.errors_l)))
+
+
+@_loss_type()
+def _dmpo(pairs):
+    """KL(σ(z) ‖ 1-α) = σ(z)·log(σ(z)/(1-α)) + σ(-z)·log(σ(-z)/α), α = 0.01 (arXiv:2507.07510)"""
+    wins, loses = F.logsigmoid(pairs.logits), F.logsigmoid(-pairs.logits)
+    return wins.exp() * (wins - math.log(0.99)) + loses.exp() * (loses - math.log(0.01))
+
+
+@_loss_type(beta=100.0, uses_logits=False)
+def _linear(pairs):
+    """u·(e_w - e_l), u = clip(½ - 0.2·β·m, η, 1-η) held constant, η = 0.001 (arXiv:2605.21123, its moving reference left out)"""
+    slope = (0.5 - 0.2 * pairs.beta * pairs.margin.detach()).clamp(0.001, 0.999)
+    return slope * (pairs.errors_w - pairs.errors_l)
+
+
+LOSS_TYPES = tuple(LOSSES)
+REFERENCE_FREE_LOSS_TYPES = tuple(name for name, kind in LOSSES.items() if not kind.needs_reference)
+
+
+class PreferenceLoss(NamedTuple):
+    loss: torch.Tensor
+    margin: torch.Tensor
+    implicit_accuracy: torch.Tensor
+
+
+def preference_loss(
+    errors,
+    ref_errors=None,
+    loss_type="dpo",
+    beta=None,
+    sft_weight=None,
+    label_smoothing=0.0,
+    target_margin=1.0,
+    winner_probability=None,
+    error_gradients=None,
+):
     r"""
-    Preference loss of pairs from the errors of their samples, whichever space these were measured in.
-
-    With m = (r_w - r_l) - (e_w - e_l), r = 0 in "cpo" and "sft", and z = ½·β·m:
-
-    - "dpo": -log σ(z) (eq. 18; with label smoothing ε: -(1-ε)·log σ(z) - ε·log σ(-z))
-    - "ipo": (z - ½)²
-    - "hinge": max(0, 1 - z)
-    - "cpo": as "dpo", plus λ·e_w (eq. 19)
-    - "sft": e_w
+    Preference loss of pairs from the errors of their samples, whichever space these were measured in: a loss of `LOSSES`,
+    each of which says its formula, plus λ·e_w.
 
     Args:
         errors (`torch.Tensor` of shape `(2B,)`): the policy's errors, B winners first, then their B losers.
-        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): the reference's in the same order; "cpo" and "sft" do
-            without.
-        loss_type (`str`): one of `LOSS_TYPES`.
-        beta (`float`): β, how far the policy may leave the reference; the smaller, the farther.
-        sft_weight (`float`): λ of "cpo".
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): the reference's in the same order, for losses with one.
+        loss_type (`str`): a key of `LOSSES`.
+        beta (`float`, *optional*): β, by default that of the loss in `LOSSES`. In most losses how far the policy may leave
+            the reference: the smaller, the farther.
+        sft_weight (`float`, *optional*): λ, by default 1 for "cpo" and 0 for others; "sft" has none.
         label_smoothing (`float`): ε in [0, 0.5), the share of labels taken to be wrong ("dpo" and "cpo").
+        target_margin (`float`): γ, what z is to exceed ("simpo").
+        winner_probability (`torch.Tensor` of shape `(B,)`, *optional*): how sure it is that winners won, in [0, 1]. With
+            p the loss is p times its own plus 1 - p times that with winner and loser exchanged.
+        error_gradients (`torch.Tensor` of shape `(2B, C, H, W)`, *optional*): g = ∂e/∂pred. With them the gradient of e_l is
+            multiplied by min(1, (1-μ)·‖g_w‖²/⟨g_w, g_l⟩) where ⟨g_w, g_l⟩ > 0, μ = 0.9: a step against the gradient with
+            respect to the predictions cannot raise e_w to first order (arXiv:2511.03317).
 
     Returns:
         `PreferenceLoss`: `loss` (a scalar, the mean over pairs), `margin` m of shape `(B,)`, and `implicit_accuracy`, the
         share of pairs with m > 0, ties counting half (a scalar).
 
     Raises:
-        `ValueError`: unknown `loss_type`, an odd number of errors, "dpo", "ipo" or "hinge" without `ref_errors`,
-        `label_smoothing` out of range or with a loss that has none.
+        `ValueError`: unknown `loss_type`, an odd number of errors, no `ref_errors` for a loss that needs them,
+        `label_smoothing` out of range or with a loss that has none, `sft_weight` with "sft".
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"`loss_type` is {loss_type!r}, but must be one of {', '.join(LOSS_TYPES)}.")
+    if loss_type not in LOSSES:
+        raise ValueError(f"`loss_type` is {loss_type!r}, but must be one of {', '.join(LOSSES)}.")
+    kind = LOSSES[loss_type]
     if errors.shape[0] % 2:
         raise ValueError(f"`errors` must hold as many winners as losers, but its length is {errors.shape[0]}.")
-    if loss_type in REFERENCE_FREE_LOSS_TYPES:
+    if not kind.needs_reference:
         ref_errors = torch.zeros_like(errors)
     elif ref_errors is None:
         raise ValueError(f"loss type {loss_type!r} needs `ref_errors`, the errors of the reference model.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"`label_smoothing` is {label_smoothing}, but must be in [0, 0.5).")
-    if label_smoothing and loss_type not in ("dpo", "cpo"):
+    if label_smoothing and not kind.has_label_smoothing:
         raise ValueError(f"loss type {loss_type!r} has no `label_smoothing`; 'dpo' and 'cpo' have.")
+    if sft_weight is not None and kind.sft_weight is None:
+        raise ValueError(f"loss type {loss_type!r} has no `sft_weight`: it is the winner's error alone.")
+    beta = kind.beta if beta is None else beta
+    sft_weight = kind.sft_weight or 0.0 if sft_weight is None else sft_weight
 
-    errors_w, errors_l = errors.chunk(2)
-    ref_errors_w, ref_errors_l = ref_errors.chunk(2)
-    margin = (ref_errors_w - ref_errors_l) - (errors_w - errors_l)
-    logits = 0.5 * beta * margin
+    def losses_and_margin(errors, ref_errors, error_gradients):
+        errors_w, errors_l = errors.chunk(2)
+        ref_errors_w, ref_errors_l = ref_errors.chunk(2)
+        if error_gradients is not None:
+            constant = errors_l.detach()
+            errors_l = constant + _safeguard(error_gradients).to(constant) * (errors_l - constant)
+        margin = (ref_errors_w - ref_errors_l) - (errors_w - errors_l)
+        pairs = Pairs(errors_w, errors_l, margin, 0.5 * beta * margin, beta, label_smoothing, target_margin)
+        return kind.losses(pairs) + sft_weight * errors_w, margin
 
-    if loss_type == "ipo":
-        losses = (logits - 0.5).square()
-    elif loss_type == "hinge":
-        losses = F.relu(1 - logits)
-    elif loss_type == "sft":
-        losses = errors_w
-    else:
-        losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-        if loss_type == "cpo":
-            losses = losses + sft_weight * errors_w
+    losses, margin = losses_and_margin(errors, ref_errors, error_gradients)
+    if winner_probability is not None:
+        half = errors.shape[0] // 2
+        exchanged = (None if x is None else x.roll(half, 0) for x in (errors, ref_errors, error_gradients))
+        losses = winner_probability * losses + (1 - winner_probability) * losses_and_margin(*exchanged)[0]
+    return PreferenceLoss(losses.mean(), margin, (0.5 * (margin.sign() + 1)).mean())
 
-    implicit_accuracy = ((margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)).mean()
-    return PreferenceLoss(losses.mean(), margin, implicit_accuracy)
+
+def _safeguard(error_gradients, mu=0.9):
+    gradients = error_gradients.flatten(1)
+    g_w, g_l = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).chunk(2)
+    inner, limit = (g_w * g_l).sum(dim=1), (1 - mu) * g_w.square().sum(dim=1)
+    return torch.where(inner > limit, limit / inner, 1.0)
+
+
+# The unit of errors, and timesteps
+
+
+def spread_timesteps(timesteps, first, count, offset):
+    """
+    Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
+    it is cut off: multiples of the golden ratio modulo 1, from `offset` in [0, 1) on.
+    """
+    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
+    return timesteps[(positions * len(timesteps)).long()]
+
+
+def error_scale(latent_margins, feature_margins):
+    """
+    The unit ρ that gives errors in feature space the size of those in latent space, so that β, λ and learning rates keep
+    their meaning: log ρ = mean(log|m_latent| - log|m_feature|).
+
+    Margins, unlike errors, are what losses see. Their tails are heavy, so that of a few hundred pairs the geometric mean
+    is steady, and standard deviations are not.
+
+    Args:
+        latent_margins (`torch.Tensor` of shape `(B,)`): (r_w - r_l) - (e_w - e_l) in latent space, under a small random
+            change of the policy, at timesteps from [`spread_timesteps`].
+        feature_margins (`torch.Tensor` of shape `(B,)`): of the same pairs, timesteps and change, by
+            [`NoiseConditionedPerception`] with an `error_scale` of 1.
+
+    Returns:
+        `tuple[float, float]`: ρ, and the standard error of log ρ. Margins of 0, as at the first timestep, do not count.
+
+    Raises:
+        `ValueError`: fewer than two pairs have margins in both spaces.
+    """
+    ratios = latent_margins.double().abs().log() - feature_margins.double().abs().log()
+    ratios = ratios[ratios.isfinite()]
+    if len(ratios) < 2:
+        raise ValueError(f"{len(ratios)} pairs have margins other than 0 in both spaces, but two or more must have.")
+    return ratios.mean().exp().item(), ratios.std().item() / math.sqrt(len(ratios))
+
+
+def margin_profile(timesteps, margins, all_timesteps, num_bins=8):
+    """
+    The size of margins by timestep: the mean of log|m| in equal bins.
+
+    Args:
+        timesteps (`torch.LongTensor` of shape `(B,)`): of each margin.
+        margins (`torch.Tensor` of shape `(B,)`): as for [`error_scale`], in one space.
+        all_timesteps (`torch.LongTensor` of shape `(T,)`): what bins are made of, ascending.
+
+    Returns:
+        `torch.Tensor` of shape `(num_bins,)`, fewer if T is less, in float64.
+    """
+    num_bins, logs = min(num_bins, len(all_timesteps)), margins.double().abs().log()
+    bins = torch.searchsorted(all_timesteps, timesteps) * num_bins // len(all_timesteps)
+    return torch.stack([logs[logs.isfinite() & (bins == index)].mean() for index in range(num_bins)])
+
+
+def smooth_curve(values, length):
+    """`length` points of the cosine series that takes `values`, of shape `(K,)`, at the centres of K equal bins."""
+
+    def cosines(count):
+        positions = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return torch.cos(math.pi * positions[:, None] * torch.arange(len(values)))
+
+    return cosines(length) @ torch.linalg.solve(cosines(len(values)), values)
+
+
+def timestep_weights(weighting, latent_profile, feature_profile, loss_space, length):
+    """
+    Weights of errors by timestep, smooth, positive, and 1 in the mean.
+
+    Args:
+        weighting (`str`): "balanced" is 1 over the size of margins, so that they spread alike at all timesteps; "ncp" gives
+            latent errors the profile of perceptual ones; "none" is 1.
+        latent_profile, feature_profile (`torch.Tensor` of shape `(num_bins,)`): by [`margin_profile`].
+        loss_space (`str`): "latent" or "ncp", where the errors that "balanced" divides were measured.
+        length (`int`): the number of timesteps.
+
+    Returns:
+        `torch.Tensor` of shape `(length,)`, in float64.
+    """
+    balanced = -(latent_profile if loss_space == "latent" else feature_profile)
+    profiles = {"none": 0 * balanced, "balanced": balanced, "ncp": feature_profile - latent_profile}
+    weights = smooth_curve(profiles[weighting], length).exp()
+    return weights / weights.mean()
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a LoRA for SDXL on preference pairs, by DPO, IPO, hinge, CPO or SFT, in the feature space of the frozen U-Net's
-encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
+"""Trains a LoRA for SDXL on preference pairs, by DPO, CPO, SFT and others, in the feature space of the frozen U-Net's encoder
+(Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
 
     accelerate launch train_ncp_dpo_sdxl.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dataset_name kashif/pickascore \
@@ -29,7 +29,10 @@ perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on th
 
 import argparse
 import bisect
-import errno
+import collections
+import contextlib
+import copy
+import datetime
 import functools
 import hashlib
 import io
@@ -48,6 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import ncp_loss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,20 +61,18 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from huggingface_hub import ModelCard, ModelCardData, create_repo, list_repo_files, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
-from ncp_loss import (
-    LAYERS,
-    LOSS_TYPES,
-    REFERENCE_FREE_LOSS_TYPES,
-    TARGET_TIMESTEPS,
-    NoiseConditionedPerception,
-    StepTable,
-    adapters_disabled,
-    latent_error,
-    preference_loss,
-)
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -102,6 +104,10 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 DEFAULTS = {"output_dir": "ncp-dpo-sdxl-lora", "tracker_name": "ncp-dpo-sdxl-lora", "resolution": 1024}
 # What a U-Net adds to its time embedding tells SDXL's from the others'.
 ADDITION_EMBED_TYPE = "text_time"
+# Whether the base models' own VAE does in fp16, and so runs in fp32.
+VAE_OVERFLOWS = True
+# Where another beta than that of the loss itself is to be tried first.
+BETAS = {"linear": 500}
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.json"
@@ -111,21 +117,25 @@ COLUMNS = {
     "image_1_column": ("images, encoded", "binary|string|struct"),
     "label_column": ("numbers", "u?int|halffloat|float|double|decimal"),
     "caption_column": ("text", "string"),
+    "preference_probability_column": ("numbers", "u?int|halffloat|float|double|decimal"),
 }
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant rank lora_alpha mixed_precision
     image_0_column image_1_column label_column resolution random_crop no_hflip image_interpolation_mode seed
-    loss_type loss_space beta_dpo sft_weight label_smoothing ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale
+    preference_probability_column num_eval_pairs min_timestep max_timestep timestep_weighting
+    loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard
+    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale
     train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 CARD_ARGUMENTS = ("max_train_steps", "beta_dpo", "learning_rate", "rank", "resolution", "mixed_precision", "seed")
-# What an error scale is measured for.
-ERROR_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms")
+# What the unit of errors and their weights are measured for.
+UNIT_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms", "min_timestep", "max_timestep")
+# Pairs at least and at most, and the standard error of the scale's logarithm that is enough.
+MIN_UNIT_PAIRS, MAX_UNIT_PAIRS, UNIT_ERROR = 64, 512, 0.1
 # What encoded data must have been encoded with.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
-ERROR_SCALE_PAIRS = 64
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -150,6 +160,7 @@ COUNT = number(int, "at least 1", lambda value: value >= 1)
 POSITIVE = number(float, "greater than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 SHARE = number(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
+TIMESTEP = number(int, "at least 0", lambda value: value >= 0)
 SEED = number(int, "within 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
@@ -171,6 +182,7 @@ def add_shared_arguments(parser):
     add("--image_1_column", default="jpg_1", help="Column of the second image.")
     add("--label_column", default="label_0", help="Column of 1 or 0, whether the first image won, or 0.5, a tie.")
     add("--caption_column", default="caption", help="Column of the prompt.")
+    add("--preference_probability_column", help="Column of how likely the first image is to win, 0 to 1.")
     add("--max_train_samples", type=COUNT, help="Use the first so many pairs with a winner only.")
     add("--on_bad_sample", choices=["error", "skip"], default="error", help="What is done about unreadable pairs.")
     add("--cache_dir", help="Where downloaded datasets are stored.")
@@ -191,17 +203,42 @@ def create_parser():
     add_shared_arguments(parser)
     add = parser.add_argument_group("training data").add_argument
     add("--encoded_data_dir", help="What tools/encode_preferences.py wrote, instead of a dataset or folder of images.")
+    held_out = "Pairs, all of some prompts, that are not trained on but measured every --validation_steps."
+    add("--num_eval_pairs", type=COUNT, help=held_out)
     add("--random_crop", action="store_true", help="Crop at random instead of the centre.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss_type", choices=LOSS_TYPES, default="dpo", help="What is minimised.")
+    add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="What is minimised.")
     add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured.")
-    add("--beta_dpo", type=POSITIVE, default=5000, help="Weight of the KL divergence from the reference, halved.")
-    add("--sft_weight", type=NOT_NEGATIVE, default=1.0, help="Weight of the winner's error in cpo.")
+    betas = ", ".join(
+        f"{name} {kind.beta:g}" for name, kind in ncp_loss.LOSSES.items() if kind.beta != 5000 and name not in BETAS
+    )
+    add(
+        "--beta_dpo",
+        type=POSITIVE,
+        help=f"Beta. In most losses, the larger the closer to the reference. Default: 5000, {betas}.",
+    )
+    add(
+        "--sft_weight",
+        type=NOT_NEGATIVE,
+        help="Weight of the winner's error, added to any loss. Default: 1 in cpo, else 0.",
+    )
     add("--label_smoothing", type=SHARE, default=0.0, help="Share of labels taken to be wrong (dpo and cpo).")
-    add("--ncp_layer", choices=LAYERS, default="mid", help="Block whose features count.")
-    add("--ncp_timestep", choices=TARGET_TIMESTEPS, default="previous", help="Timestep that the features see.")
+    add("--target_margin", type=NOT_NEGATIVE, default=1.0, help="What logits are to exceed (simpo).")
+    add(
+        "--sdpo_safeguard",
+        action="store_true",
+        help="Weaken the loser's gradient where it would raise the winner's error.",
+    )
+    add("--min_timestep", type=TIMESTEP, default=0, help="First timestep to train on.")
+    add("--max_timestep", type=TIMESTEP, help="Last timestep to train on. Default: the noise scheduler's.")
+    weighting = "Weights of timesteps. balanced: margins spread alike at all; ncp, for latent errors: as in NCP."
+    add("--timestep_weighting", choices=ncp_loss.TIMESTEP_WEIGHTINGS, default="none", help=weighting)
+    add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features count.")
+    add(
+        "--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that the features see."
+    )
     add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
     scale = "Unit of perceptual errors, auto: measured, so that all else means what it does in latent space; 1: the paper's."
     add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
@@ -267,8 +304,16 @@ def check_arguments(args):
         raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
         raise ValueError("--encoded_data_dir holds one crop of every image: --random_crop does not go with it.")
-    if args.label_smoothing and args.loss_type not in ("dpo", "cpo"):
+    if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
         raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
+    if args.sft_weight is not None and ncp_loss.LOSSES[args.loss_type].sft_weight is None:
+        raise ValueError(
+            f"--sft_weight does not go with --loss_type {args.loss_type}: it is the winner's error alone."
+        )
+    if args.sdpo_safeguard and args.loss_type == "sft":
+        raise ValueError("--sdpo_safeguard does not go with --loss_type sft, which has no loser.")
+    if args.timestep_weighting == "ncp" and args.loss_space == "ncp":
+        raise ValueError("--timestep_weighting ncp is for --loss_space latent: errors in ncp space have that profile.")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does without.")
     if args.run_validation and args.validation_prompt is None:
@@ -286,6 +331,10 @@ def check_arguments(args):
 def parse_args(input_args=None):
     args = create_parser().parse_args(input_args)
     check_arguments(args)
+    if args.beta_dpo is None:
+        args.beta_dpo = BETAS.get(args.loss_type, ncp_loss.LOSSES[args.loss_type].beta)
+    if args.sft_weight is None:
+        args.sft_weight = ncp_loss.LOSSES[args.loss_type].sft_weight
     return args
 
 
@@ -328,10 +377,17 @@ def load_dataset(args):
         raise ValueError(f"--dataset_name {name} cannot be read: {what}") from error
 
 
+# Copied from train_ncp_dpo_sd15.pair_columns
+def pair_columns(args):
+    """The dataset's columns by their flags."""
+    return {flag: getattr(args, flag) for flag in COLUMNS if getattr(args, flag) is not None}
+
+
 # Copied from train_ncp_dpo_sd15.pair_features
 def pair_features(args):
-    types = [datasets.Image(decode=False)] * 2 + [datasets.Value("float64"), datasets.Value("string")]
-    return datasets.Features(dict(zip((getattr(args, flag) for flag in COLUMNS), types)))
+    number, image = datasets.Value("float64"), datasets.Image(decode=False)
+    types = {"images, encoded": image, "numbers": number, "text": datasets.Value("string")}
+    return datasets.Features({column: types[COLUMNS[flag][0]] for flag, column in pair_columns(args).items()})
 
 
 # Copied from train_ncp_dpo_sd15.one_line
@@ -342,9 +398,9 @@ def one_line(text, length=200):
 
 # Copied from train_ncp_dpo_sd15.check_columns
 def check_columns(args, schema):
-    """A `ValueError` if one of the four columns is not there or of a type that cannot be what it should."""
-    for flag, (wanted, types) in COLUMNS.items():
-        column = getattr(args, flag)
+    """A `ValueError` if one of the columns is not there or of a type that cannot be what it should."""
+    for flag, column in pair_columns(args).items():
+        wanted, types = COLUMNS[flag]
         if column not in schema.names:
             raise ValueError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
         if not re.match(f"null|(large_)?({types})", kind := one_line(schema.field(column).type)):
@@ -357,22 +413,25 @@ def load_image_folder(args):
     path = Path(args.train_data_dir, "metadata.jsonl")
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
-    keys = [getattr(args, flag) + ("_file_name" if "image" in flag else "") for flag in COLUMNS]
+    features = pair_features(args)
+    keys = {
+        column + ("_file_name" if "image" in flag else ""): pa.float64() if "numbers" in COLUMNS[flag] else pa.string()
+        for flag, column in pair_columns(args).items()
+    }
     columns = {key: [] for key in keys}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             row = dict(json.loads(line))
-            for key in keys:
+            for key, kind in keys.items():
                 if key not in row:
                     raise ValueError(f"has no {key!r}, but {', '.join(row)}")
                 # Fails for whatever is neither null nor a number or a text, lone surrogates among them.
-                pa.scalar(row[key], pa.float64() if key == args.label_column else pa.string())
+                pa.scalar(row[key], kind)
                 columns[key].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{path}, line {number}: {one_line(error)}") from error
-    features = pair_features(args)
     return datasets.Dataset.from_dict(dict(zip(features, columns.values())), features=features)
 
 
@@ -383,8 +442,11 @@ def find_rows(args, dataset):
         labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
     except UnicodeDecodeError as error:
         raise ValueError(f"--caption_column {args.caption_column} holds what is not UTF-8: {error}") from error
-    for row, (label, caption) in enumerate(zip(labels, captions)):
-        if problem := label_problem(label) or caption_problem(caption):
+    probabilities = itertools.repeat(1)
+    if args.preference_probability_column is not None:
+        probabilities = dataset[args.preference_probability_column]
+    for row, (label, caption, probability) in enumerate(zip(labels, captions, probabilities)):
+        if problem := label_problem(label) or caption_problem(caption) or probability_problem(probability):
             raise ValueError(f"Row {row}: {problem}.")
     rows = [row for row, label in enumerate(labels) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
@@ -403,10 +465,10 @@ def caption_problem(caption):
     return None if isinstance(caption, str) else "the caption is null, but must be a text"
 
 
-# Copied from train_ncp_dpo_sd15.digest_of_pairs
-def digest_of_pairs(rows, labels, captions):
-    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
-    return {"num_pairs": len(rows), "digest": digest.hexdigest()}
+# Copied from train_ncp_dpo_sd15.probability_problem
+def probability_problem(probability):
+    is_one = probability is not None and 0 <= probability <= 1
+    return None if is_one else f"the preference probability is {probability}, but must be from 0 to 1"
 
 
 # Copied from train_ncp_dpo_sd15.EpochSampler
@@ -434,11 +496,16 @@ class UnreadableImage(ValueError):
 
 # Copied from train_ncp_dpo_sd15.PreferencePairs
 class PreferencePairs(torch.utils.data.Dataset):
-    """`pairs[epoch, row]` for `rows`, ascending, as training sees them; `latent_shape` is `(C, H, W)` of an image's latents."""
+    """
+    `pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape` is `(C, H, W)` of
+    an image's latents.
+    """
 
-    def __init__(self, dataset, rows, args, latent_shape, num_train_timesteps):
+    def __init__(self, dataset, rows, args, latent_shape, timesteps):
         self.dataset, self.rows, self.args = dataset, rows, args
-        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.latent_shape, self.timesteps = latent_shape, timesteps
+        self.winner_only = args.loss_type == "sft" and args.preference_probability_column is None
+        self.fixed_timesteps = None
 
     def __getitem__(self, key):
         # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
@@ -446,7 +513,9 @@ class PreferencePairs(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(int(seed))
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
-        timesteps = torch.randint(self.num_train_timesteps, (), generator=generator)
+        timesteps = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
+        if self.fixed_timesteps is not None:
+            timesteps = self.fixed_timesteps[bisect.bisect_left(self.rows, key[1])]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
         drawn = {"timesteps": timesteps, "noise": noise, "variance_noise": variance_noise}
 
@@ -461,16 +530,44 @@ class PreferencePairs(torch.utils.data.Dataset):
                     raise
 
     def read(self, row, crop_position, flip):
-        """The winner and, except for sft, the loser, as `images`, and the `caption`."""
+        """The winner and the loser, unless for `winner_only`, as `images`, the `caption`, and how sure the winner is."""
         values = self.dataset[row]
-        images = read_images(self.args, row, values, winner_only=self.args.loss_type == "sft")
+        images = read_images(self.args, row, values, self.winner_only)
         images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
-        return {"images": images, "caption": values[self.args.caption_column]}
+        example = {"images": images, "caption": values[self.args.caption_column]}
+        if self.args.preference_probability_column is not None:
+            probability, label = values[self.args.preference_probability_column], values[self.args.label_column]
+            example["winner_probability"] = torch.tensor(probability if label == 1 else 1 - probability)
+        return example
+
+    def columns(self):
+        """Labels and captions, in the order of `rows`."""
+        dataset = self.dataset.select(self.rows)
+        return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
 
     def digest(self):
         """What a resumed run recognises its data by, as images or encoded."""
-        dataset, columns = self.dataset.select(self.rows), (self.args.label_column, self.args.caption_column)
-        return digest_of_pairs(self.rows, *(dataset[column][:] for column in columns))
+        digest = hashlib.sha256(json.dumps([self.rows, *self.columns()]).encode())
+        return {"num_pairs": len(self.rows), "digest": digest.hexdigest()}
+
+    def hold_out(self, num_pairs):
+        """Two parts without a caption in common, of which the second has at least so many pairs."""
+        captions, count = self.columns()[1], 0
+        sizes, held_out = sorted(collections.Counter(captions).items()), set()
+        for index in np.random.default_rng(self.args.seed).permutation(len(sizes)):
+            if count < num_pairs:
+                held_out.add(sizes[index][0])
+                count += sizes[index][1]
+        if count == len(captions):
+            what = f"--num_eval_pairs {num_pairs} leaves none to train on"
+            raise ValueError(f"{what}: there are {count} pairs of {len(sizes)} captions.")
+        train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
+        train_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption not in held_out]
+        eval_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption in held_out]
+        # They are compared, whatever is trained, and always at the same timesteps.
+        eval_pairs.winner_only = False
+        eval_pairs.fixed_timesteps = ncp_loss.spread_timesteps(self.timesteps, 0, len(eval_pairs.rows), 0.5)
+        return train_pairs, eval_pairs
 
 
 # Copied from train_ncp_dpo_sd15.read_images
@@ -597,26 +694,32 @@ class EncodedPairs(PreferencePairs):
 
     def __init__(self, pairs, prompts, *arguments):
         super().__init__(pairs, pairs["row"][:], *arguments)
-        self.prompts = prompts
+        self.prompts, self.stored_rows = prompts, self.rows
 
     def read(self, row, crop_position, flip):
-        values = self.dataset[bisect.bisect_left(self.rows, row)]
+        values = self.dataset[bisect.bisect_left(self.stored_rows, row)]
         tensors = safetensors.torch.load(values["tensors"])
-        sides = range(1 if self.args.loss_type == "sft" else 2)
-        return {
-            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
+        example = {
+            "images": [
+                {name: value[side, int(flip)] for name, value in tensors.items()}
+                for side in range(1 if self.winner_only else 2)
+            ],
             "prompt": safetensors.torch.load(self.prompts[values["prompt"]]["tensors"]),
         }
+        if self.args.preference_probability_column is not None:
+            example["winner_probability"] = torch.tensor(values["winner_probability"])
+        return example
 
-    def digest(self):
-        return digest_of_pairs(self.rows, self.dataset["label"][:], self.dataset["caption"][:])
+    def columns(self):
+        dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
+        return dataset["label"][:], dataset["caption"][:]
 
 
 # Copied from train_ncp_dpo_sd15.open_pairs
-def open_pairs(args, accelerator, noise_scheduler, vae_config):
-    """The pairs to train on, of which the first batch is known to be readable."""
+def open_pairs(args, accelerator, timesteps, vae_config):
+    """The pairs to train on, of which the first batch is known to be readable, and the held-out ones or `None`."""
     side = args.resolution // vae_config["downscaling_factor"]
-    drawn = (vae_config["latent_channels"], side, side), noise_scheduler.config.num_train_timesteps
+    drawn = (vae_config["latent_channels"], side, side), timesteps
     if args.encoded_data_dir is not None:
         pairs = EncodedPairs.open(args, vae_config, *drawn)
     else:
@@ -629,6 +732,10 @@ def open_pairs(args, accelerator, noise_scheduler, vae_config):
                     if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
                         where = f"{column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}"
                         raise ValueError(f"Row {row}: {where}.")
+    eval_pairs = None
+    if args.num_eval_pairs is not None:
+        pairs, eval_pairs = pairs.hold_out(args.num_eval_pairs)
+        logger.info(f"{len(eval_pairs.rows)} pairs are held out, {len(pairs.rows)} trained on")
     num_pairs, batch_size = len(pairs.rows), args.train_batch_size * accelerator.num_processes
     if num_pairs < batch_size:
         batch = f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} process(es)"
@@ -637,7 +744,7 @@ def open_pairs(args, accelerator, noise_scheduler, vae_config):
         logger.info(f"{tail} of {num_pairs} pairs do not fill a batch: every epoch leaves others out")
     for key in itertools.islice(EpochSampler(pairs.rows, args.seed), args.train_batch_size):
         pairs[key]
-    return pairs
+    return pairs, eval_pairs
 
 
 # Copied from train_ncp_dpo_sd15.collate_fn
@@ -661,9 +768,17 @@ def create_dataloader(args, pairs):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
-    sizes = {"batch_size": args.train_batch_size, "drop_last": True, "num_workers": args.dataloader_num_workers}
-    functions = {"collate_fn": collate_fn, "worker_init_fn": ignore_stop_signals}
-    return torch.utils.data.DataLoader(pairs, sampler=EpochSampler(pairs.rows, args.seed), **functions, **sizes)
+    return torch.utils.data.DataLoader(
+        pairs,
+        sampler=EpochSampler(pairs.rows, args.seed),
+        batch_size=args.train_batch_size,
+        drop_last=True,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=torch.accelerator.is_available(),
+    )
 
 
 # Copied from train_ncp_dpo_sd15.remaining_batches
@@ -690,7 +805,10 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
 
 # Copied from train_ncp_dpo_sd15.check_checkpoint
 def check_checkpoint(args):
-    """The noise scheduler and the VAE's configuration; a `ValueError` for what cannot be trained, before anything is read."""
+    """
+    The noise scheduler, the VAE's configuration and the timesteps to train on; a `ValueError` for what cannot be trained,
+    before anything is read.
+    """
     where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if Path(args.pretrained_model_name_or_path).is_file():
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -706,7 +824,8 @@ def check_checkpoint(args):
     size = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
     if unet["cross_attention_dim"] != size:
         raise ValueError(f"{where}: the U-Net takes embeddings of {unet['cross_attention_dim']}, but is given {size}.")
-    if args.loss_space == "ncp" and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
+    perceives = args.loss_space == "ncp" or args.timestep_weighting != "none"
+    if perceives and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
         raise ValueError(f"{where} has no mid block: give --ncp_layer down.")
     if unet["in_channels"] != vae["latent_channels"]:
         channels = f"the U-Net takes {unet['in_channels']} channels, the VAE gives {vae['latent_channels']}"
@@ -723,12 +842,17 @@ def check_checkpoint(args):
     if not {"beta_schedule", "trained_betas"} & scheduler.keys():
         raise ValueError(f"{where}: its {scheduler['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(scheduler)
-    if args.loss_space == "ncp" or scheduler.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
+    if perceives or scheduler.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
         # Refuses what it cannot compute.
-        StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+    last = noise_scheduler.config.num_train_timesteps - 1
+    end = last if args.max_timestep is None else args.max_timestep
+    if not args.min_timestep <= end <= last:
+        flags = f"--min_timestep {args.min_timestep} and --max_timestep {end}"
+        raise ValueError(f"{flags} must be in this order and at most {last}, the noise scheduler's last.")
     for component in ("unet", "vae", *TEXT_ENCODERS):
         choose_variant(args, component)
-    return noise_scheduler, vae
+    return noise_scheduler, vae, torch.arange(args.min_timestep, end + 1)
 
 
 # Copied from train_ncp_dpo_sd15.component_source
@@ -793,8 +917,8 @@ def load_components(args, accelerator, weight_dtype):
     """The frozen models beside the U-Net and their tokenizers, by their names in the pipeline; none if none is needed."""
     if args.encoded_data_dir is not None and not args.run_validation:
         return {}
-    # SDXL's own VAE overflows in fp16.
-    vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else weight_dtype
+    overflows = VAE_OVERFLOWS and args.pretrained_vae_model_name_or_path is None
+    vae_dtype = torch.float32 if overflows else weight_dtype
     components = {**pipeline_options(args), "vae": load_model(args, "vae", AutoencoderKL, accelerator, vae_dtype)}
     for name, text_encoder_class in TEXT_ENCODERS.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -872,7 +996,7 @@ class Denoising(NamedTuple):
 
     @torch.no_grad()
     def predict_reference(self, unet):
-        with adapters_disabled(unet):
+        with ncp_loss.adapters_disabled(unet):
             return self.predict(unet)
 
 
@@ -894,86 +1018,199 @@ def noise_batch(args, batch, components, noise_scheduler):
     return Denoising(noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise)
 
 
+# Copied from train_ncp_dpo_sd15.Errors
+class Errors(NamedTuple):
+    policy: torch.Tensor  # (N,), winners first
+    reference: torch.Tensor | None  # (N,)
+    gradients: torch.Tensor | None  # of the policy's errors with respect to its predictions, (N, C, h, w)
+
+
 # Copied from train_ncp_dpo_sd15.measure_errors
-def measure_errors(args, denoising, unet, policy, perception, needs_reference=False):
+def measure_errors(args, denoising, unet, policy, perception, weights, needs_reference=False):
     """
-    The errors of the policy and of the reference, both `(N,)`, in latent space if `perception` is `None`. `unet` is the policy
-    as accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference.
+    Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy as
+    accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference.
     """
-    needs_reference = needs_reference or args.loss_type not in REFERENCE_FREE_LOSS_TYPES
+    needs_reference = needs_reference or ncp_loss.LOSSES[args.loss_type].needs_reference
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
-        ref_errors = latent_error(ref_pred, denoising.target) if needs_reference else None
-        return latent_error(denoising.predict(unet), denoising.target), ref_errors
-    anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
-    return perception.error(denoising.predict(unet), anchor), anchor.ref_errors
+        model_pred = denoising.predict(unet)
+        errors = ncp_loss.latent_error(model_pred, denoising.target)
+        ref_errors = ncp_loss.latent_error(ref_pred, denoising.target) if needs_reference else None
+    else:
+        anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
+        model_pred = denoising.predict(unet)
+        errors, ref_errors = perception.error(model_pred, anchor), anchor.ref_errors
+    weights, gradients = weights[denoising.timesteps], None
+    if args.sdpo_safeguard and errors.requires_grad:
+        (gradients,) = torch.autograd.grad(errors.sum(), model_pred, retain_graph=True)
+    return Errors(errors * weights, ref_errors * weights if needs_reference else None, gradients)
 
 
 # Copied from train_ncp_dpo_sd15.measure_loss
-def measure_loss(args, errors, ref_errors):
-    """The loss of a batch from its errors, and what to log: a dictionary of tensors of one value per pair."""
-    if args.loss_type == "sft":
-        return errors.mean(), {"loss": errors.detach()}
-    result = preference_loss(errors, ref_errors, args.loss_type, args.beta_dpo, args.sft_weight, args.label_smoothing)
-    margin = result.margin.detach()
-    means = {"loss": result.loss.detach(), "implicit_accuracy": result.implicit_accuracy}
-    observed = {"margin": margin, **{name: mean.expand_as(margin) for name, mean in means.items()}}
-    observed["error_w"], observed["error_l"] = errors.detach().chunk(2)
-    if ref_errors is not None:
+def measure_loss(args, errors, batch):
+    """The [`PreferenceLoss`] of a batch's pairs; of winners alone, as sft reads them, the loss without the rest."""
+    if len(errors.policy) == len(batch["timesteps"]):
+        return ncp_loss.PreferenceLoss(errors.policy.mean(), None, None)
+    options = args.loss_type, args.beta_dpo, args.sft_weight, args.label_smoothing, args.target_margin
+    probability = batch.get("winner_probability")
+    return ncp_loss.preference_loss(errors.policy, errors.reference, *options, probability, errors.gradients)
+
+
+# Copied from train_ncp_dpo_sd15.tabulate
+def tabulate(batch, errors):
+    """What is to be known of a batch's pairs later, by name, each of shape `(B,)`."""
+    table = {name: batch[name] for name in ("rows", "timesteps", "winner_probability") if name in batch}
+    for name, values in (("error", errors.policy), ("ref_error", errors.reference)):
+        if values is not None:
+            table.update(zip((f"{name}_w", f"{name}_l"), values.detach().split(len(batch["rows"]))))
+    return table
+
+
+# Copied from train_ncp_dpo_sd15.summarize
+def summarize(args, table):
+    """Means over the pairs of a table."""
+    sides = [side for side in "wl" if f"error_{side}" in table]
+    has_reference = "ref_error_w" in table
+    errors = torch.cat([table[f"error_{side}"] for side in sides])
+    ref_errors = torch.cat([table[f"ref_error_{side}"] for side in sides]) if has_reference else None
+    loss, margin, implicit_accuracy = measure_loss(args, Errors(errors, ref_errors, None), table)
+    metrics = {"loss": loss, **{f"error_{side}": table[f"error_{side}"] for side in sides}}
+    if margin is not None:
+        metrics.update(margin=margin, implicit_accuracy=implicit_accuracy)
+    if has_reference:
         # How far the policy has left the reference: what grows before a run diverges.
-        observed["drift_w"], observed["drift_l"] = (errors.detach() - ref_errors).chunk(2)
-    return result.loss, observed
+        metrics.update((f"drift_{side}", table[f"error_{side}"] - table[f"ref_error_{side}"]) for side in sides)
+    if margin is not None and ncp_loss.LOSSES[args.loss_type].uses_logits:
+        logits = 0.5 * args.beta_dpo * margin
+        # About 0, where the policy is the reference, so that one pair has a spread too.
+        metrics["logit_spread"] = logits.square().mean().sqrt()
+        metrics["saturated"] = (logits.abs() > 5).float()
+    return {name: value.mean().item() for name, value in metrics.items()}
 
 
-# Copied from train_ncp_dpo_sd15.measure_error_scale
-@torch.no_grad()
-def measure_error_scale(args, accelerator, dataloader, policy, components, noise_scheduler, perception):
-    """The factor that gives margins (for sft the winners' part) the spread of latent space under the same small change."""
-    num_batches = math.ceil(ERROR_SCALE_PAIRS / (args.train_batch_size * accelerator.num_processes))
-    num_batches, quiet = min(num_batches, len(dataloader)), not accelerator.is_local_main_process
-    generator = torch.Generator().manual_seed(args.seed)
+# Copied from train_ncp_dpo_sd15.split_by_timestep
+def split_by_timestep(table, timesteps):
+    """Those of four equal ranges of `timesteps` that a table has pairs of: `(name, part of the table)`."""
+    for bucket in timesteps.tensor_split(4):
+        if len(bucket):
+            within = (bucket[0] <= table["timesteps"]) & (table["timesteps"] <= bucket[-1])
+            if within.any():
+                yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
+
+
+# The unit of errors and the weights of timesteps
+
+
+# Copied from train_ncp_dpo_sd15.randomized_lora
+@contextlib.contextmanager
+def randomized_lora(policy, generator):
+    """Every layer's update is random and 2 % of its weight within the `with` block."""
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
     ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
     for layer, up in zip(layers, ups):
-        # Every layer's update is 2 % of its weight.
         up.copy_(torch.randn(up.shape, generator=generator))
         up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-    margins = {"latent": [], "ncp": []}
-    for batch in tqdm(itertools.islice(dataloader, num_batches), "Error scale", num_batches, disable=quiet):
-        denoising = noise_batch(args, batch, components, noise_scheduler)
-        for space, perceive in [("latent", None), ("ncp", perception)]:
-            errors, ref_errors = measure_errors(args, denoising, policy, policy, perceive, needs_reference=True)
-            change = ref_errors - errors
-            margins[space].append(change if args.loss_type == "sft" else torch.sub(*change.chunk(2)))
+    yield
     for up, before in ups.items():
         up.copy_(before)
-    spread = {space: accelerator.gather(torch.cat(values)).std().item() for space, values in margins.items()}
-    if not (spread["latent"] > 0 and spread["ncp"] > 0):
-        raise RuntimeError(f"The margins' spread is {spread}: give --ncp_error_scale, or more than one pair.")
-    # So few digits that the flag that is printed gives the very same run.
-    return float(f"{spread['latent'] / spread['ncp']:.4g}")
+
+
+# Copied from train_ncp_dpo_sd15.measure_margins
+@torch.no_grad()
+def measure_margins(args, accelerator, dataloader, policy, components, noise_scheduler, perception, timesteps):
+    """
+    Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change of
+    the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps.
+    """
+    generator, measured = torch.Generator().manual_seed(args.seed), []
+    offset, weights = (
+        torch.rand((), generator=generator).item(),
+        torch.ones(noise_scheduler.config.num_train_timesteps),
+    )
+    bar = tqdm(total=MAX_UNIT_PAIRS, desc="Error scale", disable=not accelerator.is_local_main_process)
+    with randomized_lora(policy, generator):
+        for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
+            size = len(batch["timesteps"])
+            first = size * (index * accelerator.num_processes + accelerator.process_index)
+            batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
+            denoising, row = noise_batch(args, batch, components, noise_scheduler), [batch["timesteps"].float()]
+            for perceive in (None, perception):
+                measured_with = policy, policy, perceive, weights.to(accelerator.device)
+                errors = measure_errors(args, denoising, *measured_with, needs_reference=True)
+                change = errors.reference - errors.policy
+                row.append(change if len(change) == size else torch.sub(*change.chunk(2)))
+            measured.append(accelerator.gather(torch.stack(row, dim=1)).cpu())
+            bar.update(len(measured[-1]))
+            table = torch.cat(measured)
+            if len(table) < MIN_UNIT_PAIRS:
+                continue
+            try:
+                standard_error = ncp_loss.error_scale(*table[:, 1:].T)[1]
+            except ValueError as error:
+                raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
+            bar.set_postfix(standard_error=f"{standard_error:.3f}")
+            if standard_error <= UNIT_ERROR or len(table) >= MAX_UNIT_PAIRS:
+                bar.close()
+                return table[:, 0].long(), table[:, 1], table[:, 2]
+
+
+# Copied from train_ncp_dpo_sd15.find_saved_unit
+def find_saved_unit(args, saved):
+    """Error scale and margin profiles of a checkpoint that was measured as now, else two `None`."""
+    before = {name: saved["arguments"].get(name, create_parser().get_default(name)) for name in UNIT_ARGUMENTS}
+    same = all(before[name] == getattr(args, name) for name in UNIT_ARGUMENTS)
+    return (saved["error_scale"], saved.get("margin_profiles")) if same else (None, None)
 
 
 # Copied from train_ncp_dpo_sd15.create_perception
-def create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, saved):
-    """What errors are measured with, its scale given, that of a checkpoint, or measured now; `None` for latent space."""
-    if args.loss_space == "latent":
-        return None
+def create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, timesteps, saved, state):
+    """
+    What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given, those
+    of the checkpoint, or measured now.
+    """
+    weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
+    if args.loss_space == "latent" and args.timestep_weighting == "none":
+        return None, weights
     options = args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
-    perception = NoiseConditionedPerception(policy, noise_scheduler, *options)
+    perception, known = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, *options), ""
+    scale, profiles = find_saved_unit(args, saved) if saved else (None, None)
     if args.ncp_error_scale != "auto":
-        error_scale = args.ncp_error_scale
-    elif saved is not None and all(
-        saved["arguments"].get(name, create_parser().get_default(name)) == getattr(args, name)
-        for name in ERROR_ARGUMENTS
-    ):
-        error_scale = saved["error_scale"]
-    else:
-        measured_with = policy, components, noise_scheduler, perception
-        error_scale = measure_error_scale(args, accelerator, dataloader, *measured_with)
-    perception.error_scale = error_scale
-    logger.info(f"Perceptual errors are scaled by --ncp_error_scale {error_scale}")
-    return perception
+        scale = args.ncp_error_scale
+    if scale is None or profiles is None and args.timestep_weighting != "none":
+        # Nothing can change at the first timestep.
+        inner = timesteps[timesteps > 0] if len(timesteps) > 1 else timesteps
+        measured_with = policy, components, noise_scheduler, perception, inner
+        seen, *margins = measure_margins(args, accelerator, dataloader, *measured_with)
+        measured, standard_error = ncp_loss.error_scale(*margins)
+        if args.ncp_error_scale == "auto":
+            # So few digits that the flag that is printed gives the very same run.
+            scale, known = float(f"{measured:.4g}"), f" (standard error {100 * standard_error:.0f} %)"
+        profiles = [ncp_loss.margin_profile(seen, values, inner).tolist() for values in margins]
+    if profiles is not None:
+        weights[timesteps] = save_timestep_weights(args, accelerator, profiles, timesteps).to(weights)
+    state["margin_profiles"] = profiles
+    if args.loss_space == "latent":
+        return None, weights
+    perception.error_scale = state["error_scale"] = scale
+    logger.info(f"Perceptual errors are scaled by --ncp_error_scale {scale}{known}")
+    return perception, weights
+
+
+# Copied from train_ncp_dpo_sd15.save_timestep_weights
+def save_timestep_weights(args, accelerator, profiles, timesteps):
+    """The weights of `timesteps`, which `timesteps.csv` holds beside the size of margins in both spaces."""
+    profiles = torch.tensor(profiles, dtype=torch.float64)
+    weights = ncp_loss.timestep_weights(args.timestep_weighting, *profiles, args.loss_space, len(timesteps))
+    columns = [timesteps, *(ncp_loss.smooth_curve(profile, len(timesteps)).exp() for profile in profiles), weights]
+    lines = [",".join(map(str, line)) for line in zip(*(column.tolist() for column in columns))]
+    if accelerator.is_main_process:
+        text = "\n".join(["timestep,latent_margin,ncp_margin,weight", *lines, ""])
+        Path(args.output_dir, "timesteps.csv").write_text(text, encoding="utf-8")
+    if args.timestep_weighting != "none":
+        shown = [f"{t}: {weight:.2f}" for t, weight in zip(timesteps, weights)][:: math.ceil(len(timesteps) / 8)]
+        logger.info(f"Errors are weighed by timestep, {', '.join(shown)}, and so on as in timesteps.csv")
+    return weights
 
 
 # Setup
@@ -982,7 +1219,11 @@ def create_perception(args, accelerator, dataloader, policy, components, noise_s
 # Copied from train_ncp_dpo_sd15.create_accelerator
 def create_accelerator(args):
     """Sets up accelerate, logging, the output folder and, if asked for, the repository on the hub."""
+    # Hours may pass until the others have written, drawn or looked through as much.
+    patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     accelerator = Accelerator(
+        kwargs_handlers=[patient],
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -998,7 +1239,8 @@ def create_accelerator(args):
     if not accelerator.is_local_main_process:
         for library in (datasets.utils, transformers.utils, diffusers.utils):
             library.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
 
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -1072,6 +1314,7 @@ def create_state(args, accelerator, pairs, num_batches):
     return {
         "global_step": 0,
         "error_scale": None,
+        "margin_profiles": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
         "data": pairs.digest(),
@@ -1198,10 +1441,10 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
-                for path in [*incomplete.rglob("*"), incomplete]:
-                    self.synchronize(path)
+                for path in incomplete.rglob("*"):
+                    with open(path, "rb+") as file:
+                        os.fsync(file)
                 incomplete.rename(folder)
-                self.synchronize(self.folder)
             self.accelerator.wait_for_everyone()
             # What a machine that does not share --output_dir keeps of it.
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -1220,39 +1463,21 @@ class Checkpoints:
         lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
 
-    @staticmethod
-    def synchronize(path):
-        """Waits until a file or folder is on the disk itself, where that can be asked for."""
-        try:
-            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        except PermissionError:
-            if path.is_dir():  # as on Windows, which opens no folders
-                return
-            raise
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            # Some file systems synchronize nothing. A disk that is full or broken says something else.
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
-
 
 # Reports
 
 
 # Copied from train_ncp_dpo_sd15.Monitor
 class Monitor:
-    """Logs the metrics of every step, and says what goes wrong."""
+    """Logs the metrics of every step, one step late, when the device has them, and says what goes wrong."""
 
-    def __init__(self, args, accelerator, state):
-        self.args, self.accelerator, self.state = args, accelerator, state
+    def __init__(self, args, accelerator, state, timesteps):
+        self.args, self.accelerator, self.state, self.timesteps = args, accelerator, state, timesteps
         accelerator.init_trackers(args.tracker_name, {**state["arguments"], "ncp_error_scale": state["error_scale"]})
         logger.info(f"Training for {args.max_train_steps} steps")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
-        self.num_skipped_pairs, self.skipped_steps, self.flat_steps = 0, 0, 0
+        self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
 
     def report_skipped_pairs(self, reasons):
         for number, reason in enumerate(reasons, start=self.num_skipped_pairs + 1):
@@ -1260,45 +1485,95 @@ class Monitor:
             logger.warning(message, main_process_only=False)
         self.num_skipped_pairs += len(reasons)
 
-    def gather(self, observed):
-        """Means over the pairs of a step, on all processes, and the numbers of their rows."""
-        values = self.accelerator.gather({name: torch.cat([o[name] for o in observed]) for name in observed[0]})
-        rows = values.pop("rows").tolist()
-        metrics = {name: value.mean().item() for name, value in values.items()}
-        if "margin" in values:
-            logits = 0.5 * self.args.beta_dpo * values["margin"]
-            # About 0, where the policy is the reference, so that one pair has a spread too.
-            metrics["logit_spread"] = logits.square().mean().sqrt().item()
-            metrics["saturated"] = (logits.abs() > 5).float().mean().item()
-        return metrics, rows
+    def record(self, tables, grad_norm, learning_rate):
+        """Gathers the tables of a step's batches from all processes, and logs the step before."""
+        columns = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+        columns["grad_norm"] = grad_norm.expand(len(columns["rows"]))
+        values = self.accelerator.gather(torch.stack([column.float() for column in columns.values()], dim=1))
+        # The copy is made while the device goes on: to wait for it now would leave the device without work.
+        values = values.to("cpu", non_blocking=True)
+        copied = torch.accelerator.current_stream().record_event() if grad_norm.device.type != "cpu" else None
+        self.flush()
+        self.pending = self.state["global_step"], learning_rate, list(columns), values, copied
 
-    def is_finite(self, metrics):
-        # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
-        scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
-        return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
-
-    def skips_step(self, metrics, rows):
-        """Whether a step is not finite; a `RuntimeError` if one too many in a row is not."""
-        self.skipped_steps = 0 if self.is_finite(metrics) else self.skipped_steps + 1
-        if self.skipped_steps > 0:
-            what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
-            message = f"Step {self.state['global_step'] + 1} is not finite: {what}."
-            if self.skipped_steps > self.args.max_skipped_steps:
-                limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more"
-                raise RuntimeError(f"{message} {limit}; checkpoints are intact.")
-            logger.warning(f"{message} It is skipped.")
-        return self.skipped_steps > 0
-
-    def log(self, metrics, learning_rate):
-        """Logs a step, and says so if logits have not spread for a hundred."""
-        shown = metrics.keys() & {"loss", "implicit_accuracy", "margin"}
-        self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in sorted(shown)}, refresh=False)
+    def flush(self):
+        """Logs what waits; a `RuntimeError` if one step too many in a row is not finite."""
+        if self.pending is None:
+            return
+        (step, learning_rate, names, values, copied), self.pending = self.pending, None
+        if copied is not None:
+            copied.synchronize()
+        table = dict(zip(names, values.T))
+        metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
+        self.check_finite(step, metrics, table["rows"].int().tolist())
+        for bucket, part in split_by_timestep(table, self.timesteps):
+            kept = {"implicit_accuracy", "margin", "drift_w", "drift_l"}
+            metrics.update(
+                (f"{name}/{bucket}", value) for name, value in summarize(self.args, part).items() if name in kept
+            )
+        shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
+        self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.progress_bar.update()
-        self.accelerator.log({**metrics, "lr": learning_rate}, step=self.state["global_step"])
+        self.accelerator.log(metrics, step=step)
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
         if self.flat_steps == 100:
             effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
             logger.warning(f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it.")
+
+    def check_finite(self, step, metrics, rows):
+        # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
+        scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
+        if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled):
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
+        message = f"Step {step} is not finite: {what}."
+        if self.skipped_steps > self.args.max_skipped_steps:
+            limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more"
+            raise RuntimeError(f"{message} {limit}; checkpoints are intact.")
+        logger.warning(f"{message} It is skipped.")
+
+
+# Copied from train_ncp_dpo_sd15.HeldOut
+class HeldOut:
+    """Measures held-out pairs, always at the same timesteps and with the same noise, for `eval.csv` and trackers."""
+
+    COLUMNS = "loss implicit_accuracy margin error_w error_l drift_w drift_l".split()
+
+    def __init__(self, args, accelerator, pairs):
+        self.args, self.accelerator, self.pairs = args, accelerator, pairs
+
+    @torch.no_grad()
+    def measure(self, policy, components, noise_scheduler, perception, weights, step):
+        """In latent space and that of training, for all timesteps and by bucket; replaces what `eval.csv` has from here on."""
+        args, path, metrics, lines = self.args, Path(self.args.output_dir, "eval.csv"), {}, []
+        spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
+        tables = {space: [] for space in spaces}
+        with self.accelerator.split_between_processes(self.pairs.rows) as rows:
+            keys, options = [(0, row) for row in rows], {"collate_fn": collate_fn}
+            batches = torch.utils.data.DataLoader(self.pairs, args.train_batch_size, sampler=keys, **options)
+        for batch in batches:
+            denoising = noise_batch(args, send_to_device(batch, weights.device), components, noise_scheduler)
+            for space, measured_with in spaces.items():
+                errors = measure_errors(args, denoising, policy, policy, *measured_with, needs_reference=True)
+                tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
+        for space, parts in tables.items():
+            parts = gather_object(parts)
+            table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for bucket, part in [("all", table), *split_by_timestep(table, self.pairs.timesteps)]:
+                values = {name: value for name, value in summarize(args, part).items() if name in self.COLUMNS}
+                metrics.update((f"eval/{space}/{name}/{bucket}", value) for name, value in values.items())
+                lines.append([step, space, bucket, len(part["rows"]), *(values[name] for name in self.COLUMNS)])
+        self.accelerator.log(metrics, step=step)
+        logger.info(f"Held-out pairs at step {step}: {json.dumps(metrics)}")
+        if self.accelerator.is_main_process:
+            earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+            lines = [line for line in earlier if int(line.split(",")[0]) < step] + [
+                ",".join(map(str, line)) for line in lines
+            ]
+            head = ",".join(["step", "space", "timesteps", "pairs", *self.COLUMNS])
+            path.write_text("\n".join([head, *lines, ""]), encoding="utf-8")
 
 
 # Copied from train_ncp_dpo_sd15.finish
@@ -1374,7 +1649,7 @@ class StopSignals:
     """Notices the first SIGTERM and SIGINT; a second one stops at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.sum = 0, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -1383,8 +1658,9 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
     def reached(self, accelerator):
-        """Whether any process has received one."""
-        return accelerator.reduce(torch.tensor(self.number, device=accelerator.device)).item() > 0
+        """Whether any process had received one at the step before, of which the device need not be waited for."""
+        before, self.sum = self.sum, accelerator.reduce(torch.tensor(self.number, device=accelerator.device))
+        return before is not None and before.item() > 0
 
     def stop(self, accelerator):
         """Ends the run, its checkpoint saved, with the command that goes on."""
@@ -1405,11 +1681,12 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # Whatever can be wrong is found before a model is loaded.
-    noise_scheduler, vae_config = check_checkpoint(args)
+    noise_scheduler, vae_config, timesteps = check_checkpoint(args)
     checkpoints = Checkpoints(args, accelerator)
     checkpoint, saved = checkpoints.open()
     set_run_seed(args, saved)
-    pairs = open_pairs(args, accelerator, noise_scheduler, vae_config)
+    pairs, eval_pairs = open_pairs(args, accelerator, timesteps, vae_config)
+    held_out = None if eval_pairs is None else HeldOut(args, accelerator, eval_pairs)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
     state = create_state(args, accelerator, pairs, len(train_dataloader))
@@ -1426,28 +1703,32 @@ def main(args):
         accelerator.load_state(str(checkpoint))
         state["global_step"] = saved["global_step"]
         logger.info(f"Resumed from {checkpoint}")
-    perception = create_perception(args, accelerator, train_dataloader, policy, components, noise_scheduler, saved)
-    state["error_scale"] = perception and perception.error_scale
-    monitor = Monitor(args, accelerator, state)
+    measured_with = policy, components, noise_scheduler
+    perception, weights = create_perception(
+        args, accelerator, train_dataloader, *measured_with, timesteps, saved, state
+    )
+    monitor = Monitor(args, accelerator, state, timesteps)
     draw_images = functools.partial(log_validation, args, accelerator, policy, components, weight_dtype)
-    with adapters_disabled(policy):
+    with ncp_loss.adapters_disabled(policy):
         draw_images(0)
+    if held_out is not None and state["global_step"] == 0:
+        held_out.measure(*measured_with, perception, weights, 0)
 
     unet.train()
-    signals, stops, observed = StopSignals(), False, []
+    signals, stops, tables = StopSignals(), False, []
     for batch, num_batches in remaining_batches(args, accelerator, train_dataloader, dataloader.sampler, state):
         monitor.report_skipped_pairs(batch["skipped"])
         with accelerator.accumulate(unet):
             denoising = noise_batch(args, batch, components, noise_scheduler)
-            errors, ref_errors = measure_errors(args, denoising, unet, policy, perception)
-            loss, values = measure_loss(args, errors, ref_errors)
+            errors = measure_errors(args, denoising, unet, policy, perception, weights)
+            loss = measure_loss(args, errors, batch).loss
             # accelerate divides by the flag, even where an epoch's last step has fewer batches.
             accelerator.backward(loss * args.gradient_accumulation_steps / num_batches)
-            observed.append({**values, "rows": batch["rows"]})
+            tables.append(tabulate(batch, errors))
             if accelerator.sync_gradients:
-                metrics, rows = monitor.gather(observed)
-                metrics["grad_norm"] = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-                if monitor.skips_step(metrics, rows):
+                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                # Where no step may be skipped, the run ends before it saves anything.
+                if args.max_skipped_steps > 0 and not grad_norm.isfinite():
                     optimizer.zero_grad()
             optimizer.step()
             lr_scheduler.step()
@@ -1455,16 +1736,22 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        observed.clear()
         state["global_step"] += 1
-        monitor.log(metrics, lr_scheduler.get_last_lr()[0])
+        monitor.record(tables, grad_norm, lr_scheduler.get_last_lr()[0])
+        tables.clear()
         stops = signals.reached(accelerator)
         ends = state["global_step"] == args.max_train_steps
-        if state["global_step"] % args.checkpointing_steps == 0 or stops or ends:
+        validates = ends or state["global_step"] % args.validation_steps == 0
+        saves = ends or stops or state["global_step"] % args.checkpointing_steps == 0
+        if validates or saves:
+            monitor.flush()
+        if saves:
             checkpoints.save(state)
         if stops:
             break
-        if state["global_step"] % args.validation_steps == 0 and not ends:
+        if validates and held_out is not None:
+            held_out.measure(*measured_with, perception, weights, state["global_step"])
+        if validates and not ends:
             draw_images(state["global_step"])
 
     accelerator.wait_for_everyone()

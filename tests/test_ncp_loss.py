@@ -21,7 +21,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ncp_loss import NoiseConditionedPerception, adapters_disabled, latent_error, preference_loss
+from ncp_loss import (
+    LOSS_TYPES,
+    LOSSES,
+    REFERENCE_FREE_LOSS_TYPES,
+    NoiseConditionedPerception,
+    adapters_disabled,
+    error_scale,
+    latent_error,
+    margin_profile,
+    preference_loss,
+    smooth_curve,
+    spread_timesteps,
+    timestep_weights,
+)
 from peft import LoraConfig, get_peft_model
 from tiny_unets import LORA_TARGETS, UNETS, add_lora, conditioning, lora_parameters, sd15_unet
 
@@ -342,7 +355,8 @@ def test_lora_gradients_equal_those_of_three_separate_unets(shape, prediction_ty
     model_pred = unet(*inputs, added_cond_kwargs=added_cond_kwargs).sample
     anchor = anchor_of(perception, batch, z=True, ref=needs_reference)
     errors = perception.error(model_pred, anchor)
-    result = preference_loss(errors, anchor.ref_errors, loss_type=loss_type, beta=beta, sft_weight=30.0)
+    sft_weight = 0.0 if needs_reference else 30.0
+    result = preference_loss(errors, anchor.ref_errors, loss_type=loss_type, beta=beta, sft_weight=sft_weight)
     result.loss.backward()
 
     def literal_error(prediction):
@@ -362,10 +376,12 @@ def test_lora_gradients_equal_those_of_three_separate_unets(shape, prediction_ty
     assert 0.01 < logits.abs().max() < 30
     torch.testing.assert_close(result.loss.detach(), loss.detach(), rtol=1e-6, atol=0)
     expected = lora_parameters(policy)
+    # Queries of a single token change nothing: their gradients are rounding.
+    rounding = 1e-10 * max(parameter.grad.norm() for parameter in expected.values())
     for name, parameter in lora_parameters(unet).items():
         assert parameter.requires_grad and parameter.grad is not None, name
         assert expected[name].grad.norm() > 0 or "up_blocks.0.attentions" not in name
-        scale = expected[name].grad.norm()
+        scale = expected[name].grad.norm().clamp_min(rounding)
         assert (parameter.grad - expected[name].grad).norm() <= 1e-6 * scale, name
     assert all(parameter.grad is None for name, parameter in unet.named_parameters() if "lora_" not in name)
 
@@ -657,7 +673,21 @@ FORMULAS = {
         lambda d, e_w: -0.8 * log_sigma(-0.5 * BETA * d) - 0.2 * log_sigma(0.5 * BETA * d) + 0.7 * e_w,
     ),
     "sft": (False, {}, lambda d, e_w: e_w),
+    "simpo": (False, {}, lambda d, e_w: -log_sigma(-0.5 * BETA * d - 1.0)),
+    "simpo margin": (False, {"target_margin": 0.3}, lambda d, e_w: -log_sigma(-0.5 * BETA * d - 0.3)),
+    "mapo": (False, {}, lambda d, e_w: e_w - BETA * log_sigma(1000 * (mapo_h(e_w) - mapo_h(e_w - d)))),
+    "dmpo": (True, {}, lambda m, e_w: kullback_leibler(sigma(0.5 * BETA * m), 0.99)),
+    "dpo anchored": (True, {"sft_weight": 0.7}, lambda m, e_w: -log_sigma(0.5 * BETA * m) + 0.7 * e_w),
+    "simpo anchored": (False, {"sft_weight": 0.7}, lambda d, e_w: -log_sigma(-0.5 * BETA * d - 1.0) + 0.7 * e_w),
 }
+
+
+def mapo_h(e):
+    return 0.5 * e / (math.exp(0.5 * e) - 1)
+
+
+def kullback_leibler(p, q):
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -676,12 +706,97 @@ def test_preference_loss_formulas(name):
         assert errors.grad[i].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+def test_every_loss_has_its_formula_here():
+    assert {name.split()[0] for name in FORMULAS} | {"linear"} == set(LOSS_TYPES) == set(LOSSES)
+    assert set(REFERENCE_FREE_LOSS_TYPES) == {name.split()[0] for name, case in FORMULAS.items() if not case[0]}
+    assert all(kind.losses.__doc__ for kind in LOSSES.values())
+
+
+def test_linear_weighs_the_difference_by_a_slope_that_is_constant_and_clipped():
+    errors = ERRORS.clone().requires_grad_(True)
+    result = preference_loss(errors, REF_ERRORS, loss_type="linear", beta=100.0)
+    # m is 0.06, -0.03 and -0.02: ½ - 0.2·100·m is -0.7, 1.1 and 0.9.
+    slopes = [0.001, 0.999, 0.9]
+    differences = [0.31 - 0.40, 0.12 - 0.11, 0.05 - 0.09]
+    assert result.loss.item() == pytest.approx(sum(u * d for u, d in zip(slopes, differences)) / 3, rel=1e-12)
+    result.loss.backward()
+    assert errors.grad.tolist() == pytest.approx([u / 3 for u in slopes] + [-u / 3 for u in slopes], rel=1e-12)
+
+
+def test_mapo_is_smooth_where_errors_vanish():
+    errors = torch.tensor([0.0, 0.02 - 1e-9, 1e-6, 0.02 + 1e-9], requires_grad=True, dtype=torch.float64)
+    preference_loss(errors, loss_type="mapo", beta=0.1).loss.backward()
+    # h'(0) = -s/2 = -1/4, and as much on either side of where the series ends.
+    h = [mapo_h(e) if e else 1.0 for e in errors.tolist()]
+    expected = [
+        0.5 - 0.1 * 0.5 * 1000 * -0.25 * sigma(-1000 * (h[0] - h[2])),
+        0.1 * 0.5 * 1000 * -0.25 * sigma(-1000 * (h[0] - h[2])),
+    ]
+    assert errors.grad[[0, 2]].tolist() == pytest.approx(expected, rel=1e-4)
+    slope = (mapo_h(0.0201) - mapo_h(0.0199)) / 2e-4
+    assert errors.grad[3].item() == pytest.approx(0.05 * 1000 * slope * sigma(-1000 * (h[1] - h[3])), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "cpo", "sft", "simpo", "mapo", "linear"])
+def test_winner_probability_exchanges_winner_and_loser_in_every_term(loss_type):
+    p = torch.tensor([1.0, 0.7, 0.0], dtype=torch.float64)
+    sft_weight = None if loss_type == "sft" else 0.3
+    options = {"loss_type": loss_type, "beta": BETA, "sft_weight": sft_weight}
+    errors = ERRORS.clone().requires_grad_(True)
+    actual = preference_loss(errors, REF_ERRORS, winner_probability=p, **options)
+    (gradient,) = torch.autograd.grad(actual.loss, errors)
+    expected = 0
+    for i in range(3):
+        for probability, order in ((p[i], [i, i + 3]), (1 - p[i], [i + 3, i])):
+            expected += probability * preference_loss(errors[order], REF_ERRORS[order], **options).loss / 3
+    torch.testing.assert_close(actual.loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, errors)[0], rtol=1e-12, atol=1e-15)
+    # What the labels say is what the margin is of.
+    assert torch.equal(actual.margin, preference_loss(errors, REF_ERRORS, **options).margin)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "linear", "mapo", "simpo", "dmpo"])
+def test_with_the_safeguard_no_step_of_the_predictions_raises_the_winners_error(loss_type):
+    target, pred = torch.randn(8, 4, 3, 3).double(), torch.randn(8, 4, 3, 3).double()
+    # Losers' gradients along the winners', against them, and in between.
+    pred[4:] = target[4:] + torch.tensor([3.0, -3.0, 0.01, 1.0]).view(4, 1, 1, 1) * (pred - target)[:4]
+    pred[7] += 2 * torch.randn(4, 3, 3)
+    pred.requires_grad_(True)
+    ref_errors = torch.rand(8).double()
+
+    def gradients(safe):
+        errors = latent_error(pred, target)
+        (g,) = torch.autograd.grad(errors.sum(), pred, retain_graph=True)
+        result = preference_loss(errors, ref_errors, loss_type, 0.01, error_gradients=g if safe else None)
+        return result.loss, g, torch.autograd.grad(result.loss, pred)[0]
+
+    loss, g, plain = gradients(safe=False)
+    safe_loss, _, safe = gradients(safe=True)
+    assert torch.equal(loss, safe_loss)
+    assert torch.equal(plain[:4], safe[:4])
+    # One set of weights moves winner and loser alike: the change of e_w by a step against the sum of both gradients.
+    rise = {name: -(g[:4] * (x[:4] + x[4:])).sum(dim=(1, 2, 3)) for name, x in (("plain", plain), ("safe", safe))}
+    if loss_type != "mapo":
+        assert rise["plain"][0] > 0
+    assert (rise["safe"] <= 0).all()
+    # Where nothing is to be guarded nothing changes: against the winner's, or too small to matter.
+    torch.testing.assert_close(plain[5:7], safe[5:7], rtol=1e-12, atol=0)
+    inner = (g[:4] * g[4:]).sum(dim=(1, 2, 3))
+    limit = 0.1 * g[:4].square().sum(dim=(1, 2, 3)) / inner
+    torch.testing.assert_close(safe[4], limit[0] * plain[4], rtol=1e-12, atol=0)
+
+
+def test_sft_has_no_weight():
+    with pytest.raises(ValueError, match="sft_weight"):
+        preference_loss(ERRORS, loss_type="sft", sft_weight=1.0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_margin_and_implicit_accuracy(loss_type):
     # A win, a loss and a tie; the reference errors make the first pair a loss for the losses that have a reference.
     errors = torch.tensor([0.1, 0.4, 0.2, 0.3, 0.3, 0.2])
     ref_errors = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.1, 0.1])
-    if loss_type in ("cpo", "sft"):
+    if loss_type in REFERENCE_FREE_LOSS_TYPES:
         margin = [0.2, -0.1, 0.0]
         ref_errors = None
     else:
@@ -692,12 +807,20 @@ def test_margin_and_implicit_accuracy(loss_type):
     assert result.loss.shape == result.implicit_accuracy.shape == ()
 
 
+@pytest.mark.parametrize(("loss_type", "beta"), [("mapo", 0.1), ("linear", 100), ("simpo", 5000), ("cpo", 5000)])
+def test_beta_by_default_is_that_of_the_loss(loss_type, beta):
+    errors = 1e-3 * ERRORS, 1e-3 * REF_ERRORS, loss_type
+    assert (
+        preference_loss(*errors).loss == preference_loss(*errors, beta).loss != preference_loss(*errors, 2 * beta).loss
+    )
+
+
 def test_default_beta_and_loss_type():
     expected = mean_of(lambda m, e_w: -log_sigma(0.5 * 5000.0 * m * 1e-3))
     assert preference_loss(ERRORS * 1e-3, REF_ERRORS * 1e-3).loss.item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge"])
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "dmpo", "linear"])
 def test_missing_reference_errors(loss_type):
     with pytest.raises(ValueError, match="ref_errors"):
         preference_loss(ERRORS, loss_type=loss_type)
@@ -706,7 +829,7 @@ def test_missing_reference_errors(loss_type):
 def test_unknown_loss_type_is_named_with_the_valid_ones():
     with pytest.raises(ValueError) as error:
         preference_loss(ERRORS, REF_ERRORS, loss_type="sigmoid")
-    assert all(word in str(error.value) for word in ("sigmoid", "dpo", "ipo", "hinge", "cpo", "sft"))
+    assert all(word in str(error.value) for word in ("sigmoid", *LOSS_TYPES))
 
 
 def test_odd_number_of_errors():
@@ -721,13 +844,13 @@ def test_label_smoothing_outside_its_range(loss_type, label_smoothing):
         preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=label_smoothing)
 
 
-@pytest.mark.parametrize("loss_type", ["ipo", "hinge", "sft"])
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"dpo", "cpo"}))
 def test_label_smoothing_where_it_means_nothing(loss_type):
     with pytest.raises(ValueError, match="label_smoothing"):
         preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_margins_stay_finite(loss_type, label_smoothing, sign):
@@ -741,6 +864,85 @@ def test_extreme_margins_stay_finite(loss_type, label_smoothing, sign):
         assert result.loss.item() == pytest.approx((1 - label_smoothing) * 2.5e6, rel=1e-6)
         # The slope of a hopeless pair is that of the logit itself: it does not vanish with the sigmoid.
         torch.testing.assert_close(errors.grad.abs(), torch.full((4,), (1 - label_smoothing) * 1250.0))
+
+
+# --- the unit of errors, and timesteps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 999), (400, 999), (7, 7), (0, 4)])
+def test_timesteps_cover_their_range_evenly_wherever_the_sequence_is_cut_off(first, last):
+    everything = torch.arange(first, last + 1)
+    parts = [spread_timesteps(everything, start, 16, 0.3) for start in range(0, 256, 16)]
+    assert torch.equal(torch.cat(parts), spread_timesteps(everything, 0, 256, 0.3))
+    for count in (16, 100, 256):
+        timesteps = torch.cat(parts)[:count]
+        assert timesteps.dtype == torch.int64 and timesteps.min() >= first and timesteps.max() <= last
+        bins = min(8, last - first + 1)
+        counts = torch.bincount((timesteps - first) * bins // (last - first + 1), minlength=bins)
+        assert (counts - count / bins).abs().max() <= 2
+
+
+def test_other_offsets_give_other_timesteps():
+    timesteps = torch.arange(1000)
+    assert not torch.equal(spread_timesteps(timesteps, 0, 64, 0.1), spread_timesteps(timesteps, 0, 64, 0.2))
+
+
+def test_error_scale_is_the_ratio_of_geometric_means_and_knows_its_error():
+    latent, feature = torch.tensor([0.5, -2.0, 0.0, 1.0]), torch.tensor([-0.001, 0.002, 0.3, 0.004])
+    logs = [math.log(500), math.log(1000), math.log(250)]
+    scale, standard_error = error_scale(latent, feature)
+    assert scale == pytest.approx((500 * 1000 * 250) ** (1 / 3))
+    mean = sum(logs) / 3
+    assert standard_error == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3))
+    # A margin of 0, as at the first timestep, says nothing.
+    with pytest.raises(ValueError, match="1 pairs have margins"):
+        error_scale(torch.tensor([0.0, 1.0]), torch.tensor([0.1, 0.1]))
+
+
+def test_error_scale_is_steady_where_tails_are_heavy():
+    # Student's t with 3 degrees of freedom: the ratio of standard deviations of 200 pairs goes up and down by far more.
+    tails = torch.distributions.StudentT(3.0)
+    latent, feature = tails.sample((2, 50, 200))
+    logs = [math.log(error_scale(700 * a, b)[0] / 700) for a, b in zip(latent, feature)]
+    errors = [error_scale(a, b)[1] for a, b in zip(latent, feature)]
+    assert abs(sum(logs) / 50) < 0.05
+    spread = torch.tensor(logs).std().item()
+    assert spread == pytest.approx(sum(errors) / 50, rel=0.3) and spread < 0.15
+
+
+def test_the_profile_of_margins_by_timestep():
+    timesteps = torch.tensor([100, 100, 149, 150, 199, 160])
+    margins = torch.tensor([1.0, -(math.e**2), 0.0, math.e, math.e, -math.e])
+    profile = margin_profile(timesteps, margins, torch.arange(100, 200), num_bins=2)
+    torch.testing.assert_close(profile, torch.tensor([1.0, 1.0], dtype=torch.float64))
+    # Fewer timesteps than bins.
+    few = torch.tensor([249, 999])
+    assert margin_profile(few[[0, 1, 0]], torch.tensor([1.0, math.e, 1.0]), few).tolist() == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize("bins", [1, 2, 8])
+def test_the_curve_goes_through_the_bins_and_is_smooth(bins):
+    values = torch.randn(bins).double()
+    curve = smooth_curve(values, 125 * bins)
+    torch.testing.assert_close(curve[62::125], values)
+    assert smooth_curve(values, 1000).diff().abs().max() < 0.05 * (1 + values.abs().max())
+
+
+def test_timestep_weights():
+    latent, feature = torch.tensor([0.0, 1.0, 2.0, 1.5]).double(), torch.tensor([-3.0, -4.0, -2.0, -1.0]).double()
+
+    def ratios(*arguments):
+        weights = timestep_weights(*arguments, 1000)
+        assert weights.mean().item() == pytest.approx(1) and (weights > 0).all()
+        centers = weights[[124, 374, 624, 874]].log()
+        return centers - centers[0]
+
+    close = {"rtol": 0, "atol": 0.02}
+    torch.testing.assert_close(ratios("balanced", latent, feature, "latent"), -(latent - latent[0]), **close)
+    torch.testing.assert_close(ratios("balanced", latent, feature, "ncp"), -(feature - feature[0]), **close)
+    profile = (feature - latent) - (feature - latent)[0]
+    torch.testing.assert_close(ratios("ncp", latent, feature, "latent"), profile, **close)
+    assert torch.equal(timestep_weights("none", latent, feature, "ncp", 7), torch.ones(7, dtype=torch.float64))
 
 
 # --- latent_error ----------------------------------------------------------------------------------------------------
