@@ -46,14 +46,9 @@ DEFAULT_PROBE_RMS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0
 
 def latent_error(model_pred, target):
     """
-    Mean squared error of a prediction per sample: the latent-space counterpart of [`NoiseConditionedPerception.error`].
-
-    Args:
-        model_pred (`torch.Tensor` of shape `(N, C, H, W)`): the prediction, in the scheduler's prediction type.
-        target (`torch.Tensor` of shape `(N, C, H, W)`): what it should have been.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: the errors, >= 0, in at least float32.
+    Mean squared error of a prediction per sample, `(N,)`, in at least float32: the latent-space counterpart of
+    [`NoiseConditionedPerception.error`]. `model_pred` and `target`, both `(N, C, H, W)`, are what the scheduler's prediction
+    type says.
     """
     dtype = torch.promote_types(model_pred.dtype, torch.float32)
     return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
@@ -69,7 +64,7 @@ class Pairs(NamedTuple):
     errors_l: torch.Tensor  # e_l
     margin: torch.Tensor  # m = (r_w - r_l) - (e_w - e_l), r = 0 in losses without a reference
     logits: torch.Tensor  # z = ½·β·m
-    beta: float
+    beta: float  # β
     label_smoothing: float  # ε
     target_margin: float  # γ
 
@@ -202,11 +197,7 @@ def preference_loss(
 
     Returns:
         `PreferenceLoss`: `loss` (a scalar, the mean over pairs), `margin` m of shape `(B,)`, and `implicit_accuracy`, the
-        share of pairs with m > 0, ties counting half (a scalar).
-
-    Raises:
-        `ValueError`: unknown `loss_type`, an odd number of errors, no `ref_errors` for a loss that needs them,
-        `label_smoothing` out of range or with a loss that has none, `sft_weight` with "sft".
+        share of pairs with m > 0, ties counting half (a scalar). A `ValueError` says what does not go together.
     """
     if loss_type not in LOSSES:
         raise ValueError(f"`loss_type` is {loss_type!r}, but must be one of {', '.join(LOSSES)}.")
@@ -266,22 +257,17 @@ def spread_timesteps(timesteps, first, count, offset):
 def error_scale(latent_margins, feature_margins):
     """
     The unit ρ that gives errors in feature space the size of those in latent space, so that β, λ and learning rates keep
-    their meaning: log ρ = mean(log|m_latent| - log|m_feature|).
-
-    Margins, unlike errors, are what losses see. Their tails are heavy, so that of a few hundred pairs the geometric mean
-    is steady, and standard deviations are not.
+    their meaning: log ρ = mean(log|m_latent| - log|m_feature|). Margins, unlike errors, are what losses see; their tails are
+    heavy, so that of a few hundred pairs the geometric mean is steady, and standard deviations are not.
 
     Args:
         latent_margins (`torch.Tensor` of shape `(B,)`): (r_w - r_l) - (e_w - e_l) in latent space, under a small random
             change of the policy, at timesteps from [`spread_timesteps`].
-        feature_margins (`torch.Tensor` of shape `(B,)`): of the same pairs, timesteps and change, by
-            [`NoiseConditionedPerception`] with an `error_scale` of 1.
+        feature_margins (`torch.Tensor` of shape `(B,)`): the same in feature space, with an `error_scale` of 1.
 
     Returns:
-        `tuple[float, float]`: ρ, and the standard error of log ρ. Margins of 0, as at the first timestep, do not count.
-
-    Raises:
-        `ValueError`: fewer than two pairs have margins in both spaces.
+        `tuple[float, float]`: ρ, and the standard error of log ρ. Margins of 0, as at the first timestep, do not count; a
+        `ValueError` if fewer than two are left.
     """
     ratios = latent_margins.double().abs().log() - feature_margins.double().abs().log()
     ratios = ratios[ratios.isfinite()]
@@ -292,15 +278,8 @@ def error_scale(latent_margins, feature_margins):
 
 def margin_profile(timesteps, margins, all_timesteps, num_bins=8):
     """
-    The size of margins by timestep: the mean of log|m| in equal bins.
-
-    Args:
-        timesteps (`torch.LongTensor` of shape `(B,)`): of each margin.
-        margins (`torch.Tensor` of shape `(B,)`): as for [`error_scale`], in one space.
-        all_timesteps (`torch.LongTensor` of shape `(T,)`): what bins are made of, ascending.
-
-    Returns:
-        `torch.Tensor` of shape `(num_bins,)`, fewer if T is less, in float64.
+    The size of margins by timestep: the mean of log|m|, of shape `(num_bins,)`, in equal bins of `all_timesteps`, of shape
+    `(T,)` and ascending; fewer bins if T is less. `timesteps` and `margins`, both `(B,)`, are those of one space.
     """
     num_bins, logs = min(num_bins, len(all_timesteps)), margins.double().abs().log()
     bins = torch.searchsorted(all_timesteps, timesteps) * num_bins // len(all_timesteps)
@@ -319,17 +298,9 @@ def smooth_curve(values, length):
 
 def timestep_weights(weighting, latent_profile, feature_profile, loss_space, length):
     """
-    Weights of errors by timestep, smooth, positive, and 1 in the mean.
-
-    Args:
-        weighting (`str`): "balanced" is 1 over the size of margins, so that they spread alike at all timesteps; "ncp" gives
-            latent errors the profile of perceptual ones; "none" is 1.
-        latent_profile, feature_profile (`torch.Tensor` of shape `(num_bins,)`): by [`margin_profile`].
-        loss_space (`str`): "latent" or "ncp", where the errors that "balanced" divides were measured.
-        length (`int`): the number of timesteps.
-
-    Returns:
-        `torch.Tensor` of shape `(length,)`, in float64.
+    Weights of errors by timestep, of shape `(length,)`, smooth, positive, and 1 in the mean, from both spaces'
+    [`margin_profile`]: "balanced" is 1 over the size of margins in `loss_space` ("latent" or "ncp"), so that they spread
+    alike at all timesteps; "ncp" gives latent errors the profile of perceptual ones; "none" is 1.
     """
     balanced = -(latent_profile if loss_space == "latent" else feature_profile)
     profiles = {"none": 0 * balanced, "balanced": balanced, "ncp": feature_profile - latent_profile}
@@ -340,12 +311,8 @@ def timestep_weights(weighting, latent_profile, feature_profile, loss_space, len
 @contextlib.contextmanager
 def adapters_disabled(unet):
     """
-    Makes a U-Net with LoRA adapters its own reference model within the `with` block; a U-Net without is left alone.
-
-    Blocks may be nested. What requires a gradient is left as it is.
-
-    Args:
-        unet (`UNet2DConditionModel`): the model itself, not a distributed wrapper around it.
+    Makes a U-Net with LoRA adapters its own reference model within the `with` block; a U-Net without is left alone. Blocks
+    may be nested; what requires a gradient is left as it is. `unet` is the model itself, not a distributed wrapper.
     """
     layers = [layer for layer in _adapter_layers(unet) if not layer.disable_adapters]
     # Of PEFT's switch only this: the rest of it takes every step of SDXL 0.2 s to visit all parameters.
@@ -387,9 +354,8 @@ class StepTable(NamedTuple):
     @classmethod
     def from_scheduler(cls, noise_scheduler, target_timestep):
         if target_timestep not in TARGET_TIMESTEPS:
-            raise ValueError(
-                f"`target_timestep` is {target_timestep!r}, but must be one of {', '.join(TARGET_TIMESTEPS)}."
-            )
+            known = ", ".join(TARGET_TIMESTEPS)
+            raise ValueError(f"`target_timestep` is {target_timestep!r}, but must be one of {known}.")
         alpha_bar = noise_scheduler.alphas_cumprod.double().cpu()
         timesteps = torch.arange(alpha_bar.shape[0])
         zeros, ones = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
@@ -398,20 +364,16 @@ class StepTable(NamedTuple):
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type == "epsilon":
             if alpha_bar[-1] == 0:
-                raise ValueError(
-                    "An epsilon prediction says nothing of the clean latents at zero terminal SNR: the scheduler's"
-                    " `prediction_type` must be 'v_prediction' or 'sample', or its `rescale_betas_zero_snr` False."
-                )
+                what = "An epsilon prediction says nothing of the clean latents at zero terminal SNR: the scheduler's"
+                raise ValueError(f"{what} `prediction_type` must be another, or its `rescale_betas_zero_snr` False.")
             a, b = alpha_bar.rsqrt(), -((1 - alpha_bar) / alpha_bar).sqrt()
         elif prediction_type == "v_prediction":
             a, b = alpha_bar.sqrt(), -(1 - alpha_bar).sqrt()
         elif prediction_type == "sample":
             a, b = zeros, ones
         else:
-            raise ValueError(
-                f"The scheduler's `prediction_type` is {prediction_type!r}, but must be 'epsilon', 'v_prediction' or"
-                " 'sample'."
-            )
+            known = "'epsilon', 'v_prediction' or 'sample'"
+            raise ValueError(f"The scheduler's `prediction_type` is {prediction_type!r}, but must be {known}.")
         if target_timestep == "zero":
             return cls(a, b, zeros, b, torch.zeros_like(timesteps))
 
@@ -437,11 +399,6 @@ def _rms(x):
     return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
-def _hidden_states(block_output):
-    # Down blocks return their skip connections as well.
-    return block_output[0] if isinstance(block_output, tuple) else block_output
-
-
 def _tf32_allowed():
     # Since PyTorch 2.9 the older switches cannot be read once a newer one was set.
     if hasattr(torch.backends, "fp32_precision"):
@@ -452,10 +409,8 @@ def _tf32_allowed():
 @dataclass
 class Anchor:
     """
-    What is known about a batch of N samples before the policy's prediction is.
-
-    `ref_errors` is for the caller; the rest is between [`NoiseConditionedPerception.anchor`] and
-    [`NoiseConditionedPerception.error`].
+    What is known of a batch of N samples before the policy's prediction is. `ref_errors` is for the caller, the rest between
+    [`NoiseConditionedPerception.anchor`] and [`NoiseConditionedPerception.error`].
     """
 
     center: torch.Tensor  # x_{t'}(center_pred), (N, C, H, W)
@@ -528,8 +483,7 @@ class NoiseConditionedPerception:
             added_cond_kwargs (`dict`, *optional*): SDXL's `text_embeds` `(N, P)` and `time_ids` `(N, 6)`.
             variance_noise (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): z of eq. 12, by default 0.
             ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors are
-                the reference's plus what the policy changed. Two separately rounded errors would differ by more rounding
-                than change early in training.
+                the reference's plus the policy's change, which two separately rounded errors would drown early in training.
 
         Returns:
             `Anchor`: for [`~NoiseConditionedPerception.error`]; its `ref_errors` `(N,)` are the reference's.
@@ -562,11 +516,7 @@ class NoiseConditionedPerception:
 
     def error(self, model_pred, anchor):
         """
-        Perceptual error of the policy's prediction per sample, eq. 13 times `error_scale`.
-
-        Args:
-            model_pred (`torch.Tensor` of shape `(N, C, H, W)`): the policy's prediction, in the scheduler's prediction type.
-            anchor (`Anchor`): of the same batch.
+        Perceptual error of the policy's prediction `model_pred`, `(N, C, H, W)`, per sample, eq. 13 times `error_scale`.
 
         Returns:
             `torch.Tensor` of shape `(N,)`: the errors in at least float32, once differentiable with respect to
@@ -644,11 +594,10 @@ class NoiseConditionedPerception:
         x = unet.conv_in(x)
         blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
         for block in blocks:
-            if getattr(block, "has_cross_attention", False):
-                output = block(x, embedding, encoder_hidden_states=encoder_hidden_states)
-            else:
-                output = block(x, embedding)
-            x = _hidden_states(output)
+            attended = getattr(block, "has_cross_attention", False)
+            output = block(x, embedding, **({"encoder_hidden_states": encoder_hidden_states} if attended else {}))
+            # Down blocks return their skip connections as well.
+            x = output[0] if isinstance(output, tuple) else output
         return x
 
     @contextlib.contextmanager

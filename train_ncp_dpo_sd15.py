@@ -128,6 +128,7 @@ LEARNING_ARGUMENTS = """
     train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
+EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "drift_w", "drift_l")
 CARD_ARGUMENTS = ("max_train_steps", "beta_dpo", "learning_rate", "rank", "resolution", "mixed_precision", "seed")
 # What the unit of errors and their weights are measured for.
 UNIT_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms", "min_timestep", "max_timestep")
@@ -1459,44 +1460,38 @@ class Monitor:
         logger.warning(f"{message} It is skipped.")
 
 
-class HeldOut:
-    """Measures held-out pairs, always at the same timesteps and with the same noise, for `eval.csv` and trackers."""
-
-    COLUMNS = "loss implicit_accuracy margin error_w error_l drift_w drift_l".split()
-
-    def __init__(self, args, accelerator, pairs):
-        self.args, self.accelerator, self.pairs = args, accelerator, pairs
-
-    @torch.no_grad()
-    def measure(self, policy, components, noise_scheduler, perception, weights, step):
-        """In latent space and that of training, for all timesteps and by bucket; replaces what `eval.csv` has from here on."""
-        args, path, metrics, lines = self.args, Path(self.args.output_dir, "eval.csv"), {}, []
-        spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
-        tables = {space: [] for space in spaces}
-        with self.accelerator.split_between_processes(self.pairs.rows) as rows:
-            keys, options = [(0, row) for row in rows], {"collate_fn": collate_fn}
-            batches = torch.utils.data.DataLoader(self.pairs, args.train_batch_size, sampler=keys, **options)
-        for batch in batches:
-            denoising = noise_batch(args, send_to_device(batch, weights.device), components, noise_scheduler)
-            for space, measured_with in spaces.items():
-                errors = measure_errors(args, denoising, policy, policy, *measured_with, needs_reference=True)
-                tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
-        for space, parts in tables.items():
-            parts = gather_object(parts)
-            table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for bucket, part in [("all", table), *split_by_timestep(table, self.pairs.timesteps)]:
-                values = {name: value for name, value in summarize(args, part).items() if name in self.COLUMNS}
-                metrics.update((f"eval/{space}/{name}/{bucket}", value) for name, value in values.items())
-                lines.append([step, space, bucket, len(part["rows"]), *(values[name] for name in self.COLUMNS)])
-        self.accelerator.log(metrics, step=step)
-        logger.info(f"Held-out pairs at step {step}: {json.dumps(metrics)}")
-        if self.accelerator.is_main_process:
-            earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
-            lines = [line for line in earlier if int(line.split(",")[0]) < step] + [
-                ",".join(map(str, line)) for line in lines
-            ]
-            head = ",".join(["step", "space", "timesteps", "pairs", *self.COLUMNS])
-            path.write_text("\n".join([head, *lines, ""]), encoding="utf-8")
+@torch.no_grad()
+def measure_held_out(args, accelerator, pairs, policy, components, noise_scheduler, perception, weights, global_step):
+    """
+    Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and `eval.csv`,
+    of which it replaces what is there from this step on.
+    """
+    spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
+    tables, metrics, lines = {space: [] for space in spaces}, {}, []
+    with accelerator.split_between_processes(pairs.rows) as rows:
+        keys = [(0, row) for row in rows]
+    for batch in torch.utils.data.DataLoader(pairs, args.train_batch_size, sampler=keys, collate_fn=collate_fn):
+        denoising = noise_batch(args, send_to_device(batch, weights.device), components, noise_scheduler)
+        for space, measured_with in spaces.items():
+            errors = measure_errors(args, denoising, policy, policy, *measured_with, needs_reference=True)
+            tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
+    for space, parts in tables.items():
+        parts = gather_object(parts)
+        table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for bucket, part in [("all", table), *split_by_timestep(table, pairs.timesteps)]:
+            summary = summarize(args, part)
+            values = [summary[name] for name in EVAL_METRICS]
+            metrics.update((f"eval/{space}/{name}/{bucket}", value) for name, value in zip(EVAL_METRICS, values))
+            lines.append(",".join(map(str, [global_step, space, bucket, len(part["rows"]), *values])))
+    accelerator.log(metrics, step=global_step)
+    accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
+    logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
+    if accelerator.is_main_process:
+        path = Path(args.output_dir, "eval.csv")
+        earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+        earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
+        head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
+        path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
 
 
 def finish(args, accelerator, error_scale):
@@ -1511,6 +1506,10 @@ def finish(args, accelerator, error_scale):
         "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
     }
     rows.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
+    if args.num_eval_pairs is not None:
+        measured = Path(args.output_dir, "eval.csv").read_text(encoding="utf-8").splitlines()
+        last = next(line.split(",") for line in reversed(measured) if f",{args.loss_space},all," in line)
+        rows["held-out pairs"] = f"{last[3]}, implicit accuracy {float(last[5]):.3f}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     description = f"""# {repo_id}
 
@@ -1605,7 +1604,6 @@ def main(args):
     checkpoint, saved = checkpoints.open()
     set_run_seed(args, saved)
     pairs, eval_pairs = open_pairs(args, accelerator, timesteps, vae_config)
-    held_out = None if eval_pairs is None else HeldOut(args, accelerator, eval_pairs)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
     state = create_state(args, accelerator, pairs, len(train_dataloader))
@@ -1627,11 +1625,12 @@ def main(args):
         args, accelerator, train_dataloader, *measured_with, timesteps, saved, state
     )
     monitor = Monitor(args, accelerator, state, timesteps)
+    evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *measured_with, perception, weights)
     draw_images = functools.partial(log_validation, args, accelerator, policy, components, weight_dtype)
     with ncp_loss.adapters_disabled(policy):
         draw_images(0)
-    if held_out is not None and state["global_step"] == 0:
-        held_out.measure(*measured_with, perception, weights, 0)
+    if eval_pairs is not None and state["global_step"] == 0:
+        evaluate(0)
 
     unet.train()
     signals, stops, tables = StopSignals(), False, []
@@ -1668,8 +1667,8 @@ def main(args):
             checkpoints.save(state)
         if stops:
             break
-        if validates and held_out is not None:
-            held_out.measure(*measured_with, perception, weights, state["global_step"])
+        if validates and eval_pairs is not None:
+            evaluate(state["global_step"])
         if validates and not ends:
             draw_images(state["global_step"])
 
