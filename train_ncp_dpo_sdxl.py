@@ -33,6 +33,7 @@ import collections
 import contextlib
 import copy
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -445,7 +446,7 @@ def find_rows(args, dataset):
         raise ValueError(f"--caption_column {args.caption_column} holds what is not UTF-8: {error}") from error
     probabilities = itertools.repeat(1)
     if args.preference_probability_column is not None:
-        probabilities = dataset[args.preference_probability_column]
+        probabilities = dataset.data.column(args.preference_probability_column).to_pylist()
     for row, (label, caption, probability) in enumerate(zip(labels, captions, probabilities)):
         if problem := label_problem(label) or caption_problem(caption) or probability_problem(probability):
             raise ValueError(f"Row {row}: {problem}.")
@@ -470,6 +471,19 @@ def caption_problem(caption):
 def probability_problem(probability):
     is_one = probability is not None and 0 <= probability <= 1
     return None if is_one else f"the preference probability is {probability}, but must be from 0 to 1"
+
+
+# Copied from train_ncp_dpo_sd15.digest_of_pairs
+def digest_of_pairs(rows, labels, captions):
+    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
+    return {"num_pairs": len(rows), "digest": digest.hexdigest()}
+
+
+# Copied from train_ncp_dpo_sd15.winner_probability
+def winner_probability(args, values):
+    """How sure the winner of a row is, from `--preference_probability_column`, which tells of the first image."""
+    probability = values[args.preference_probability_column]
+    return probability if values[args.label_column] == 1 else 1 - probability
 
 
 # Copied from train_ncp_dpo_sd15.EpochSampler
@@ -537,8 +551,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
         example = {"images": images, "caption": values[self.args.caption_column]}
         if self.args.preference_probability_column is not None:
-            probability, label = values[self.args.preference_probability_column], values[self.args.label_column]
-            example["winner_probability"] = torch.tensor(probability if label == 1 else 1 - probability)
+            example["winner_probability"] = torch.tensor(winner_probability(self.args, values))
         return example
 
     def columns(self):
@@ -548,8 +561,7 @@ class PreferencePairs(torch.utils.data.Dataset):
 
     def digest(self):
         """What a resumed run recognises its data by, as images or encoded."""
-        digest = hashlib.sha256(json.dumps([self.rows, *self.columns()]).encode())
-        return {"num_pairs": len(self.rows), "digest": digest.hexdigest()}
+        return digest_of_pairs(self.rows, *self.columns())
 
     def hold_out(self, num_pairs):
         """Two parts without a caption in common, of which the second has at least so many pairs."""
@@ -675,8 +687,8 @@ class EncodedPairs(PreferencePairs):
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
         for name in ENCODING_ARGUMENTS:
-            if encoding[name] != settings[name]:
-                raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}.")
+            if (before := encoding.get(name)) != settings[name]:
+                raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}.")
         if encoding["no_hflip"] and not args.no_hflip:
             raise ValueError(f"{folder} was encoded with --no_hflip, without flipped images: train with --no_hflip.")
         for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
@@ -1396,6 +1408,9 @@ class Checkpoints:
         names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
         # What a checkpoint from before a flag was trained with is the flag's default.
         before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
+        if "target_margin" not in saved["arguments"] and now["loss_type"] != "cpo":
+            # Until there was this flag, no other loss had the weight.
+            before["sft_weight"] = now["sft_weight"]
         if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
             before["ncp_error_scale"] = now["ncp_error_scale"]
         names = [name for name in names if now[name] != before[name]]
@@ -1443,8 +1458,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in incomplete.rglob("*"):
-                    with open(path, "rb+") as file:
-                        os.fsync(file)
+                    synchronize(path)
                 incomplete.rename(folder)
             self.accelerator.wait_for_everyone()
             # What a machine that does not share --output_dir keeps of it.
@@ -1463,6 +1477,18 @@ class Checkpoints:
     def save_lora(policy, folder):
         lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
+
+
+# Copied from train_ncp_dpo_sd15.synchronize
+def synchronize(path):
+    """Waits until a file is on the disk itself, where that can be asked for."""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            # Some file systems synchronize nothing. A disk that is full or broken says something else.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
 
 
 # Reports

@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import Run
 from huggingface_hub.utils import filter_repo_objects
+from ncp_loss import LOSS_TYPES, REFERENCE_FREE_LOSS_TYPES
 from PIL import Image
 
 import train_ncp_dpo_sd15
@@ -46,7 +47,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "cpo", "sft"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_trains_a_lora(run, checkpoints, loss_type, loss_space):
     options = {"loss_type": loss_type, "loss_space": loss_space}
     if loss_type == "dpo":
@@ -165,7 +166,7 @@ def test_v_prediction(checkpoints, parquet, tmp_path):
     assert all(weight.any() for weight in run.up_weights().values())
 
 
-@pytest.mark.parametrize("loss_type", ["cpo", "sft"])
+@pytest.mark.parametrize("loss_type", REFERENCE_FREE_LOSS_TYPES)
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
 def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type, loss_space):
     def refuse(*args):
@@ -178,7 +179,7 @@ def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type
 
 
 def test_error_scale_is_measured_once_and_reproduces(run_sd15):
-    run_sd15(checkpointing_steps=2)
+    run_sd15(checkpointing_steps=2, ncp_error_scale="auto")
     state = json.loads((run_sd15.output_dir / "checkpoint-2/training_state.json").read_text())
     assert state["error_scale"] > 100
     measured = run_sd15.lora()
@@ -190,13 +191,13 @@ def test_error_scale_is_measured_once_and_reproduces(run_sd15):
 
 
 def test_resume_does_not_measure_again(run_sd15, monkeypatch):
-    run_sd15(checkpointing_steps=2)
+    run_sd15(checkpointing_steps=2, ncp_error_scale="auto")
 
     def refuse(*args):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_error_scale", refuse)
-    run_sd15(max_train_steps=3, resume_from_checkpoint="latest")
+    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_margins", refuse)
+    run_sd15(max_train_steps=3, resume_from_checkpoint="latest", ncp_error_scale="auto")
 
 
 def test_checkpoints_total_limit(run_sd15):

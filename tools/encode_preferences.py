@@ -67,11 +67,12 @@ import train_ncp_dpo_sd15  # noqa: E402
 import train_ncp_dpo_sdxl  # noqa: E402
 from train_ncp_dpo_sd15 import (  # noqa: E402
     COUNT,
-    Checkpoints,
     check_columns,
     digest_of_pairs,
     one_line,
     pair_features,
+    synchronize,
+    winner_probability,
 )
 
 
@@ -84,6 +85,7 @@ PAIRS = Features(
         "row": Value("int64"),
         "label": Value("float64"),
         "caption": Value("string"),
+        "winner_probability": Value("float64"),
         "prompt": Value("int64"),
         "tensors": Value("binary"),
     }
@@ -93,7 +95,7 @@ PROMPTS = Features({"caption": Value("string"), "tensors": Value("binary")})
 SETTINGS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant mixed_precision allow_tf32
     resolution image_interpolation_mode no_hflip image_0_column image_1_column label_column caption_column
-    dataset_name dataset_config_name dataset_split_name train_data_dir max_train_samples
+    preference_probability_column dataset_name dataset_config_name dataset_split_name train_data_dir max_train_samples
 """.split()
 README = """---
 configs:
@@ -108,7 +110,8 @@ Preference pairs, encoded by `tools/encode_preferences.py`; `encoding.json` says
 `safetensors.torch.load(row["tensors"])` gives a row's tensors. Of a pair: scaled `latents` of shape (2, orientations, C, h, w) and,
 for SDXL, `time_ids` of shape (2, orientations, 6): the winner, then the loser, each as it is and, unless `no_hflip`, flipped
 horizontally. Of a prompt: its text embeddings. A pair's `prompt` is the number of its caption's row in `prompts`, its `row` that of
-the pair in the source, its `label` 1 if the source's first image won and 0 if the second did.
+the pair in the source, its `label` 1 if the source's first image won and 0 if the second did, and its `winner_probability`, where the
+source has such a column, how sure that is.
 """
 
 
@@ -159,7 +162,8 @@ def create_accelerator(args):
     if not accelerator.is_local_main_process:
         for library in (datasets.utils, transformers.utils, diffusers.utils):
             library.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
@@ -190,7 +194,7 @@ class ParquetFiles:
     def __init__(self, args, urls, pool):
         self.args, self.pool, self.features = args, pool, pair_features(args)
         self.groups, tables, num_rows, num_pairs = [], [], 0, 0
-        columns = [args.label_column, args.caption_column]
+        columns = [name for name, feature in self.features.items() if not isinstance(feature, datasets.Image)]
         for url, (table, metadata) in zip(
             urls, map_ahead(pool, lambda url: self.read_table(url, columns), urls, args.num_workers)
         ):
@@ -263,7 +267,7 @@ def whole_file(path):
     """Where to write a file that appears whole or not at all."""
     incomplete = path.with_name(f"{path.name}.incomplete")
     yield incomplete
-    Checkpoints.synchronize(incomplete)
+    synchronize(incomplete)
     os.replace(incomplete, path)
 
 
@@ -392,6 +396,8 @@ def encode_pairs(args, trainer, components, dtype, shards, pairs, prompts):
                 tensors = {"latents": own, **others}
                 tensors = {name: value.unflatten(0, (2, -1)).contiguous() for name, value in tensors.items()}
                 record = {"row": row, "label": label, "caption": caption, "prompt": prompts[caption]}
+                if args.preference_probability_column is not None:
+                    record["winner_probability"] = winner_probability(args, values)
                 records.append({**record, "tensors": safetensors.torch.save(tensors)})
         write_shard(path, PAIRS, records)
 
@@ -410,7 +416,7 @@ def main(args):
     accelerator = create_accelerator(args)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtype = torch.float32 if weight_dtype == torch.float32 else torch.float16
-    _, vae_config = trainer.check_checkpoint(args)
+    _, vae_config, _ = trainer.check_checkpoint(args)
 
     with ThreadPoolExecutor(args.num_workers) as pool:
         with accelerator.main_process_first():
