@@ -1047,9 +1047,9 @@ def measure_errors(args, denoising, unet, policy, perception, weights, needs_ref
     needs_reference = needs_reference or ncp_loss.LOSSES[args.loss_type].needs_reference
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
+        ref_errors = ncp_loss.latent_error(ref_pred, denoising.target) if needs_reference else None
         model_pred = denoising.predict(unet)
         errors = ncp_loss.latent_error(model_pred, denoising.target)
-        ref_errors = ncp_loss.latent_error(ref_pred, denoising.target) if needs_reference else None
     else:
         anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
         model_pred = denoising.predict(unet)
@@ -1547,10 +1547,13 @@ class Monitor:
             effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
             logger.warning(f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it.")
 
-    def check_finite(self, step, metrics, rows):
+    def is_finite(self, metrics):
         # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
         scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
-        if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled):
+        return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
+
+    def check_finite(self, step, metrics, rows):
+        if self.is_finite(metrics):
             self.skipped_steps = 0
             return
         self.skipped_steps += 1

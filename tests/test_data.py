@@ -63,13 +63,13 @@ def arguments(**options):
 def make_pairs(columns, module=train_ncp_dpo_sd15, **options):
     args = arguments(**options)
     dataset = Dataset.from_dict(columns).cast(module.pair_features(args))
-    return module.PreferencePairs(dataset, list(range(len(dataset))), args, (4, 16, 16), 1000)
+    return module.PreferencePairs(dataset, list(range(len(dataset))), args, (4, 16, 16), torch.arange(1000))
 
 
 def load_pairs(**options):
     args = arguments(**options)
     dataset = load_dataset(args)
-    return PreferencePairs(dataset, find_rows(args, dataset), args, (4, 16, 16), 1000)
+    return PreferencePairs(dataset, find_rows(args, dataset), args, (4, 16, 16), torch.arange(1000))
 
 
 def images(example):

@@ -459,7 +459,7 @@ def test_overflow_is_no_fault_while_the_loss_scale_can_fall(scale, finite):
 def fail_at(monkeypatch, *steps):
     """Makes the policy's errors of these steps infinite."""
     calls = []
-    latent_error = train_ncp_dpo_sd15.latent_error
+    latent_error = train_ncp_dpo_sd15.ncp_loss.latent_error
 
     def patched(model_pred, target):
         calls.append(1)
@@ -467,7 +467,7 @@ def fail_at(monkeypatch, *steps):
         step, is_policy = divmod(len(calls) - 1, 2)
         return latent_error(model_pred, target) * (math.nan if is_policy and step + 1 in steps else 1)
 
-    monkeypatch.setattr(train_ncp_dpo_sd15, "latent_error", patched)
+    monkeypatch.setattr(train_ncp_dpo_sd15.ncp_loss, "latent_error", patched)
 
 
 def test_steps_that_are_not_finite_are_skipped(run_sd15, monkeypatch, caplog):
@@ -506,14 +506,14 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, los
     # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
     run = Run("sd15", ASSETS, scene_pairs, tmp_path / "one")
     options = {"loss_space": loss_space, "max_train_steps": 5, "checkpointing_steps": 4}
-    options = {"resolution": 48, "learning_rate": 1e-4, "max_train_samples": 11, **options}
+    options = {"resolution": 48, "learning_rate": 1e-4, "max_train_samples": 11, "ncp_error_scale": "auto", **options}
     run(train_batch_size=4, **options)
     one = run.lora(), run.scalars("loss"), error_scale(run)
     run.output_dir = run.arguments["--output_dir"] = tmp_path / "two"
     words = run.command([], {f"--{name}": value for name, value in options.items()})
     result = run_on_two_processes("train_ncp_dpo_sd15.py", words)
     assert result.returncode == 0, result.stderr
-    assert run.scalars("loss") == pytest.approx(one[1], abs=1e-5 if loss_space == "latent" else 1e-3)
+    assert run.scalars("loss") == pytest.approx(one[1], abs=2e-5 if loss_space == "latent" else 1e-3)
     assert min(one[1]) < 0.69, "the policy left the reference"
     # Measured on the same pairs
     assert error_scale(run) == (pytest.approx(one[2], rel=1e-3) if loss_space == "ncp" else None)

@@ -281,7 +281,7 @@ def test_non_finite_loss_stops_the_run(run_sd15, monkeypatch):
         calls.append(1)
         return (model_pred - target).square().mean(dim=(1, 2, 3)) * (math.nan if len(calls) > 6 else 1)
 
-    monkeypatch.setattr(train_ncp_dpo_sd15, "latent_error", latent_error)
+    monkeypatch.setattr(train_ncp_dpo_sd15.ncp_loss, "latent_error", latent_error)
     with pytest.raises(RuntimeError, match=r"Step 4 is not finite: loss nan, .* rows \[\d+, \d+\]"):
         run_sd15(loss_space="latent", max_train_steps=6, checkpointing_steps=3)
     assert all(weight.isfinite().all() for weight in run_sd15.lora("checkpoint-3").values())
