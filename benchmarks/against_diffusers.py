@@ -20,8 +20,9 @@
 trains the small world's base model (some minutes on a CPU; the table goes to standard output). Each script runs as it is, in a
 process of its own with one thread, and all of them take turns of some steps, so that whatever else the machine does falls on
 all alike. A step is all that lies between the ends of two optimizer steps: loading, encoding, U-Net, logging. A turn's first
-step, which may find its batch ready, does not count. Start-up, to the end of the first step, is measured apart. Where
-torchvision or wandb are missing, what the script takes of them is replaced by the few lines of PIL and torch that it comes to.
+step, which may find its batch ready, does not count. Ratios are also given per second of the
+processor, which other programs disturb less, but which counts what runs beside a step. Start-up, to the end of the first step,
+is apart. Where torchvision or wandb are missing, what the script takes of them is replaced by the few lines of PIL and torch that it comes to.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def load_script(path):
 
 def train(turns, path, words, log):
     """
-    Runs a training script in turns, each sent as the seconds of its steps but the first; then waits to hear whether to go on.
+    Runs a training script in turns. After each it sends the seconds of its steps but the first, by the clock and of the
+    processor, and waits to hear whether to go on.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
@@ -143,9 +145,9 @@ def train(turns, path, words, log):
 
     def step_in_turn(optimizer, closure=None):
         step(optimizer, closure)
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
         if len(ends) == 1 + STEPS_PER_TURN:
-            turns.send(ends[-1] - ends[0])
+            turns.send([last - first for first, last in zip(ends[0], ends[-1])])
             if not turns.recv():
                 sys.exit()
             ends.clear()
@@ -165,7 +167,7 @@ class Training:
         start = time.perf_counter()
         self.process.start()
         theirs.close()
-        warm_up = self.receive()
+        warm_up, _ = self.receive()
         self.startup_seconds = time.perf_counter() - start - warm_up
 
     def receive(self):
@@ -179,9 +181,9 @@ class Training:
         self.process.join()
 
     def take_turn(self):
-        """Steps per second."""
+        """Steps per second, by the clock and of the processor."""
         self.turns.send(True)
-        return STEPS_PER_TURN / self.receive()
+        return [STEPS_PER_TURN / seconds for seconds in self.receive()]
 
 
 def write_data(folder):
@@ -231,15 +233,19 @@ def measure(trainings, num_turns):
 
 
 def summarize(rates, trainings):
-    """For each: the medians of its steps per second and of its ratio to theirs, the ratio's quartiles, its start-up."""
+    """For each: its steps per second, their ratio to theirs in the same round, and its start-up; quartiles over rounds."""
     results = {}
     for name, values in rates.items():
-        ratios = [rate / theirs for rate, theirs in zip(values, rates[THEIRS])]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        ratios, processor_ratios = (
+            statistics.quantiles(
+                [ours[i] / theirs[i] for ours, theirs in zip(values, rates[THEIRS])], method="inclusive"
+            )
+            for i in (0, 1)
+        )
         results[name] = {
-            "steps_per_second": statistics.median(values),
-            "ratio": median,
-            "ratio_quartiles": [low, high],
+            "steps_per_second": statistics.median(rate for rate, _ in values),
+            "ratio_quartiles": ratios,
+            "processor_ratio_quartiles": processor_ratios,
             "target": METHODS[name][1] if name in METHODS else None,
             "startup_seconds": trainings[name].startup_seconds,
         }
@@ -247,18 +253,23 @@ def summarize(rates, trainings):
 
 
 def table(results):
-    lines = ["| | steps per second | × diffusers' (quartiles) | aim | s to the first step |", "|---|---|---|---|---|"]
+    header = [
+        "",
+        "steps per second",
+        "× diffusers' (quartiles)",
+        "aim",
+        "per second of processor",
+        "s to the first step",
+    ]
+    lines = [header, ["---"] * len(header)]
     for name, result in results.items():
-        low, high = result["ratio_quartiles"]
-        ratio = f"{result['ratio']:.2f} ({low:.2f} – {high:.2f})" if result["target"] else "1"
-        values = [
-            f"{result['steps_per_second']:.2f}",
-            ratio,
-            result["target"] or "",
-            f"{result['startup_seconds']:.1f}",
+        ratios = [
+            f"{median:.2f} ({low:.2f} – {high:.2f})"
+            for low, median, high in (result["ratio_quartiles"], result["processor_ratio_quartiles"])
         ]
-        lines.append(f"| {' | '.join(map(str, [name, *values]))} |")
-    return "\n".join(lines)
+        numbers = [f"{result['steps_per_second']:.2f}", ratios[0], result["target"] or "", ratios[1]]
+        lines.append([name, *map(str, numbers), f"{result['startup_seconds']:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(args):
