@@ -20,9 +20,9 @@
 trains the small world's base model (some minutes on a CPU; the table goes to standard output). Each script runs as it is, in a
 process of its own with one thread, and all of them take turns of some steps, so that whatever else the machine does falls on
 all alike. A step is all that lies between the ends of two optimizer steps: loading, encoding, U-Net, logging. A turn's first
-step, which may find its batch ready, does not count. Ratios are also given per second of the
-processor, which other programs disturb less, but which counts what runs beside a step. Start-up, to the end of the first step,
-is apart. Where torchvision or wandb are missing, what the script takes of them is replaced by the few lines of PIL and torch that it comes to.
+step, which may find its batch ready, does not count. Ratios are also given per second of the processor, which other programs
+disturb less, but which counts what runs beside a step. Start-up, to the end of the first step, is apart. Where torchvision or
+wandb are missing, what the script takes of them is replaced by the few lines of PIL and torch that it comes to.
 """
 
 import argparse
@@ -69,6 +69,7 @@ METHODS = {
     "latent DPO, encoded data": (["--loss_space", "latent"], 1.5),
     "NCP-DPO, encoded data": (["--loss_space", "ncp"], 1.1),
 }
+METHODS |= {f"{name}, --compile": ([*flags, "--compile"], aim) for name, (flags, aim) in METHODS.items()}
 NUM_PAIRS = 800
 STEPS_PER_TURN = 10
 
