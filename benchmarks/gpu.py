@@ -367,13 +367,6 @@ def describe(device):
 
 
 def main_train(args, path):
-    try:
-        for script in SCRIPTS.values():
-            importlib.import_module(script)
-        importlib.import_module("tiny_checkpoints")
-    except ImportError as error:
-        raise Skip(error) from error
-
     def stop(number, frame):
         raise TimeoutError(f"{MINUTES['train']} minutes are over")
 
@@ -517,6 +510,11 @@ def main(args):
 
         if args.device == "cuda" and not torch.cuda.is_available():
             raise Skip("there is no GPU")
+        try:
+            for module in (*SCRIPTS.values(), "tiny_checkpoints"):
+                importlib.import_module(module)
+        except ImportError as error:
+            raise Skip(error) from error
         part = {"train": main_train, "time": main_time, "precision": main_precision}[args.part]
         part(args, args.results / f"gpu_{args.part}.json")
     except Skip as reason:
