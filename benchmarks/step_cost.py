@@ -695,6 +695,12 @@ def timing_table(results, device):
     return table(["step", "seconds", "pairs per second", "peak memory, GB", "MFU"], rows)
 
 
+def write_json(path, report):
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main_time(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and args.model != ["small"]:
@@ -725,16 +731,17 @@ def main_time(args):
     }
     for model, results in time_models(device, args):
         for name, result in results.items():
+            print(f"{model}, {name}: {', '.join(f'{k} {v}' for k, v in result.items())}", file=sys.stderr, flush=True)
+        report["models"][model]["results"] |= results
+        # As it goes, for it may be cut off.
+        write_json(args.json, report)
+    for model, part in report["models"].items():
+        for name, result in part["results"].items():
             if "skipped" not in result:
                 # Without the flags, which change nothing that is counted.
                 flops = flops_per_pair(model, TIMED_VARIANTS[name]._replace(flags=()))
                 result["mfu"] = flops * result["pairs_per_second"] / peak
-            print(f"{model}, {name}: {', '.join(f'{k} {v}' for k, v in result.items())}", file=sys.stderr, flush=True)
-        report["models"][model]["results"] |= results
-        # As it goes, for it may be cut off.
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+                write_json(args.json, report)
 
     print(", ".join(f"{name} {value}" for name, value in report.items() if name not in ("versions", "models")))
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), end="\n\n")
