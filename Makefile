@@ -3,7 +3,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality fix-copies
+.PHONY: demo test quality fix-copies gpu gpu-train gpu-time gpu-precision
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,3 +28,10 @@ quality: .venv/installed
 
 fix-copies: .venv/installed
 	$(BIN)/python tests/test_copies.py
+
+# With $(PYTHON) as it is. Every part ends by itself within 8 minutes; MODEL is for the last.
+gpu:
+	$(MAKE) --keep-going gpu-train gpu-time gpu-precision
+
+gpu-train gpu-time gpu-precision: gpu-%:
+	$(PYTHON) benchmarks/gpu.py $* $(if $(MODEL),--model $(MODEL))

@@ -79,13 +79,13 @@ pairs, _ = script.open_pairs(args, accelerator, timesteps, vae_config)
 """
 
 
-def write_pairs(folder, num_pairs):
+def write_pairs(folder, num_pairs, side=512):
     """Pairs of smooth pictures with some grain, as JPEGs."""
     rng = np.random.default_rng(0)
 
     def jpeg():
-        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512))
-        grain = rng.integers(0, 24, (512, 512, 3), dtype=np.uint8)
+        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((side, side))
+        grain = rng.integers(0, 24, (side, side, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(np.asarray(picture) // 2 + grain).save(buffer, "JPEG")
         return buffer.getvalue()

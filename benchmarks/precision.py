@@ -14,16 +14,20 @@
 
 """How well half precision computes the perceptual error, its gradient and the margin of eq. 13.
 
-    python benchmarks/precision.py
+    python benchmarks/precision.py                                # random weights, some minutes on a CPU
+    python benchmarks/precision.py --model PATH --json FILE       # real weights, by timestep; a GPU for full-size models
 
-prints the README's table (some minutes on a CPU): every way of computing them against the paper's formula, literally, in
-float64. The U-Nets have the blocks of Stable Diffusion 1.5 and SDXL, fewer channels, and random weights; these are exact in
-every precision compared, so that only the arithmetic differs.
+prints every way of computing them against the paper's formula, literally, in float64. Weights are exact in every precision
+compared, so that only the arithmetic differs. The random U-Nets have the blocks of Stable Diffusion 1.5 and SDXL and fewer
+channels. A real one is shown pictures that it has drawn itself, and its own predictions; policy and reference differ by a small
+random LoRA in both.
 """
 
 import argparse
 import copy
 import functools
+import importlib.metadata
+import json
 import sys
 import time
 from pathlib import Path
@@ -32,8 +36,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from tqdm.auto import tqdm
 
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,6 +55,18 @@ SCHEDULERS = {
 }
 PREDICTION_RMS = (0.3, 0.05)
 RESOLUTION = 16
+# For a real model: bins of timesteps, and what it draws.
+NUM_BINS = 8
+PROMPTS = (
+    "a photograph of a red bicycle leaning on a brick wall",
+    "an oil painting of a harbour at dawn, fishing boats, fog",
+    "a portrait of an old sailor with a white beard",
+    "a bowl of oranges on a wooden table, soft light",
+    "a robot that waters flowers on a balcony",
+    "a narrow street in the rain at night, neon signs",
+    "a watercolour of two foxes in the snow",
+    "a castle on a cliff above the sea, dramatic clouds",
+)
 
 
 class Variant(NamedTuple):
@@ -72,6 +89,15 @@ class Precision(NamedTuple):
     correlation: float  # of the margins with the exact ones
     right_sign: float  # share of pairs whose margin has the exact one's sign
     zeros: float  # share of elements of ∂e/∂pred that are exactly zero
+
+
+class Comparison(NamedTuple):
+    """Of one variant with the exact formula, for a batch: as in `Precision`, of each sample and pair."""
+
+    cosine: torch.Tensor
+    error: torch.Tensor
+    zeros: torch.Tensor
+    margin: torch.Tensor
 
 
 def sd15_shaped_unet(width):
@@ -137,7 +163,7 @@ def literal_features(unet, x, timesteps, encoder_hidden_states, added_cond_kwarg
 
 def literal_step(prediction, x_t, timesteps, scheduler):
     """Eq. 12 with z = 0."""
-    alphas_cumprod = scheduler.alphas_cumprod.double()
+    alphas_cumprod = scheduler.alphas_cumprod.double().to(timesteps.device)
     abar, abar_previous = (alphas_cumprod[t].view(-1, 1, 1, 1) for t in (timesteps, timesteps - 1))
     alpha = abar / abar_previous
     if scheduler.config.prediction_type == "v_prediction":
@@ -168,21 +194,25 @@ def cosine_of(a, b):
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-300)
 
 
-def policy_change(unet, x_t, timesteps, condition, lora_std):
-    """Prediction with a small random LoRA minus prediction without it. The LoRA stays in `unet`, switched off."""
+def add_random_lora(unet, lora_std):
+    """A small random LoRA that is switched off."""
     unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=lora_std)
     unet.requires_grad_(False)
+    unet.disable_adapters()
 
-    def predict():
-        return unet(x_t, timesteps, condition[0], added_cond_kwargs=condition[1]).sample
 
-    with torch.no_grad():
-        policy_pred = predict()
-        unet.disable_adapters()
-        return policy_pred - predict()
+@torch.no_grad()
+def predict(unet, x_t, timesteps, condition):
+    """With the LoRA, and without."""
+    predictions = []
+    for switch in (unet.enable_adapters, unet.disable_adapters):
+        switch()
+        predictions.append(unet(x_t, timesteps, condition[0], added_cond_kwargs=condition[1]).sample)
+    unet.requires_grad_(False)
+    return predictions
 
 
 def accumulate_in_float32(unet):
@@ -213,9 +243,52 @@ def gradient_of(perception, anchor, prediction):
     return errors.detach(), prediction.grad
 
 
+def compare(variants, unets, exact, scheduler, x_t, timesteps, target, predictions, condition):
+    """
+    Compares variants on a batch, winners first, in float64: `predictions` are the policy's and the reference's, `unets` by the
+    variants' dtypes, `exact` in float64.
+
+    Returns:
+        `Comparison`s by the names of `variants`, and the exact margins, all in units of the pair's own error.
+    """
+    (e, r), gradient = literal_errors(exact, predictions, x_t, timesteps, target, condition, scheduler)
+    policy_pred, ref_pred = predictions
+
+    def margin_of(errors, ref_errors):
+        # The unit varies a thousandfold with the timestep.
+        return preference_loss(errors.double(), ref_errors.double()).margin / r.view(2, -1).mean(dim=0)
+
+    compared = {}
+    for name, variant in variants.items():
+        perception = NoiseConditionedPerception(unets[variant.dtype], scheduler, probe_rms=variant.probe_rms)
+        inputs = (x_t.float(), timesteps, target.float(), condition[0].float())
+        kwargs = {"added_cond_kwargs": condition[1] and {key: value.float() for key, value in condition[1].items()}}
+        alone = perception.anchor(*inputs, **kwargs)
+        results = [gradient_of(perception, alone, policy_pred)]
+        if variant.probe_rms == 0:
+            # As the formula is written: two errors, each rounded by itself.
+            with torch.no_grad():
+                ref_errors = perception.error(ref_pred.float(), alone)
+        else:
+            anchor = perception.anchor(*inputs, **kwargs, ref_pred=ref_pred.float())
+            ref_errors = anchor.ref_errors
+            results.append(gradient_of(perception, anchor, policy_pred))
+        compared[name] = Comparison(
+            cosine=torch.cat([cosine_of(g.double(), gradient) for _, g in results]),
+            error=torch.cat([(errors.double() / e - 1).abs() for errors, _ in results]),
+            zeros=torch.stack([(g == 0).double().mean() for _, g in results]),
+            margin=margin_of(results[-1][0], ref_errors),
+        )
+    return compared, margin_of(e, r)
+
+
+def correlation_of(a, b):
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
 def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
     """
-    Compares variants on U-Nets of both shapes, both prediction types, all timesteps and both prediction errors.
+    Compares variants on random U-Nets of both shapes, both prediction types, all timesteps and both prediction errors.
 
     Args:
         variants (`dict` of `Variant`): what to compare.
@@ -250,7 +323,8 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
         x0 = torch.randn(n, 4, RESOLUTION, RESOLUTION).double()
         noise = torch.randn(n // 2, 4, RESOLUTION, RESOLUTION).double().repeat(2, 1, 1, 1)
         x_t = SCHEDULERS["epsilon"].add_noise(x0, noise, timesteps).float().double()
-        change = policy_change(exact, x_t, timesteps, condition, lora_std)
+        add_random_lora(exact, lora_std)
+        change = torch.sub(*predict(exact, x_t, timesteps, condition))
         for prediction_type, scheduler in SCHEDULERS.items():
             target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, timesteps)
             target = target.float().double()
@@ -258,40 +332,16 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
                 # A random U-Net's own error is that of no training at all. White noise of the size of a trained one's
                 # stands in for it; what the LoRA changes is real.
                 ref_pred = (target + rms * torch.randn(target.shape)).float().double()
-                policy_pred = (ref_pred + change).float().double()
-                (e, r), gradient = literal_errors(
-                    exact, (policy_pred, ref_pred), x_t, timesteps, target, condition, scheduler
-                )
-
-                def margin_of(e, r, unit=r):
-                    # In units of the pair's own error, which varies a thousandfold with the timestep.
-                    margin = preference_loss(e.double(), r.double()).margin
-                    return margin / unit.view(2, -1).mean(dim=0)
-
-                margin = margin_of(e, r)
+                predictions = ((ref_pred + change).float().double(), ref_pred)
+                batch = x_t, timesteps, target, predictions, condition
+                compared, margin = compare(variants, unets, exact, scheduler, *batch)
                 margin_rms = margin.square().mean().sqrt()
                 exact_margins.append(margin / margin_rms)
-                for name, variant in variants.items():
-                    perception = NoiseConditionedPerception(
-                        unets[variant.dtype], scheduler, probe_rms=variant.probe_rms
-                    )
-                    inputs = (x_t.float(), timesteps, target.float(), condition[0].float())
-                    kwargs = {"added_cond_kwargs": added and {key: value.float() for key, value in added.items()}}
-                    alone = perception.anchor(*inputs, **kwargs)
-                    results = [gradient_of(perception, alone, policy_pred)]
-                    if variant.probe_rms == 0:
-                        # As the formula is written: two errors, each rounded by itself.
-                        with torch.no_grad():
-                            ref_errors = perception.error(ref_pred.float(), alone)
-                    else:
-                        anchor = perception.anchor(*inputs, **kwargs, ref_pred=ref_pred.float())
-                        ref_errors = anchor.ref_errors
-                        results.append(gradient_of(perception, anchor, policy_pred))
-                    for variant_e, variant_gradient in results:
-                        cosines[name].append((rms, cosine_of(variant_gradient.double(), gradient)))
-                        errors[name].append((rms, (variant_e.double() / e - 1).abs()))
-                        zeros[name].append((variant_gradient == 0).double().mean())
-                    margins[name].append(margin_of(results[-1][0], ref_errors) / margin_rms)
+                for name, comparison in compared.items():
+                    cosines[name].append((rms, comparison.cosine))
+                    errors[name].append((rms, comparison.error))
+                    zeros[name].append(comparison.zeros)
+                    margins[name].append(comparison.margin / margin_rms)
 
     def at(rms, values):
         return torch.cat([value for value_rms, value in values if value_rms == rms])
@@ -303,11 +353,87 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
         result[name] = Precision(
             min_cosine={rms: at(rms, cosines[name]).min().item() for rms in PREDICTION_RMS},
             mean_error={rms: at(rms, errors[name]).mean().item() for rms in PREDICTION_RMS},
-            correlation=torch.corrcoef(torch.stack([margin, exact_margin]))[0, 1].item(),
+            correlation=correlation_of(margin, exact_margin),
             right_sign=(margin.sign() == exact_margin.sign()).double().mean().item(),
-            zeros=torch.stack(zeros[name]).mean().item(),
+            zeros=torch.cat(zeros[name]).mean().item(),
         )
     return result
+
+
+def encoder_of(unet, dtype):
+    """A copy without the up blocks, which the perceptual error does not run."""
+    up_blocks, unet.up_blocks = unet.up_blocks, torch.nn.ModuleList()
+    encoder = copy.deepcopy(unet).to(dtype)
+    unet.up_blocks = up_blocks
+    if dtype == torch.float16 and unet.device.type == "cpu":
+        accumulate_in_float32(encoder)
+    return encoder
+
+
+@torch.no_grad()
+def draw_pairs(pipeline, num_pairs, resolution, seed):
+    """Pairs of pictures of one prompt each as latents `(2, C, h, w)`, and what the U-Net takes for the prompt, in float64."""
+    options = {"height": resolution, "width": resolution, "num_inference_steps": 20, "output_type": "latent"}
+    for index in range(num_pairs):
+        prompt = PROMPTS[index % len(PROMPTS)]
+        generator = torch.Generator().manual_seed(seed + index)
+        x0 = pipeline(prompt, num_images_per_prompt=2, generator=generator, **options).images
+        encoded = pipeline.encode_prompt(
+            prompt, device=x0.device, num_images_per_prompt=2, do_classifier_free_guidance=False
+        )
+        added = None
+        if pipeline.unet.config.addition_embed_type is not None:
+            time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=x0.device)
+            added = {"text_embeds": exact_in_half(encoded[2]).double(), "time_ids": time_ids.double()}
+        yield x0.double(), (exact_in_half(encoded[0]).double(), added)
+
+
+def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, seed=0, device="cpu"):
+    """
+    Compares variants on the weights of a model, rounded to what all dtypes have in common, in bins of timesteps.
+
+    Yields:
+        A bin ("0-124") and, by variant, "min_cosine" and "mean_error" over samples, "correlation" and "right_sign" of margins.
+    """
+    torch.manual_seed(seed)
+    # TF32 would make fp32 another precision.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    unet, scheduler = pipeline.unet.requires_grad_(False), DDPMScheduler.from_config(pipeline.scheduler.config)
+    for parameter in unet.parameters():
+        parameter.data = exact_in_half(parameter.data).float()
+    # SDXL's own takes four times the time, and its memory in float64.
+    resolution = min(unet.config.sample_size * pipeline.vae_scale_factor, 512)
+    drawn = list(draw_pairs(pipeline, pairs, resolution, seed))
+    unets = {dtype: encoder_of(unet, dtype) for dtype in {torch.float64, *(v.dtype for v in variants.values())}}
+    add_random_lora(unet, lora_std)
+
+    num_timesteps = scheduler.config.num_train_timesteps
+    for index in tqdm(range(NUM_BINS), desc="Timesteps"):
+        first, last = (num_timesteps * i // NUM_BINS for i in (index, index + 1))
+        results = []
+        for x0, condition in drawn:
+            timesteps = torch.randint(max(first, 1), last, (1,)).repeat(2).to(device)
+            noise = torch.randn(1, *x0.shape[1:]).to(x0).repeat(2, 1, 1, 1)
+            x_t = scheduler.add_noise(x0, noise, timesteps).float()
+            target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, timesteps)}
+            added = condition[1] and {name: value.float() for name, value in condition[1].items()}
+            predictions = [p.double() for p in predict(unet, x_t, timesteps, (condition[0].float(), added))]
+            target = target[scheduler.config.prediction_type].float().double()
+            batch = x_t.double(), timesteps, target, predictions, condition
+            results.append(compare(variants, unets, unets[torch.float64], scheduler, *batch))
+        exact_margin = torch.cat([margin for _, margin in results])
+        measured = {}
+        for name in variants:
+            cosine, error, _, margin = map(torch.cat, zip(*(compared[name] for compared, _ in results)))
+            measured[name] = {
+                "min_cosine": cosine.min().item(),
+                "mean_error": error.mean().item(),
+                "correlation": correlation_of(margin, exact_margin),
+                "right_sign": (margin.sign() == exact_margin.sign()).double().mean().item(),
+            }
+        yield f"{first}-{last - 1}", measured
 
 
 def markdown(result):
@@ -324,16 +450,43 @@ def markdown(result):
     return "\n".join(lines)
 
 
+def model_markdown(bins):
+    lines = [
+        "| timesteps | | smallest cosine | error of `e` | correlation of margins | right sign |",
+        "|---|---|---|---|---|---|",
+    ]
+    for span, result in bins.items():
+        for name, values in result.items():
+            numbers = f"{values['min_cosine']:.4f} | {values['mean_error']:.2%} | {values['correlation']:.4f}"
+            lines.append(f"| {span} | {name} | {numbers} | {values['right_sign']:.1%} |")
+    return "\n".join(lines)
+
+
 def main(args):
     start = time.perf_counter()
-    print(markdown(measure(pairs=args.pairs, width=args.width, lora_std=args.lora_std, seed=args.seed)))
+    if args.model is None:
+        print(markdown(measure(pairs=args.pairs or 2, width=args.width, lora_std=args.lora_std, seed=args.seed)))
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers")}
+        report = {"device": name, "versions": versions, "model": Path(args.model).name, "bins": {}}
+        pairs = args.pairs or len(PROMPTS)
+        for span, measured in measure_model(args.model, VARIANTS, pairs, args.lora_std, args.seed, device):
+            report["bins"][span] = measured
+            # As it goes, for it may be cut off.
+            if args.json is not None:
+                args.json.write_text(json.dumps(report, indent=2) + "\n")
+        print(model_markdown(report["bins"]))
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2, help="pairs per timestep, prediction type and U-Net")
-    parser.add_argument("--width", type=int, default=64, help="channels of the U-Nets' first block")
+    parser.add_argument("--model", help="hub id or folder of a Stable Diffusion, instead of random weights")
+    parser.add_argument("--json", type=Path, help="file to write the model's results to")
+    parser.add_argument("--pairs", type=int, help="per timestep, prediction type and U-Net (2), or per bin (8)")
+    parser.add_argument("--width", type=int, default=64, help="channels of the random U-Nets' first block")
     parser.add_argument("--lora_std", type=float, default=0.02, help="size of the LoRA's up-weights")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -15,20 +15,26 @@
 """What an optimization step costs: in operations and memory, counted, and in time, measured.
 
     python benchmarks/step_cost.py count                    # any machine: FLOPs and memory of SDXL and SD1.5, no weights needed
-    python benchmarks/step_cost.py time --json result.json  # a GPU: pairs per second and peak memory of SDXL
+    python benchmarks/step_cost.py time --json result.json  # a GPU: pairs per second, peak memory and MFU of both
     python benchmarks/step_cost.py time --model small       # any machine: the same steps with a small model
 
-Every step is what the training scripts do with a batch, on their own policy, with random weights and latents. The step that
-it is compared with, "the authors' way", measures the literal eq. 13 with a second U-Net, which is kept for its encoder:
-three passes of one prediction each and no gradient checkpointing in them, after the VAE, in float32, and the text encoders
-have encoded the batch. Its encoder stops at the mid block, as ours does.
+Every step is what the training scripts do with a batch, on their own policy, with random weights and latents. They are compared
+with diffusers' way, "latent DPO, VAE in the loop", and with "the authors' way", which measures the literal eq. 13 with a second
+U-Net, kept for its encoder: three passes of one prediction each and no gradient checkpointing in them, after VAE and text
+encoders have encoded the batch. Its encoder stops at the mid block, as ours does. The VAE is in the precision that it has in
+diffusers' scripts: float32 for SDXL, that of the U-Net for SD1.5.
+
+MFU is the share of the device's peak that goes into the FLOPs that `count` finds in the step without gradient checkpointing. The
+peak is the data sheet's where it is known here, and else that of a large matrix product, measured.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -65,6 +71,8 @@ class Model(NamedTuple):
     unet: dict
     vae: dict
     text_encoders: dict
+    vae_dtype: torch.dtype | None = torch.float32  # in diffusers' scripts; `None` for the U-Net's
+    batch_size: int = 1  # pairs per step that are timed, as in the README's commands
 
 
 def vae_config(channels):
@@ -126,6 +134,8 @@ MODELS = {
         unet={"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
         vae=vae_config((128, 256, 512, 512)),
         text_encoders={"": (CLIPTextModel, CLIP_L)},
+        vae_dtype=None,
+        batch_size=8,
     ),
     # SDXL's blocks with a tenth of its channels. Of the U-Net's FLOPs the encoder has 40 %, and encoding the batch costs
     # 70 %; of SDXL's they are 43 % and 73 %.
@@ -244,10 +254,11 @@ class Step:
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
     def create_components(self):
-        """VAE in float32 and text encoders in the precision of the U-Net, as peers have them."""
+        """VAE and text encoders, these in the precision of the U-Net, as peers have them."""
         components = {"force_zeros_for_empty_prompt": False}
         with torch.device(self.device):
-            components["vae"] = AutoencoderKL(**self.model.vae).requires_grad_(False)
+            vae = AutoencoderKL(**self.model.vae).requires_grad_(False)
+            components["vae"] = vae.to(self.model.vae_dtype or self.variant.dtype)
             for suffix, (text_encoder_class, config) in self.model.text_encoders.items():
                 text_encoder = text_encoder_class(CLIPTextConfig(**config)).requires_grad_(False)
                 components["text_encoder" + suffix] = text_encoder.to(self.variant.dtype)
@@ -431,6 +442,7 @@ class Cost(NamedTuple):
     peak: Counter  # bytes alive at most, beside the parameters, by part
     num_parameters: dict  # by model
     num_images: int
+    vae_itemsize: int  # bytes of a parameter
 
 
 def count(model, variant, gradient_checkpointing=False):
@@ -442,7 +454,8 @@ def count(model, variant, gradient_checkpointing=False):
         # In autocast, as checkpointed blocks run again.
         with meter.part("backward"), autocast(variant.dtype):
             loss.backward()
-    return Cost(meter.flops, meter.peak, step.num_parameters(), len(denoising.timesteps))
+    itemsize = (model.vae_dtype or variant.dtype).itemsize
+    return Cost(meter.flops, meter.peak, step.num_parameters(), len(denoising.timesteps), itemsize)
 
 
 def count_parts(costs):
@@ -492,11 +505,12 @@ def flops_tables(costs, checkpointed):
     )
 
 
-def held_memory(num_parameters):
+def held_memory(cost):
     """Bytes of parameters and optimizer state, by arithmetic."""
+    num_parameters = cost.num_parameters
     return {
         "U-Nets": 2 * num_parameters["U-Nets"],
-        "VAE, text encoders": 4 * num_parameters["VAE"] + 2 * num_parameters["text"],
+        "VAE, text encoders": cost.vae_itemsize * num_parameters["VAE"] + 2 * num_parameters["text"],
         "LoRA": 4 * num_parameters["LoRA"],
         # Two moments of 8 bits, and a float32 scale per 256 of either.
         "Adam": 2 * (1 + 4 / 256) * num_parameters["LoRA"],
@@ -505,7 +519,7 @@ def held_memory(num_parameters):
 
 def peak_memory(cost):
     """Bytes at the most expensive moment of a step."""
-    return sum(held_memory(cost.num_parameters).values()) + max(cost.peak.values())
+    return sum(held_memory(cost).values()) + max(cost.peak.values())
 
 
 def memory_table(costs):
@@ -513,7 +527,7 @@ def memory_table(costs):
     columns = ["VAE", "reference", "anchor", "policy", "error", "backward"]
     rows = []
     for name, cost in costs.items():
-        held = held_memory(cost.num_parameters)
+        held = held_memory(cost)
         rows.append(
             [name]
             + [f"{size / 1e9:.2f}" if size else "" for size in held.values()]
@@ -537,7 +551,7 @@ on the policy's prediction, forward and backward (in the authors' way on the ref
 """
 MEMORY_TEXT = """
 Peak memory for one pair with gradient checkpointing, 8-bit Adam and, unless a VAE is shown, encoded latents and text
-embeddings. Parameters and optimizer state by arithmetic: frozen weights at 2 bytes (the VAE's at 4), the LoRA at 4, Adam's
+embeddings. Parameters and optimizer state by arithmetic: frozen weights at 2 bytes (SDXL's VAE at 4), the LoRA at 4, Adam's
 state at 2.03. For the rest the same step on the meta device: the bytes of all tensors made since the step began that are alive
 at a time (activations, gradients, operations' results, autocast's copies), attention without its N x N matrix; the most in
 each part of the step. Not in it: the workspaces of kernels, the CUDA context, the allocator's fragmentation.
@@ -581,10 +595,10 @@ def time_together(variants, model, device, args):
         A dictionary per variant: "seconds_per_step" (the median after warm-up), "pairs_per_second", and on a GPU
         "peak_memory_gb" (of all the variants that share its memory: give it one at a time).
     """
-    steps = {}
+    steps, batch_size = {}, args.batch_size or model.batch_size
     for name, variant in variants.items():
         step = Step(
-            model, variant, device, args.batch_size, args.gradient_checkpointing, use_8bit_adam=device == "cuda"
+            model, variant, device, batch_size, args.gradient_checkpointing, use_8bit_adam=has_8bit_adam(device)
         )
         if variant.dtype != torch.float32:
             # As accelerate does.
@@ -600,14 +614,23 @@ def time_together(variants, model, device, args):
     results = {}
     for name in variants:
         median = statistics.median(seconds[name][WARM_UP_STEPS:])
-        results[name] = {"seconds_per_step": median, "pairs_per_second": args.batch_size / median}
+        results[name] = {"seconds_per_step": median, "pairs_per_second": batch_size / median}
         if device == "cuda":
             results[name]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return results
 
 
-def time_variants(model, device, args):
-    """`time_together`'s results for all `TIMED_VARIANTS`: on a GPU one after the other, on a CPU in float32 and in turns."""
+def has_8bit_adam(device):
+    return device == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
+
+
+def time_models(device, args):
+    """
+    Times `TIMED_VARIANTS` of the models of `args`: on a GPU one after the other, on a CPU in float32 and in turns.
+
+    Yields:
+        The model's name and `time_together`'s results of it, or a dictionary with the reason as "skipped".
+    """
     if device != "cuda":
         variants = {}
         for name, variant in TIMED_VARIANTS.items():
@@ -615,66 +638,121 @@ def time_variants(model, device, args):
             variant = variant._replace(dtype=torch.float32, probe_rms=None)
             if variant not in variants.values():
                 variants[name] = variant
-        return time_together(variants, model, device, args)
-    results = {}
+        for model in args.model:
+            yield model, time_together(variants, MODELS[model], device, args)
+        return
+    # What takes longest to begin comes last for all models.
     for name, variant in TIMED_VARIANTS.items():
-        try:
-            results |= time_together({name: variant}, model, device, args)
-        except torch.cuda.OutOfMemoryError:
-            results[name] = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    return results
+        for model in args.model:
+            if "--compile" in variant.flags and importlib.util.find_spec("triton") is None:
+                yield model, {name: {"skipped": "triton is not installed"}}
+                continue
+            try:
+                yield model, time_together({name: variant}, MODELS[model], device, args)
+            except torch.cuda.OutOfMemoryError:
+                yield model, {name: {"skipped": "out of memory"}}
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+# Of dense bf16 matrix products, by what is in the device's name; the first that fits.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+
+
+def peak_flops(device):
+    """The device's FLOP/s: of the data sheet, or of a matrix product; and which of the two."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for part, tflops in PEAK_TFLOPS.items():
+        if part in name:
+            return 1e12 * tflops, "data sheet"
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds), "a matrix product"
+
+
+@functools.cache
+def flops_per_pair(model, variant):
+    """Of a step without gradient checkpointing; `model` by name."""
+    return sum(count(MODELS[model], variant).flops.values())
 
 
 def timing_table(results, device):
     rows = []
     for name, result in results.items():
-        if result is None:
-            rows.append([name, "out of memory", "", ""])
+        if "skipped" in result:
+            rows.append([name, result["skipped"], "", "", ""])
             continue
         peak = f"{result['peak_memory_gb']:.1f}" if device == "cuda" else "not measured"
-        rows.append([name, f"{result['seconds_per_step']:.3f}", f"{result['pairs_per_second']:.2f}", peak])
-    return table(["step", "seconds", "pairs per second", "peak memory, GB"], rows)
+        numbers = [f"{result['seconds_per_step']:.3f}", f"{result['pairs_per_second']:.2f}", peak]
+        rows.append([name, *numbers, f"{result['mfu']:.1%}"])
+    return table(["step", "seconds", "pairs per second", "peak memory, GB", "MFU"], rows)
+
+
+def write_json(path, report):
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def main_time(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and args.model != "small":
+    if device == "cpu" and args.model != ["small"]:
         raise SystemExit("Without a GPU only `--model small` can be timed.")
-    model = MODELS[args.model]
     torch.manual_seed(0)
-    results = time_variants(model, device, args)
-    description = {
+    peak, peak_is_of = peak_flops(device)
+    packages = ("torch", "diffusers", "peft", *["bitsandbytes"] * has_8bit_adam(device))
+    report = {
         "device": torch.cuda.get_device_name()
         if device == "cuda"
         else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
-        "model": args.model,
         "precision": "bf16" if device == "cuda" else "fp32",
-        "resolution": model.resolution,
-        "rank": model.rank,
-        "batch_size": args.batch_size,
+        "peak_tflops": peak / 1e12,
+        "peak_is_of": peak_is_of,
         "gradient_checkpointing": args.gradient_checkpointing,
-        "optimizer": "8-bit AdamW" if device == "cuda" else "AdamW",
+        "optimizer": "8-bit AdamW" if has_8bit_adam(device) else "AdamW",
         "steps": args.steps,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "diffusers", "peft", *["bitsandbytes"] * (device == "cuda"))
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "models": {
+            name: {
+                "resolution": MODELS[name].resolution,
+                "rank": MODELS[name].rank,
+                "batch_size": args.batch_size or MODELS[name].batch_size,
+                "results": {},
+            }
+            for name in args.model
         },
     }
-    print(", ".join(f"{name} {value}" for name, value in description.items() if name != "versions"))
-    print(", ".join(f"{name} {version}" for name, version in description["versions"].items()), end="\n\n")
-    print(timing_table(results, device), end="\n\n")
+    for model, results in time_models(device, args):
+        for name, result in results.items():
+            print(f"{model}, {name}: {', '.join(f'{k} {v}' for k, v in result.items())}", file=sys.stderr, flush=True)
+        report["models"][model]["results"] |= results
+        # As it goes, for it may be cut off.
+        write_json(args.json, report)
+    for model, part in report["models"].items():
+        for name, result in part["results"].items():
+            if "skipped" not in result:
+                # Without the flags, which change nothing that is counted.
+                flops = flops_per_pair(model, TIMED_VARIANTS[name]._replace(flags=()))
+                result["mfu"] = flops * result["pairs_per_second"] / peak
+                write_json(args.json, report)
 
-    ratios = {}
-    for name in ("NCP-DPO, the authors' way", "latent DPO, VAE in the loop"):
-        if results["NCP-DPO"] and results[name]:
-            ratios[name] = results["NCP-DPO"]["pairs_per_second"] / results[name]["pairs_per_second"]
-            print(f"NCP-DPO makes {ratios[name]:.2f} times the pairs per second of: {name}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {**description, "results": results, "ncp_dpo_pairs_per_second_relative_to": ratios}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in report.items() if name not in ("versions", "models")))
+    print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), end="\n\n")
+    for model, part in report["models"].items():
+        results = part["results"]
+        print(f"{model}, {part['resolution']}², rank {part['rank']}, {part['batch_size']} pairs per step\n")
+        print(timing_table(results, device), end="\n\n")
+        for name in ("NCP-DPO, the authors' way", "latent DPO, VAE in the loop"):
+            rates = [results[which].get("pairs_per_second") for which in ("NCP-DPO", name)]
+            if all(rates):
+                print(f"NCP-DPO makes {rates[0] / rates[1]:.2f} times the pairs per second of: {name}")
 
 
 def parse_args(input_args=None):
@@ -682,8 +760,8 @@ def parse_args(input_args=None):
     modes = parser.add_subparsers(dest="mode", required=True)
     modes.add_parser("count", help="FLOPs and memory, counted on the meta device")
     timing = modes.add_parser("time", help="time and memory, measured")
-    timing.add_argument("--model", choices=list(MODELS), default="sdxl")
-    timing.add_argument("--batch_size", type=int, default=1, help="pairs per step")
+    timing.add_argument("--model", choices=list(MODELS), nargs="+", default=["sdxl", "sd15"])
+    timing.add_argument("--batch_size", type=int, help="pairs per step; default: the README's")
     timing.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: yes, but not for small"
     )
@@ -691,7 +769,7 @@ def parse_args(input_args=None):
     timing.add_argument("--json", type=Path, default=None, help="file to write the results to")
     args = parser.parse_args(input_args)
     if args.mode == "time" and args.gradient_checkpointing is None:
-        args.gradient_checkpointing = args.model != "small"
+        args.gradient_checkpointing = args.model != ["small"]
     return args
 
 
