@@ -30,6 +30,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 ROOT = Path(__file__).resolve().parents[1]
+# For the scripts, where no pyproject.toml of ours says so.
+sys.path.insert(0, str(ROOT))
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -22,12 +22,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
 from conftest import Run
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from diffusers import DiffusionPipeline
 
 
