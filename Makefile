@@ -3,7 +3,9 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality fix-copies gpu gpu-train gpu-time gpu-precision
+UPSTREAM = $(DIFFUSERS)/examples/research_projects/ncp_dpo
+
+.PHONY: demo test quality fix-copies upstream gpu gpu-train gpu-time gpu-precision
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,3 +37,17 @@ gpu:
 
 gpu-train gpu-time gpu-precision: gpu-%:
 	$(PYTHON) benchmarks/gpu.py $* $(if $(MODEL),--model $(MODEL))
+
+# Writes the example for Diffusers into a checkout of it, and checks it by that checkout's settings.
+upstream: .venv/installed
+	@test -f "$(DIFFUSERS)/src/diffusers/__init__.py" || \
+		{ echo "DIFFUSERS=$(DIFFUSERS) is no checkout of diffusers: make upstream DIFFUSERS=<checkout>"; exit 2; }
+	mkdir -p "$(UPSTREAM)/tests"
+	cp train_ncp_dpo_sd15.py train_ncp_dpo_sdxl.py ncp_loss.py requirements.txt "$(UPSTREAM)"
+	cp docs/upstream_README.md "$(UPSTREAM)/README.md"
+	cp tests/conftest.py tests/tiny_checkpoints.py tests/tiny_unets.py tests/test_copies.py tests/test_ncp_loss.py \
+		"$(UPSTREAM)/tests"
+	# Names of tests are there once: its own has one of this name.
+	cp tests/test_training.py "$(UPSTREAM)/tests/test_ncp_dpo_training.py"
+	cd "$(DIFFUSERS)" && "$(abspath $(BIN))/ruff" check --no-cache examples/research_projects/ncp_dpo
+	cd "$(DIFFUSERS)" && "$(abspath $(BIN))/ruff" format --no-cache --check examples/research_projects/ncp_dpo

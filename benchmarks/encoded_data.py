@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import encode_preferences  # noqa: E402
-
 import train_ncp_dpo_sdxl  # noqa: E402
 
 

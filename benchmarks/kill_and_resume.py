@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny_checkpoints  # noqa: E402
-
 import train_ncp_dpo_sd15  # noqa: E402
 
 

@@ -30,6 +30,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 ROOT = Path(__file__).resolve().parents[1]
+# For the scripts, where no pyproject.toml of ours says so.
+sys.path.insert(0, str(ROOT))
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,9 +65,9 @@ def reset_accelerate():
         state._reset_state()
 
 
-def run_on_two_processes(script, words):
-    """Runs a script of ours as two processes that talk through gloo."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def run_on_two_processes(script, words, number=2):
+    """Runs a script of ours as two processes, or more, that talk through gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     return subprocess.run(
         [*launcher, str(ROOT / script), *words],
         capture_output=True,

@@ -21,11 +21,10 @@ import subprocess
 import sys
 
 import pytest
+import train_ncp_dpo_sd15
 from accelerate.state import PartialState
 from conftest import ROOT
 from huggingface_hub.errors import HFValidationError
-
-import train_ncp_dpo_sd15
 from train_ncp_dpo_sd15 import StopSignals
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
 from conftest import Run
 from tiny_checkpoints import copy_checkpoint, edit_json
 from tiny_unets import sd15_unet
 from transformers import CLIPTokenizer
 
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 

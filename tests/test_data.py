@@ -31,15 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
 from accelerate.state import PartialState
 from conftest import Run
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_checkpoints import build_image_folder, encoded, pair_columns, picture, write_parquet
-
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from train_ncp_dpo_sd15 import (
     EpochSampler,
     PreferencePairs,

@@ -30,13 +30,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import train_ncp_dpo_sd15
 from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
 from experiment import ASSETS, encode_png, to_pil
 from scenes import SCENES, render
 from tiny_checkpoints import pair_columns, write_parquet
 
-import train_ncp_dpo_sd15
 from diffusers.loaders import lora_base
 
 

@@ -22,13 +22,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
 from conftest import Run
 from huggingface_hub.utils import filter_repo_objects
 from ncp_loss import LOSS_TYPES, REFERENCE_FREE_LOSS_TYPES
 from PIL import Image
 
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from diffusers import DiffusionPipeline
 
 

@@ -27,13 +27,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import train_ncp_dpo_sd15
+import train_ncp_dpo_sdxl
 from conftest import SCRIPTS, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from PIL import Image
 from tiny_checkpoints import RESOLUTION, copy_checkpoint, edit_json, pair_columns, write_parquet
 
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from diffusers import AutoencoderKL
 
 

@@ -30,6 +30,7 @@ import pandas as pd
 import prepare_preferences
 import pyarrow.parquet as pq
 import pytest
+import train_ncp_dpo_sd15
 from accelerate.state import PartialState
 from conftest import ROOT
 from datasets import Dataset, Features, Value, load_dataset
@@ -37,8 +38,6 @@ from PIL import Image
 from prepare_preferences import encoded_bytes, inspect_image, main, pair_ranks, parse_args, row_groups
 from tiny_checkpoints import build_tokenizer
 from transformers import CLIPTextConfig
-
-import train_ncp_dpo_sd15
 
 
 SCRIPT = ROOT / "tools" / "prepare_preferences.py"
