@@ -410,7 +410,8 @@ class Choices:
 
     def __init__(self, path, pairs):
         self.path, self.pairs, self.by_rater, self.seconds = path, pairs, defaultdict(dict), defaultdict(list)
-        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        path.touch()
+        lines = path.read_bytes().split(b"\n")
         if lines[-1]:
             logger.warning(
                 f"{path} ends in half a line, written when the disk was full or the power failed; it is removed"
@@ -437,7 +438,7 @@ class Choices:
     def add(self, **entry):
         """Keeps a choice and returns when it is on the disk; an `OSError` if it cannot be, and then nothing of it is."""
         entry["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = self.path.stat().st_size
         try:
             with open(self.path, "ab") as file:
                 file.write(json.dumps(entry).encode() + b"\n")
@@ -488,7 +489,10 @@ class Page:
         except OSError as error:
             return {"error": f"Not saved: {error}. Choose again when there is room."}
         self.shown[rater] = time.monotonic()
-        return self.show(rater)
+        try:
+            return self.show(rater)
+        except OSError as error:
+            return {"error": f"The next pair cannot be shown: {error}. What was chosen is saved."}
 
     def next_pairs(self, rater, number):
         chosen = self.choices.by_rater[rater]
@@ -538,7 +542,9 @@ def serve(args, page, served):
     # The default theme's fonts come from another server.
     theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")
     with gradio.Blocks(title="Which is better?", analytics_enabled=False) as blocks:
-        gradio.HTML(html_template=HTML, css_template=CSS, js_on_load=JS, server_functions=[act])
+        gradio.HTML(
+            html_template=HTML, css_template=CSS, js_on_load=JS, apply_default_css=False, server_functions=[act]
+        )
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -615,13 +621,15 @@ HTML = """
 <section hidden>
   <h2></h2>
   <div class="pictures">
-    <button data-action="left" aria-label="The left one is better" title="Left arrow key"></button>
-    <button data-action="right" aria-label="The right one is better" title="Right arrow key"></button>
+    <button data-action="left" aria-label="The left one is better"></button>
+    <button data-action="right" aria-label="The right one is better"></button>
   </div>
   <div class="controls">
+    <button data-action="left" class="side"><kbd>&larr;</kbd> Left</button>
     <button data-action="tie">Tie <kbd>space</kbd></button>
     <button data-action="undo">Undo <kbd>U</kbd></button>
     <button data-action="skip">Skip <kbd>S</kbd></button>
+    <button data-action="right" class="side">Right <kbd>&rarr;</kbd></button>
   </div>
   <progress></progress>
   <p class="status"></p>
@@ -630,22 +638,22 @@ HTML = """
 """
 CSS = """
 max-width: 1400px; margin: auto; text-align: center;
-h2 { font-size: 1.2rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-.pictures { display: flex; gap: 1rem; justify-content: center; }
-.pictures button { flex: 1 1 0; padding: 0; border: 3px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
+h2 { font-size: 1.2rem; font-weight: bold; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.pictures, .controls { display: flex; gap: .5rem; justify-content: center; }
+.pictures button { flex: 1; border: 3px solid transparent; border-radius: 6px; }
 .pictures button:hover { border-color: var(--color-accent); }
-.pictures img { width: 100%; height: 68vh; object-fit: contain; margin: 0; }
-.controls { display: flex; gap: .5rem; justify-content: center; margin: .6rem 0; }
-.controls button, form button { padding: .5rem 1rem; border: 1px solid var(--border-color-primary); border-radius: 6px; }
+.pictures img { width: 100%; height: calc(100vh - 13rem); object-fit: contain; }
+.controls { margin: .6rem 0; }
+.controls button, form button, input { padding: .5rem 1rem; border: 1px solid gray; border-radius: 6px; background: none; }
 kbd { opacity: .6; }
 form { margin: 20vh auto; }
-progress { width: 100%; }
-.status { margin: 0; opacity: .7; }
-.message { color: #c00; }
+progress { width: 100%; accent-color: var(--color-accent); }
+.status { opacity: .7; }
+.message { color: #d00; font-weight: bold; }
 @media (max-width: 640px) {
-  .pictures { flex-direction: column; gap: .3rem; }
-  .pictures img { height: 34vh; }
-  kbd { display: none; }
+  .pictures { flex-direction: column; }
+  .pictures img { height: calc(50vh - 7.5rem); }
+  kbd, .side { display: none; }
 }
 """
 JS = """
