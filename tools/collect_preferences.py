@@ -31,7 +31,7 @@ files for `--dataset_name`, with how each picture was drawn in columns that trai
 import argparse
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -54,6 +54,7 @@ import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 from datasets import Features, Value
+from packaging.version import Version
 from pictures import (
     SCORERS,
     Picture,
@@ -88,6 +89,8 @@ PROVENANCE = {
 SHARD_BYTES = 500 << 20
 # A scorer's margins become logits of the probability to win (Bradley and Terry 1952): as they are, but for a plain cosine.
 LOGITS = {"hpsv2": 100}
+# The page is an HTML component that calls functions, which older ones do not have.
+GRADIO_VERSION = "6.31.0"
 # Seconds after which a rater's name is free again, of whose page nothing was heard.
 LEASE = 15
 
@@ -106,7 +109,7 @@ def parse_args(input_args=None):
     add("--lora_weights", nargs="+", default=["none"], help=help)
     add("--num_images", type=number_argument(int, 2), default=4, help="Of every prompt. Default: %(default)s.")
     add_prompt_arguments(command)
-    add_drawing_arguments(command, nargs="+")
+    add_drawing_arguments(command, several=True)
     add("--output_dir", required=True)
 
     source = argparse.ArgumentParser(add_help=False)
@@ -363,8 +366,12 @@ def choose_pairs(args, prompts, versions):
 
 
 def rate(args):
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError("To rate on a page, please install Gradio: `pip install gradio`.")
+    try:
+        installed = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "0"
+    if Version(installed) < Version(GRADIO_VERSION):
+        raise ImportError(f'To rate on a page, please install Gradio: `pip install "gradio>={GRADIO_VERSION}"`.')
     if args.host is not None and not (args.username and args.password):
         raise ValueError(f"--host {args.host} lets others in. Give --username and --password, which they log in with.")
     if args.host is None and (args.username or args.password):

@@ -86,13 +86,14 @@ def add_prompt_arguments(parser):
     prompts.add_argument("--max_prompts", type=number_argument(int, 1), default=None)
 
 
-def add_drawing_arguments(parser, **per_picture):
-    """`per_picture` holds what argparse shall do with the two flags that may have several values."""
+def add_drawing_arguments(parser, several=False):
+    """With `several`, steps and guidance are lists."""
     drawing = parser.add_argument_group("pictures")
     drawing.add_argument("--seed", type=number_argument(int, 0), default=0)
     drawing.add_argument("--scheduler", type=str, default=None, help="A class of diffusers. Default: the model's own.")
-    drawing.add_argument("--num_inference_steps", type=number_argument(int, 1), **{"default": 50, **per_picture})
-    drawing.add_argument("--guidance_scale", type=number_argument(float, 0), **{"default": 7.5, **per_picture})
+    for name, kind, minimum, default in (("num_inference_steps", int, 1, 50), ("guidance_scale", float, 0, 7.5)):
+        options = {"nargs": "+", "default": [default]} if several else {"default": default}
+        drawing.add_argument(f"--{name}", type=number_argument(kind, minimum), **options)
     drawing.add_argument("--resolution", type=number_argument(int, 8), default=None, help="Default: the model's own.")
     drawing.add_argument("--batch_size", type=number_argument(int, 1), default=4, help="Changes no noise.")
     drawing.add_argument(
@@ -390,6 +391,7 @@ def draw_pictures(args, accelerator, pictures):
                 progress.update(len(batch))
         # Before the next is loaded.
         del pipeline
+    progress.close()
 
 
 def save_picture(image, path):

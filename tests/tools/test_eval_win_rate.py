@@ -32,33 +32,12 @@ from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from tiny_checkpoints import build_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_base
 
 
 PROMPTS = ["a cat", "a dog", "a bird, and <b>more</b>"]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A small CLIP with its processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer(folder)
-    torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": len(tokenizer), **ids},
-        vision_config={**tower, "image_size": 16, "patch_size": 8},
-        projection_dim=12,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
