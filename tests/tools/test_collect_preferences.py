@@ -18,24 +18,47 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import collect_preferences
 import datasets
 import encode_preferences
 import eval_win_rate
+import filelock
 import numpy as np
 import pictures
 import prepare_preferences
 import pyarrow.parquet as pq
 import pytest
-from conftest import reset_accelerate
+from conftest import ROOT, reset_accelerate
 from PIL import Image
 from tiny_checkpoints import picture
 
 
+try:
+    from selenium import webdriver
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+except ImportError:
+    webdriver = None
+
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None
+needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="needs gradio")
+needs_browser = pytest.mark.skipif(
+    not (HAS_GRADIO and webdriver and shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs gradio, selenium and the Debian packages chromium and chromium-driver",
+)
 PROMPTS = ["a cat", "a dog at sea"]
 
 
@@ -473,7 +496,203 @@ def test_what_raters_chose_becomes_pairs(rating, tmp_path, capsys):
     assert len(dataset) == 4 and dataset[0]["jpg_0"].size == (40, 48)
 
 
-needs_browser = pytest.mark.skipif(
-    not (importlib.util.find_spec("gradio") and importlib.util.find_spec("selenium") and shutil.which("chromedriver")),
-    reason="needs gradio, selenium and the packages chromium and chromium-driver",
+class Served:
+    """`rate` as a process of its own, and a browser at its page."""
+
+    def __init__(self, folder, output_dir, port):
+        self.words = ["rate", "--input_dir", folder, "--output_dir", output_dir]
+        self.port = port
+        options = webdriver.ChromeOptions()
+        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,900"):
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+    def start(self, *flags):
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "collect_preferences.py", *self.words, *flags],
+            env={**os.environ, "GRADIO_SERVER_PORT": str(self.port)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        line = next((line for line in self.process.stdout if "Rate on" in line), "it did not start")
+        self.browser.get(re.search(r"http\S+", line)[0])
+
+    def stop(self, sign):
+        self.process.send_signal(sign)
+        output = self.process.communicate(timeout=60)[0]
+        return self.process.returncode, output
+
+    def close(self):
+        self.browser.quit()
+        self.process.kill()
+        self.process.communicate()
+
+    def wait(self, condition):
+        return WebDriverWait(self.browser, 60, 0.05, [StaleElementReferenceException]).until(lambda _: condition())
+
+    def find(self, selector):
+        return self.wait(lambda: self.browser.find_elements(By.CSS_SELECTOR, selector))[0]
+
+    def says(self, selector, text):
+        self.wait(lambda: text in self.find(selector).text)
+
+    def enter(self, name):
+        field = self.find("input[name=rater]")
+        field.clear()
+        field.send_keys(name, Keys.ENTER)
+
+    def press(self, *keys):
+        for key in keys:
+            self.find("body").send_keys(key)
+
+    def shown(self):
+        """The files of the pictures on the page, left and right, which can be seen, and how often each was loaded."""
+        images = self.browser.find_elements(By.CSS_SELECTOR, ".pictures img")
+        assert all(image.is_displayed() and image.get_property("naturalWidth") == 40 for image in images)
+        urls = [image.get_property("src") for image in images]
+        script = "return arguments[0].map(url => performance.getEntriesByName(url).length)"
+        assert self.browser.execute_script(script, urls) == [1] * len(urls), "loaded once, ahead"
+        return [Path(url.partition("file=")[2]).read_bytes() for url in urls]
+
+
+@pytest.fixture
+def served(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    served = Served(save_pictures(tmp_path / "drawn", model="m"), tmp_path / "pairs", port)
+    yield served
+    served.close()
+
+
+@needs_browser
+def test_people_rate_in_a_browser(served, tmp_path, capsys):
+    def choices():
+        return [json.loads(line) for line in (tmp_path / "pairs" / "choices.jsonl").read_text().splitlines()]
+
+    # Choose, by keys and by hand.
+    served.start()
+    served.enter("ann")
+    served.says(".status", "ann: 0 of 6")
+    left, right = served.shown()
+    served.press(Keys.ARROW_RIGHT)
+    served.says(".status", "ann: 1 of 6, about 1 min left")
+    (first,) = choices()
+    assert (tmp_path / "drawn" / first[first["choice"]]).read_bytes() == right
+    assert first["prompt"] == PROMPTS[0] and served.find("h2").text == PROMPTS[1]
+    left, right = served.shown()
+    served.browser.find_elements(By.CSS_SELECTOR, ".pictures button")[0].click()
+    served.says(".status", "ann: 2 of 6")
+    second = choices()[-1]
+    assert (tmp_path / "drawn" / second[second["choice"]]).read_bytes() == left
+    served.press(" ")
+    served.says(".status", "ann: 3 of 6")
+    served.press("s")
+    served.says(".status", "ann: 4 of 6")
+    assert [line["choice"] for line in choices()[2:]] == ["tie", "skip"]
+    served.browser.save_screenshot(str(tmp_path / "desktop.png"))
+
+    # Undo.
+    after_skip = served.shown()
+    served.press("U")
+    served.says(".status", "ann: 3 of 6")
+    before_skip = served.shown()
+    assert before_skip != after_skip and choices()[-1]["choice"] == "undo"
+
+    # Reload.
+    served.browser.refresh()
+    served.says(".status", "ann: 3 of 6")
+    assert served.shown() == before_skip
+    served.press(Keys.ARROW_LEFT)
+    served.says(".status", "ann: 4 of 6")
+    assert served.shown() == after_skip
+
+    # Two raters, not of one name.
+    window = served.browser.current_window_handle
+    address = served.browser.current_url
+    served.browser.switch_to.new_window("tab")
+    served.browser.get(address)
+    served.enter("ann")
+    served.says(".message", "ann is rating in another window")
+    served.enter("bob")
+    served.says(".status", "bob: 0 of 6")
+    served.press(Keys.ARROW_RIGHT)
+    served.says(".status", "bob: 1 of 6")
+    served.browser.close()
+    served.browser.switch_to.window(window)
+
+    # Crash: nothing is lost, and the page says that nothing is saved. Then again, for others by a password.
+    served.stop(signal.SIGKILL)
+    served.press(Keys.ARROW_LEFT)
+    served.says(".message", "Not saved: no answer from the server")
+    served.start("--host", "127.0.0.1", "--username", "us", "--password", "secret")
+    served.find("input[type=password]")
+    name, password = served.browser.find_elements(By.CSS_SELECTOR, "input")
+    name.send_keys("us")
+    password.send_keys("secret", Keys.ENTER)
+    served.says(".status", "ann: 4 of 6")
+    assert served.shown() == after_skip
+
+    # On a phone.
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    served.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for element in [*served.browser.find_elements(By.CSS_SELECTOR, ".pictures img"), served.find("[data-action=tie]")]:
+        box = element.rect
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
+    served.browser.save_screenshot(str(tmp_path / "phone.png"))
+    for done in ("5 of 6", "6 of 6"):
+        served.browser.find_elements(By.CSS_SELECTOR, ".pictures button")[1].click()
+        served.says(".status", done)
+    assert served.find("h2").text == "All pairs are rated. Thank you!"
+
+    # No other server was asked for anything.
+    events = (json.loads(entry["message"])["message"] for entry in served.browser.get_log("performance"))
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert asked and all(url.startswith(("http://127.0.0.1:", "data:", "blob:", "chrome:")) for url in asked)
+
+    code, output = served.stop(signal.SIGTERM)
+    assert code == 0 and "| ann, bob | 1 | " in output
+    assert len(read_pairs(tmp_path / "pairs")) == 6
+    assert check(tmp_path / "pairs") == 0
+    assert "Fit for training." in capsys.readouterr().out
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in. Give --username and --password"),
+        ({"host": "0.0.0.0", "username": "us"}, "Give --username and --password"),
+        ({"username": "us", "password": "secret"}, "--username and --password are for --host"),
+        ({}, "holds no metadata.jsonl"),
+    ],
 )
+@needs_gradio
+def test_what_cannot_be_rated_is_named(collect, options, message, capsys):
+    assert collect("rate", **options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.bad_input
+@needs_gradio
+def test_one_rate_at_a_time(collect, tmp_path, capsys):
+    save_pictures(tmp_path / "drawn")
+    (tmp_path / "pairs").mkdir()
+    with filelock.FileLock(tmp_path / "pairs" / ".lock"):
+        assert collect("rate") == 2
+    assert "pairs is being written by another rate. Stop it first." in capsys.readouterr().err
+
+
+@pytest.mark.bad_input
+def test_gradio_is_asked_for(collect, monkeypatch, capsys):
+    monkeypatch.setattr(collect_preferences.importlib.metadata, "version", lambda name: "5.0")
+    assert collect("rate") == 2
+    assert 'pip install "gradio>=' in capsys.readouterr().err
+
+
+def test_help_is_ascii(capsys):
+    for command in ([], ["draw"], ["judge"], ["rate"]):
+        with pytest.raises(SystemExit):
+            collect_preferences.parse_args([*command, "--help"])
+    assert capsys.readouterr().out.isascii()
