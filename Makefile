@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements.txt \
-		matplotlib pytest pytest-cov pytest-xdist ruff
+		gradio matplotlib pytest pytest-cov pytest-xdist ruff selenium
 	touch $@
 
 demo: .venv/installed

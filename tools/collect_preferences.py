@@ -481,7 +481,7 @@ class Page:
         self.active[rater] = tab, now
         if action == "ping":
             return {}
-        chosen, sides = self.choices.by_rater[rater], {"left": 0, "right": 1}
+        chosen, sides = self.choices.by_rater.get(rater), {"left": 0, "right": 1}
         try:
             # A key that was pressed twice, or an old page, is about another pair than that which is next.
             if action in ("left", "right", "tie", "skip") and [pair] == self.next_pairs(rater, 1):
@@ -502,7 +502,7 @@ class Page:
             return {"error": f"The next pair cannot be shown: {error}. What was chosen is saved."}
 
     def next_pairs(self, rater, number):
-        chosen = self.choices.by_rater[rater]
+        chosen = self.choices.by_rater.get(rater, ())
         return list(itertools.islice((pair for pair in self.choices.pairs if pair not in chosen), number))
 
     def left(self, rater, pair):
@@ -515,7 +515,7 @@ class Page:
         return {"pair": pair, "prompt": first["prompt"], **names}
 
     def show(self, rater):
-        total, done = len(self.choices.pairs), len(self.choices.by_rater[rater])
+        total, done = len(self.choices.pairs), len(self.choices.by_rater.get(rater, ()))
         status = f"{done:,} of {total:,}"
         if recent := self.choices.seconds[rater][-50:]:
             status += f", about {max(1, round((total - done) * statistics.median(recent) / 60))} min left"
