@@ -119,10 +119,8 @@ def parse_args(input_args=None):
     command = commands.add_parser("judge", parents=[source], help="Let models choose.")
     command.set_defaults(command=judge)
     add = command.add_argument
-    help = (
-        "Every two pictures of a prompt (default), or, as the first scorer ranks them, the best against the worst or "
-    )
-    help += "each against the next; then only those on which all scorers agree."
+    help = "Every two pictures of a prompt (default), or, by the first scorer, the best against the worst or each against "
+    help += "the next; then only those on which all scorers agree."
     add("--pairs", choices=["all", "best_worst", "adjacent"], default="all", help=help)
     margin = command.add_mutually_exclusive_group()
     help = "Difference of scores that a pair must have: one number for all scorers, or one for each, in their order."
@@ -205,7 +203,8 @@ def plan_pictures(args, prompts, sources):
 def save_record(args, folder, pictures, loras, digests):
     """Writes how each picture is drawn, one in a line, those of earlier runs included."""
     file = folder / RECORD_NAME
-    record = {row["file_name"]: row for row in iter_rows(read_metadata(str(file)))} if file.is_file() else {}
+    before = iter_rows(read_metadata(str(file))) if file.is_file() else ()
+    record = {row["file_name"]: row for row in before if (folder / row["file_name"]).is_file()}
     for path, prompt, source, seed, num_inference_steps, guidance_scale in pictures:
         record[path.name] = {
             "file_name": path.name,
@@ -251,6 +250,8 @@ def read_pictures(input_dir):
             missing.append(row["file_name"])
     if missing:
         logger.warning(f"{len(missing)} pictures in {file} are not there and left out, the first {missing[0]}")
+    if alone := [prompt for prompt, rows in prompts.items() if len(rows) == 1]:
+        logger.warning(f"{len(alone)} prompts have one picture only and are left out, the first {alone[0]!r:.80}")
     prompts = {prompt: list(rows.values()) for prompt, rows in prompts.items() if len(rows) > 1}
     if not prompts:
         raise ValueError(f"--input_dir {input_dir} holds no two pictures of a prompt. Draw them first.")
@@ -332,9 +333,7 @@ def choose_pairs(args, prompts, versions):
         least = np.quantile(abs(margins), args.min_margin_quantile, axis=0)
     wide = (abs(margins) >= least).all(axis=1)
     kept = np.flatnonzero(agree & wide)
-    counts = (
-        f"{len(candidates):,} pairs ({args.pairs}), scorers agree on {agree.sum():,}, {wide.sum():,} are wide enough"
-    )
+    counts = f"{len(agree):,} pairs ({args.pairs}), scorers agree on {agree.sum():,}, {wide.sum():,} are wide enough"
     if not len(kept):
         raise ValueError(f"No pair is left: of {counts} (--min_margin). None is both.")
     logits = margins * [LOGITS.get(name, 1) for name in names]
@@ -347,18 +346,16 @@ def choose_pairs(args, prompts, versions):
         pairs.append((*candidates[index], columns))
     lines = [f"{len(prompts):,} prompts: {counts}, {len(kept):,} are both and kept.", "", f"Scorers: {versions}", ""]
     lines += ["| agree | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    signs = np.sign(margins)
     for k, name in enumerate(names):
-        shares = [
-            f"{(np.sign(margins[:, k]) == np.sign(margins[:, other])).mean():.0%}" for other in range(len(names))
-        ]
-        lines.append(f"| {name} | {' | '.join(shares)} |")
+        shares = (signs == signs[:, [k]]).mean(axis=0)
+        lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     for k, name in enumerate(names):
         lines += ["", f"| margin of {name} | pairs | kept |", "|---|---|---|"]
         edges = np.histogram_bin_edges(abs(margins[:, k]))
         histograms = (np.histogram(abs(margins[rows, k]), edges)[0] for rows in (slice(None), kept))
-        lines += [
-            f"| {low:.4g} - {high:.4g} | {n:,} | {m:,} |" for low, high, n, m in zip(edges, edges[1:], *histograms)
-        ]
+        bins = zip(edges, edges[1:], *histograms)
+        lines += [f"| {low:.4g} - {high:.4g} | {n:,} | {num_kept:,} |" for low, high, n, num_kept in bins]
     return pairs, "\n".join(lines) + "\n"
 
 
@@ -411,7 +408,7 @@ def number_pairs(prompts):
 
 
 class Choices:
-    """What raters chose of each pair, `choices[rater][pair]`, in order; each is a line of a file that is only appended to."""
+    """What raters chose, `by_rater[rater][pair]`, in order; each choice is a line of a file that is only appended to."""
 
     LABELS = {"picture_0": 1.0, "picture_1": 0.0, "tie": 0.5, "skip": None}
 
@@ -420,16 +417,14 @@ class Choices:
         path.touch()
         lines = path.read_bytes().split(b"\n")
         if lines[-1]:
-            logger.warning(
-                f"{path} ends in half a line, written when the disk was full or the power failed; it is removed"
-            )
+            logger.warning(f"{path} ends in half a line, from a crash while it was written, which is removed")
             os.truncate(path, path.stat().st_size - len(lines[-1]))
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 entry = json.loads(line)
                 if entry["pair"] not in pairs:
                     raise ValueError(
-                        "its pictures are not, or no longer, those of --input_dir: give these, or another --output_dir"
+                        "its pictures are not, or no longer, in --input_dir. Or give another --output_dir"
                     )
                 self.apply(entry)
             except (KeyError, TypeError, ValueError) as error:
@@ -475,9 +470,7 @@ class Page:
         now = time.monotonic()
         holder, heard = self.active.get(rater, (tab, now))
         if holder != tab and now - heard < LEASE:
-            return {
-                "error": f"{rater} is rating in another window. Close it and wait {LEASE} seconds, or give another name."
-            }
+            return {"error": f"{rater} is rating in another window. Close it, wait {LEASE} s, or give another name."}
         self.active[rater] = tab, now
         if action == "ping":
             return {}
@@ -517,7 +510,8 @@ class Page:
     def show(self, rater):
         total, done = len(self.choices.pairs), len(self.choices.by_rater.get(rater, ()))
         status = f"{done:,} of {total:,}"
-        if recent := self.choices.seconds[rater][-50:]:
+        recent = self.choices.seconds[rater][-50:]
+        if recent and done < total:
             status += f", about {max(1, round((total - done) * statistics.median(recent) / 60))} min left"
         state = {"rater": rater, "done": done, "total": total, "status": status, "pair": None, "pictures": []}
         urls = []

@@ -184,6 +184,7 @@ def test_pictures_are_drawn_once_and_more_may_follow(collect, tmp_path):
     assert collect("draw", **options, prompts=[*PROMPTS, "a bird"], num_images=3) == 0
     # Fewer change nothing.
     assert collect("draw", **options, num_images=2) == 0
+    assert len(read_record(tmp_path / "drawn")) == 9
     assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("drawn/*.png")}.items()
     assert collect("draw", **options, prompts=[*PROMPTS, "a bird"], num_images=3, output_dir=tmp_path / "anew") == 0
     assert read_record(tmp_path / "drawn") == read_record(tmp_path / "anew")
@@ -320,6 +321,7 @@ def test_what_cannot_be_judged_is_named(collect, tmp_path, capsys, caplog):
         (folder / row["file_name"]).unlink()
     fails_with("drawn holds no two pictures of a prompt")
     assert "4 pictures" in caplog.text and "the first 00000-01.png" in caplog.text
+    assert "2 prompts have one picture only and are left out, the first 'a cat'" in caplog.text
     assert not (tmp_path / "pairs").exists()
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "mine.txt").touch()
@@ -451,9 +453,7 @@ def test_choices_of_other_pictures_are_refused(rating, tmp_path):
     rating("ann", "left")
     path = rating.choices.path
     other = save_pictures(tmp_path / "other", prompts=["a fish", "a bird"])
-    with pytest.raises(
-        ValueError, match="choices.jsonl, line 1: its pictures are not, or no longer, those of --input_dir"
-    ):
+    with pytest.raises(ValueError, match="choices.jsonl, line 1: its pictures are not, or no longer, in --input_dir"):
         Rating(other, path)
     for line, message in [(b"{", "line 2: "), (b'{"pair": 1}', "line 2: "), (b"[]", "line 2: ")]:
         path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n" + line + b"\n")
@@ -645,6 +645,7 @@ def test_people_rate_in_a_browser(served, tmp_path, capsys):
         served.browser.find_elements(By.CSS_SELECTOR, ".pictures button")[1].click()
         served.says(".status", done)
     assert served.find("h2").text == "All pairs are rated. Thank you!"
+    assert "left" not in served.find(".status").text
 
     # No other server was asked for anything.
     events = (json.loads(entry["message"])["message"] for entry in served.browser.get_log("performance"))

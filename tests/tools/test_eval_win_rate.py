@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_win_rate
 import numpy as np
@@ -87,7 +88,9 @@ def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
     assert len(margins) == 3 and margins == sorted(margins, reverse=True)
 
 
-def test_a_model_against_itself(evaluate):
+def test_a_model_against_itself(evaluate, monkeypatch):
+    # Also where a batch is smaller than the others.
+    monkeypatch.setattr(pictures, "SCORING_BATCH_SIZE", 2)
     folder = evaluate("--scorers", "clipscore")
     for index in range(len(PROMPTS)):
         assert np.array_equal(picture(folder, "model", index), picture(folder, "baseline", index))
@@ -550,6 +553,28 @@ def test_clipscore_is_the_cosine(clip):
         expected = 100 * torch.nn.functional.cosine_similarity(text, picture).item()
         # Of a batch, whose prompts differ in length.
         assert scorer(["a cat", "a bird, asleep"], [image] * 2)[0].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_pictures_are_decoded_once_for_all_scorers(evaluate, monkeypatch):
+    decoded = []
+
+    def note(path):
+        decoded.append(path)
+        return Image.open(path)
+
+    monkeypatch.setattr(pictures, "read_image", note)
+    folder = evaluate("--scorers", "pickscore", "clipscore")
+    assert sorted(decoded) == sorted(
+        [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
+    )
+
+
+def test_half_precision_on_a_gpu(evaluate):
+    args = eval_win_rate.parse_args(evaluate.command())
+    for device, precision in (("cpu", "no"), ("cuda", "fp16"), ("mps", "fp16")):
+        assert pictures.choose_precision(args, SimpleNamespace(device=torch.device(device))) == precision
+    args.mixed_precision = "no"
+    assert pictures.choose_precision(args, SimpleNamespace(device=torch.device("cuda"))) == "no"
 
 
 def test_aesthetic_head(evaluate, clip, tmp_path):
