@@ -396,14 +396,20 @@ def name_source(model, lora=None):
 
 def read_sources(args):
     """The sources of each pair's winner and loser, where the data have them: columns model_0, model_1 and lora_weights_0, _1."""
-    rows = load_rows(args, flags_of(args, "label_column"))
-    if not {"model_0", "model_1"} <= rows.features.keys():
-        return []
-    names = [name for name in ("model_0", "model_1", "lora_weights_0", "lora_weights_1") if name in rows.features]
+    names = ["model_0", "model_1", "lora_weights_0", "lora_weights_1"]
+    if args.train_data_dir is not None:
+        # Line by line, as in training: columns that are nobody's business may mix types.
+        text = Path(args.train_data_dir, "metadata.jsonl").read_text(encoding="utf-8-sig")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        table = load_rows(args, flags_of(args, "label_column"))
+        rows = iter_rows(
+            table.select_columns([args.label_column, *(name for name in names if name in table.features)])
+        )
     sources = []
-    for row in iter_rows(rows.select_columns([args.label_column, *names])):
-        pair = [name_source(row[f"model_{side}"], row.get(f"lora_weights_{side}")) for side in (0, 1)]
-        if row[args.label_column] in (0, 1):
+    for row in rows:
+        if row[args.label_column] in (0, 1) and "model_0" in row and "model_1" in row:
+            pair = [name_source(row[f"model_{side}"], row.get(f"lora_weights_{side}")) for side in (0, 1)]
             sources.append(pair if row[args.label_column] == 1 else pair[::-1])
     return sources
 

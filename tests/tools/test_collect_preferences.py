@@ -260,6 +260,14 @@ def test_sources_that_always_lose_are_warned_of(collect, tmp_path, capsys, caplo
     ]:
         assert "Warning" not in write(name, pairs, labels)
     assert not caplog.text
+    # In a folder of images, whatever else its rows hold.
+    names = ("jpg_0_file_name", "jpg_1_file_name")
+    pairs = [(row["file_name"], rows[index + 1]["file_name"]) for index, row in enumerate(rows) if index % 3 == 0]
+    rows = [dict(zip(names, pair), label_0=1, caption="", model_0=None, model_1="g", x=[0, "a"]) for pair in pairs]
+    save_record(folder, [{**rows[0], "x": 1}, *rows[1:]])
+    words = ["check", "--train_data_dir", str(folder)]
+    assert prepare_preferences.main(prepare_preferences.parse_args(words)) == 0
+    assert "in 2 of 2 pairs the winner is from no model" in capsys.readouterr().out
 
 
 @pytest.mark.bad_input
