@@ -12,7 +12,7 @@ UPSTREAM = $(DIFFUSERS)/examples/research_projects/ncp_dpo
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements.txt \
-		matplotlib pytest pytest-cov pytest-xdist ruff
+		gradio matplotlib pytest pytest-cov pytest-xdist ruff selenium
 	touch $@
 
 demo: .venv/installed

@@ -50,6 +50,11 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    return tiny_checkpoints.build_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
 def parquet(tmp_path_factory):
     return tiny_checkpoints.build_parquet(tmp_path_factory.mktemp("data") / "parquet")
 

@@ -24,7 +24,16 @@ from datasets import Dataset
 from PIL import Image
 from tiny_unets import sd15_unet, sdxl_unet
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -101,6 +110,23 @@ def build_sdxl(folder, **scheduler_options):
         scheduler=scheduler,
     ).save_pretrained(folder)
     return str(folder)
+
+
+def build_clip(folder):
+    """A CLIP with its processor, for scorers."""
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": len(tokenizer), **ids},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
 
 
 def copy_checkpoint(checkpoint, folder):

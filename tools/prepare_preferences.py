@@ -270,6 +270,8 @@ ERRORS = {
     "bad labels": "not 1, 0 or 0.5; training stops at one",
     "bad captions": "null; training stops at one",
 }
+# From which share of pairs on winners or losers of one source are warned of.
+ONE_SIDED = 0.9
 
 
 def check(args):
@@ -323,6 +325,8 @@ def check(args):
         "prompts": (len(captions), "  different captions of the pairs"),
     }
     print_report(args, counts, findings, sizes, max_tokens)
+    if warning := source_warning(read_sources(args)):
+        print(f"Warning: {warning}\n")
 
     errors = [f"{len(findings[kind]):,} {kind}" for kind in ERRORS if findings[kind]]
     if num_pairs == 0:
@@ -383,6 +387,45 @@ def find_repeats(pairs):
         if len(verdicts) == 2:
             contradictions.append(f"rows {verdicts[0]} against {verdicts[1]}")
     return duplicates, contradictions
+
+
+def name_source(model, lora=None):
+    """Where an image comes from, in words."""
+    return f"{model or 'no model'}{f' with {lora}' if lora else ''}"
+
+
+def read_sources(args):
+    """The sources of each pair's winner and loser, where the data have them: columns model_0, model_1 and lora_weights_0, _1."""
+    names = ["model_0", "model_1", "lora_weights_0", "lora_weights_1"]
+    if args.train_data_dir is not None:
+        # Line by line, as in training: columns that are nobody's business may mix types.
+        text = Path(args.train_data_dir, "metadata.jsonl").read_text(encoding="utf-8-sig")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        table = load_rows(args, flags_of(args, "label_column"))
+        rows = iter_rows(
+            table.select_columns([args.label_column, *(name for name in names if name in table.features)])
+        )
+    sources = []
+    for row in rows:
+        if row[args.label_column] in (0, 1) and "model_0" in row and "model_1" in row:
+            pair = [name_source(row[f"model_{side}"], row.get(f"lora_weights_{side}")) for side in (0, 1)]
+            sources.append(pair if row[args.label_column] == 1 else pair[::-1])
+    return sources
+
+
+def source_warning(pairs):
+    """What to say if images of one source win, or lose, nearly all `pairs`, (winner's source, loser's), against others'."""
+    for side, role in enumerate(("winner", "loser")):
+        counts = Counter(pair[side] for pair in pairs if pair[0] != pair[1])
+        for source, count in counts.most_common(1):
+            if count >= ONE_SIDED * len(pairs):
+                return (
+                    f"in {count:,} of {len(pairs):,} pairs the {role} is from {source} and the other image is not. Trained on "
+                    "this, a model learns to tell the sources apart, such as real from generated images, and its images "
+                    "are known to collapse. Take both images of a pair from the same source."
+                )
+    return None
 
 
 def load_tokenizer(args):

@@ -21,9 +21,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_win_rate
 import numpy as np
+import pictures
 import pytest
 import safetensors.torch
 import torch
@@ -31,33 +33,12 @@ from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from tiny_checkpoints import build_tokenizer
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_base
 
 
 PROMPTS = ["a cat", "a dog", "a bird, and <b>more</b>"]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A small CLIP with its processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer(folder)
-    torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": len(tokenizer), **ids},
-        vision_config={**tower, "image_size": 16, "patch_size": 8},
-        projection_dim=12,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -107,7 +88,9 @@ def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
     assert len(margins) == 3 and margins == sorted(margins, reverse=True)
 
 
-def test_a_model_against_itself(evaluate):
+def test_a_model_against_itself(evaluate, monkeypatch):
+    # Also where a batch is smaller than the others.
+    monkeypatch.setattr(pictures, "SCORING_BATCH_SIZE", 2)
     folder = evaluate("--scorers", "clipscore")
     for index in range(len(PROMPTS)):
         assert np.array_equal(picture(folder, "model", index), picture(folder, "baseline", index))
@@ -191,19 +174,19 @@ def test_variant_and_revision_on_the_hub(evaluate, monkeypatch):
 
     index = {"_class_name": "X", "unet": ["diffusers", "X"], "scheduler": ["diffusers", "DDPMScheduler"]}
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda model, revision: index)
-    monkeypatch.setattr(eval_win_rate, "list_repo_files", list_files)
+    monkeypatch.setattr(pictures, "list_repo_files", list_files)
     command = evaluate.command(pretrained_model_name_or_path="someone/model", revision="v2")
     args = eval_win_rate.parse_args(command)
     with pytest.raises(ValueError, match="unet has only files of a variant. Give --variant fp16"):
         eval_win_rate.open_side(args, "model")
     args = eval_win_rate.parse_args([*command, "--variant", "fp16", "--baseline_revision", "v2"])
-    assert eval_win_rate.open_side(args, "model") == eval_win_rate.open_side(args, "baseline")
-    monkeypatch.setattr(eval_win_rate, "list_repo_files", no_connection)
+    assert eval_win_rate.open_side(args, "model")[:-1] == eval_win_rate.open_side(args, "baseline")[:-1]
+    monkeypatch.setattr(pictures, "list_repo_files", no_connection)
     opened = eval_win_rate.open_side(args, "model")
 
     loaded = {}
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda model, **options: loaded.update(options))
-    eval_win_rate.load_pipeline(args, "model", opened)
+    pictures.load_pipeline(args, opened)
     assert (loaded["variant"], loaded["revision"]) == ("fp16", "v2")
 
 
@@ -224,7 +207,7 @@ def save_lora(model, folder, seed=0):
     pipeline = DiffusionPipeline.from_pretrained(model)
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
-    return folder / eval_win_rate.LORA_NAME
+    return folder / pictures.LORA_NAME
 
 
 def test_local_loras_are_loaded_by_their_name(evaluate, checkpoints, tmp_path, monkeypatch):
@@ -271,7 +254,7 @@ def test_loras_that_do_not_fit_are_errors(evaluate, checkpoints, flag, tmp_path)
         ("none", {"x": torch.zeros(1)}, " does not fit StableDiffusionPipeline: Invalid LoRA"),
     ]:
         (tmp_path / name).mkdir(exist_ok=True)
-        file = tmp_path / name / eval_win_rate.LORA_NAME
+        file = tmp_path / name / pictures.LORA_NAME
         safetensors.torch.save_file(tensors, file)
         with pytest.raises(ValueError, match=f"--{flag} {file}{message}"):
             evaluate(**{flag: tmp_path / name})
@@ -456,7 +439,7 @@ def test_numbers_out_of_range(evaluate, flag, value, capsys):
 
 def load_prompts(*flags):
     words = ["--pretrained_model_name_or_path", "none", *map(str, flags)]
-    return eval_win_rate.load_prompts(eval_win_rate.parse_args(words))
+    return pictures.load_prompts(eval_win_rate.parse_args(words))
 
 
 @pytest.mark.parametrize(
@@ -557,19 +540,41 @@ def test_comparison():
     assert tied.win_rate == 0.5 and tied.p_value == 1
 
 
-def test_clipscore_is_the_cosine(clip, tmp_path):
+def test_clipscore_is_the_cosine(clip):
     args = eval_win_rate.parse_args(
         ["--pretrained_model_name_or_path", "none", "--clipscore_model_name_or_path", str(clip)]
     )
-    scorer = eval_win_rate.load_clipscore(args)
+    scorer = pictures.load_clipscore(args)
     image = Image.new("RGB", (40, 20), "red")
-    image.save(tmp_path / "red.png")
     inputs = scorer.processor(text=["a cat"], images=[image], return_tensors="pt")
     with torch.no_grad():
         text = scorer.model.get_text_features(inputs.input_ids, inputs.attention_mask).pooler_output
         picture = scorer.model.get_image_features(inputs.pixel_values).pooler_output
         expected = 100 * torch.nn.functional.cosine_similarity(text, picture).item()
-        assert scorer("a cat", tmp_path / "red.png") == pytest.approx(expected, abs=1e-3)
+        # Of a batch, whose prompts differ in length.
+        assert scorer(["a cat", "a bird, asleep"], [image] * 2)[0].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_pictures_are_decoded_once_for_all_scorers(evaluate, monkeypatch):
+    decoded = []
+
+    def note(path):
+        decoded.append(path)
+        return Image.open(path)
+
+    monkeypatch.setattr(pictures, "read_image", note)
+    folder = evaluate("--scorers", "pickscore", "clipscore")
+    assert sorted(decoded) == sorted(
+        [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
+    )
+
+
+def test_half_precision_on_a_gpu(evaluate):
+    args = eval_win_rate.parse_args(evaluate.command())
+    for device, precision in (("cpu", "no"), ("cuda", "fp16"), ("mps", "fp16")):
+        assert pictures.choose_precision(args, SimpleNamespace(device=torch.device(device))) == precision
+    args.mixed_precision = "no"
+    assert pictures.choose_precision(args, SimpleNamespace(device=torch.device("cuda"))) == "no"
 
 
 def test_aesthetic_head(evaluate, clip, tmp_path):
@@ -583,9 +588,9 @@ def test_aesthetic_head(evaluate, clip, tmp_path):
     folder = evaluate("--scorers", "aesthetic", aesthetic_weights=tmp_path / "head.pth")
     row = next(csv.DictReader(open(folder / "scores.csv")))
 
-    scorer = eval_win_rate.CLIPSimilarity(clip, clip)
+    scorer = pictures.CLIPSimilarity(clip, clip)
     with torch.no_grad():
-        _, x = scorer.embed("", Image.open(folder / "model" / "00000.png"))
+        _, x = scorer.embed([""], [Image.open(folder / "model" / "00000.png")])
         for number in sizes:
             x = x @ state[f"layers.{number}.weight"].mT + state[f"layers.{number}.bias"]
     assert float(row["aesthetic_model"]) == pytest.approx(x.item(), rel=1e-4)
@@ -613,20 +618,38 @@ import torch
 
 def get_tokenizer(name):
     assert name == "ViT-H-14"
-    return lambda prompts: torch.tensor([[1.0, 0, 0]])
+    return lambda prompts: torch.tensor([[1.0, 0, 0]] * len(prompts))
 """,
     "ImageReward/__init__.py": """
+import types
 import torch
-from PIL import Image
 from torchvision_of_the_test import to_tensor
 
+class Blip(torch.nn.Module):
+    @staticmethod
+    def tokenizer(prompts, padding, truncation, max_length, return_tensors):
+        assert (padding, truncation, max_length, return_tensors) == ("max_length", True, 35, "pt")
+        ids = torch.ones(len(prompts), 35, dtype=torch.long)
+        return types.SimpleNamespace(input_ids=ids, attention_mask=ids)
+
+    def visual_encoder(self, images):
+        return images.mean(dim=(2, 3))[:, None]
+
+    def text_encoder(self, ids, attention_mask, encoder_hidden_states, encoder_attention_mask, return_dict):
+        assert len(ids) == len(encoder_hidden_states) and encoder_attention_mask.shape == encoder_hidden_states.shape[:2]
+        return types.SimpleNamespace(last_hidden_state=encoder_hidden_states)
+
 class Model(torch.nn.Module):
-    def score(self, prompt, path):
-        assert self.device.type == "cpu" and isinstance(path, str)
-        return to_tensor(Image.open(path))[0].mean().item()
+    mean, std, preprocess = 0.25, 0.5, staticmethod(to_tensor)
+
+    def __init__(self):
+        super().__init__()
+        self.blip, self.mlp = Blip(), torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.constant_(self.mlp.weight[:, 1:], 0)
+        torch.nn.init.constant_(self.mlp.weight[:, :1], 1)
 
 def load(name, device):
-    assert name == "ImageReward-v1.0"
+    assert (name, device) == ("ImageReward-v1.0", "cpu")
     return Model()
 """,
     "torchvision_of_the_test.py": """
@@ -651,7 +674,7 @@ def test_scorers_of_other_packages(evaluate, tmp_path, monkeypatch):
         downloaded.append(names)
         return tmp_path / "weights"
 
-    monkeypatch.setattr(eval_win_rate, "hf_hub_download", download)
+    monkeypatch.setattr(pictures, "hf_hub_download", download)
     try:
         folder = evaluate("--scorers", "hpsv2", "imagereward")
     finally:
@@ -659,7 +682,7 @@ def test_scorers_of_other_packages(evaluate, tmp_path, monkeypatch):
             del sys.modules[name]
     for index, row in enumerate(csv.DictReader(open(folder / "scores.csv"))):
         colour = picture(folder, "model", index).mean(axis=(0, 1))
-        assert float(row["imagereward_model"]) == pytest.approx(colour[0] / 255, rel=1e-4)
+        assert float(row["imagereward_model"]) == pytest.approx((colour[0] / 255 - 0.25) / 0.5, rel=1e-3)
         assert float(row["hpsv2_model"]) == pytest.approx(colour[0] / np.linalg.norm(colour), rel=1e-4)
     assert downloaded == [("xswu/HPSv2", "HPS_v2.1_compressed.pt")], "once for all pictures"
 
