@@ -32,11 +32,10 @@ for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import torch  # noqa: E402
+import train_ncp_dpo_sdxl as script  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from encoded_data import write_pairs  # noqa: E402
-
-import train_ncp_dpo_sdxl as script  # noqa: E402
-from diffusers import DDPMScheduler  # noqa: E402
 
 
 BATCH_SIZE, RESOLUTION, NUM_EPOCHS = 8, 1024, 2
@@ -50,7 +49,7 @@ def measure(args, folder, num_workers):
     words += ["--seed", 0, "--max_train_steps", NUM_EPOCHS * args.batches]
     arguments = script.parse_args(list(map(str, words)))
     accelerator = Accelerator()
-    pairs = script.open_pairs(arguments, accelerator, DDPMScheduler(), VAE_CONFIG)
+    pairs, _ = script.open_pairs(arguments, accelerator, torch.arange(1000), VAE_CONFIG)
     dataloader = script.create_dataloader(arguments, pairs)
     prepared, state = accelerator.prepare(dataloader), {"global_step": 0}
     start = None

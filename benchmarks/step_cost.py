@@ -245,6 +245,7 @@ class Step:
         self.components = {} if variant.encoded else self.create_components()
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
+        self.weights = torch.ones(1000, device=device)
 
     def create_unet(self, torch_dtype, **source):
         with torch.device(self.device):
@@ -299,10 +300,9 @@ class Step:
 
     def loss(self, denoising):
         if self.second_unet is None:
-            errors, ref_errors = self.script.measure_errors(
-                self.args, denoising, self.policy, self.policy, self.perception
-            )
-            return self.script.measure_loss(self.args, errors, ref_errors)[0]
+            measured_with = self.policy, self.policy, self.perception, self.weights
+            errors = self.script.measure_errors(self.args, denoising, *measured_with)
+            return self.script.measure_loss(self.args, errors, self.batch).loss
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
         ref_pred = denoising.predict_reference(self.policy)
         anchor = self.perception.anchor(*denoising)

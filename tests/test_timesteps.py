@@ -22,10 +22,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import train_ncp_dpo_sd15
 from datasets import load_dataset
 from tiny_checkpoints import pair_columns, write_parquet
-
-import train_ncp_dpo_sd15
 
 
 def equal(a, b):

@@ -269,6 +269,7 @@ ERRORS = {
     "unreadable images": "training stops at one",
     "bad labels": "not 1, 0 or 0.5; training stops at one",
     "bad captions": "null; training stops at one",
+    "bad probabilities": "not from 0 to 1; training stops at one",
 }
 # From which share of pairs on winners or losers of one source are warned of.
 ONE_SIDED = 0.9
@@ -277,7 +278,7 @@ ONE_SIDED = 0.9
 def check(args):
     """Read every row once, print a report, and return 1 if training would stop on the dataset, else 0."""
     check_source(args)
-    from train_ncp_dpo_sd15 import caption_problem, label_problem, load_dataset
+    from train_ncp_dpo_sd15 import caption_problem, label_problem, load_dataset, probability_problem
 
     tokenizer, max_tokens = load_tokenizer(args)
     image_columns = (args.image_0_column, args.image_1_column)
@@ -287,8 +288,12 @@ def check(args):
     findings = defaultdict(list)  # kind -> what was found, each naming its row
     sizes, captions, pairs = Counter(), {}, []
     inspected = tqdm(inspect_rows(args, dataset), total=len(dataset), unit=" rows", desc="check")
-    for row, (label, caption, images) in enumerate(inspected):
+    probabilities, column = itertools.repeat(1), args.preference_probability_column
+    if column is not None:
+        probabilities = dataset[column]
+    for row, ((label, caption, images), probability) in enumerate(zip(inspected, probabilities)):
         problems = [("bad labels", label_problem(label)), ("bad captions", caption_problem(caption))]
+        problems.append(("bad probabilities", probability_problem(probability)))
         for column, (size, _, problem) in zip(image_columns, images):
             problems.append(("unreadable images", problem and f"{column}: {problem}"))
             if size is not None:
@@ -901,6 +906,7 @@ def parse_args(input_args=None):
     command = commands.add_parser("check", parents=[source, images, labels], help="Report what training would meet.")
     command.set_defaults(command=check)
     add = command.add_argument
+    add("--preference_probability_column", help="Column of how likely image 0 is to win, if training is to read one.")
     add("--pretrained_model_name_or_path", help="Model whose tokenizer says which captions are too long.")
     add("--revision", help="Revision of the model.")
     add("--resolution", type=positive_int, default=512, help="Name images smaller than this. Default: %(default)s.")
