@@ -77,7 +77,8 @@ def test_timesteps_that_there_are_not(run_sd15, no_models, first, last):
 
 def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(run_sd15, seen, caplog):
     caplog.set_level("INFO")
-    run_sd15(ncp_error_scale="auto", min_timestep=200, max_timestep=299, max_train_steps=1)
+    options = {"min_timestep": 200, "max_timestep": 299, "max_train_steps": 1, "train_batch_size": 12}
+    run_sd15(ncp_error_scale="auto", **options)
     # 12 pairs; what was trained on is the last batch.
     timesteps = np.concatenate(seen[:-1])
     assert len(timesteps) >= 64 and timesteps.min() >= 200 and timesteps.max() <= 299
@@ -88,23 +89,24 @@ def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(
     assert len(timesteps) == 512 or int(percent) <= 10
     trained = run_sd15.lora()
     assert run_sd15.state("checkpoint-1")["error_scale"] == float(scale)
-    run_sd15.into("given")(ncp_error_scale=scale, min_timestep=200, max_timestep=299, max_train_steps=1)
+    run_sd15.into("given")(ncp_error_scale=scale, **options)
     assert equal(run_sd15.lora(), trained)
 
 
 def test_measuring_leaves_the_lora_alone_and_depends_on_the_seed(run_sd15):
-    run_sd15(ncp_error_scale="auto", learning_rate=0, max_train_steps=1)
+    options = {"ncp_error_scale": "auto", "learning_rate": 0, "max_train_steps": 1, "train_batch_size": 12}
+    run_sd15(**options)
     assert not any(weight.any() for weight in run_sd15.up_weights().values())
     scale = run_sd15.state("checkpoint-1")["error_scale"]
-    run_sd15.into("again")(ncp_error_scale="auto", learning_rate=0, max_train_steps=1)
+    run_sd15.into("again")(**options)
     assert run_sd15.state("checkpoint-1")["error_scale"] == scale
-    run_sd15.into("other")(ncp_error_scale="auto", learning_rate=0, max_train_steps=1, seed=1)
+    run_sd15.into("other")(**options, seed=1)
     assert run_sd15.state("checkpoint-1")["error_scale"] != scale
 
 
 @pytest.mark.parametrize("loss_space, weighting", [("latent", "balanced"), ("latent", "ncp"), ("ncp", "balanced")])
 def test_weights_of_timesteps(run_sd15, loss_space, weighting):
-    options = {"loss_space": loss_space, "timestep_weighting": weighting, "train_batch_size": 4}
+    options = {"loss_space": loss_space, "timestep_weighting": weighting, "train_batch_size": 12}
     options |= {"max_timestep": 899, "max_train_steps": 3, "checkpointing_steps": 2}
     run_sd15(**options)
     rows = read_csv(run_sd15.output_dir / "timesteps.csv")
@@ -184,8 +186,7 @@ def test_no_prompt_of_a_held_out_pair_is_trained_on(run_sd15, pairs_of_prompts, 
     assert rows_of(run_sd15.into("other"), monkeypatch, **options, seed=2)[1] != held_out
 
 
-@pytest.mark.parametrize("loss_space", ["ncp", "latent"])
-@pytest.mark.parametrize("loss_type", ["dpo", "cpo", "sft"])
+@pytest.mark.parametrize("loss_space, loss_type", [("ncp", "dpo"), ("latent", "cpo"), ("ncp", "sft")])
 def test_held_out_pairs_are_measured(run_sd15, loss_space, loss_type):
     options = {"loss_space": loss_space, "loss_type": loss_type, "num_eval_pairs": 5, "validation_steps": 2}
     run_sd15(max_train_steps=5, **options)
