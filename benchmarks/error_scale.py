@@ -15,11 +15,13 @@
 """What the error scale is for, shown in the small world: `python small_world/experiment.py pairs`,
 then `python benchmarks/error_scale.py`.
 
-NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the paper has them (scale 1) and at the measured
-scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes a table to standard output.
+How far the measured scale moves between seeds; NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the
+paper has them (scale 1) and at the measured scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes
+tables to standard output.
 """
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -66,7 +68,22 @@ def count_up_weights(folder):
     return sum(weight.numel() for name, weight in weights.items() if ".lora.up." in name)
 
 
+def print_scales(folder, num_seeds):
+    """What `--ncp_error_scale auto` measures for seeds 0, 1 and so on: pairs, timesteps, noise and LoRA differ."""
+    scales = []
+    for seed in range(num_seeds):
+        options = {"max_train_steps": 1, "learning_rate": 0, "train_batch_size": 16, "seed": seed}
+        train(folder, f"seed-{seed}", loss_type="dpo", **options)
+        state = (folder / "error_scale" / f"seed-{seed}" / "checkpoint-1" / "training_state.json").read_text()
+        scales.append(json.loads(state)["error_scale"])
+    logs = np.log(scales)
+    print(f"`--ncp_error_scale auto` for {num_seeds} seeds: {', '.join(f'{scale:.0f}' for scale in sorted(scales))}.")
+    spread, error = logs.std(ddof=1), logs.std(ddof=1) / math.sqrt(2 * (num_seeds - 1))
+    print(f"Standard deviation of log ρ: {spread:.3f} ± {error:.3f}.\n")
+
+
 def main(args):
+    print_scales(args.folder, args.num_seeds)
     print(
         f"| NCP-DPO, β = 5000, learning rate {args.learning_rate} | step | logit spread | implicit accuracy | e_w / r_w |"
     )
@@ -106,6 +123,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("small-world"), help="where the small world's pairs are")
+    parser.add_argument("--num_seeds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     main(parser.parse_args())

@@ -75,7 +75,8 @@ def test_timesteps_that_there_are_not(run_sd15, no_models, first, last):
         run_sd15(min_timestep=first, max_timestep=last)
 
 
-def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(run_sd15, seen, caplog):
+def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(run_sd15, seen, caplog, monkeypatch):
+    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 512)
     caplog.set_level("INFO")
     options = {"min_timestep": 200, "max_timestep": 299, "max_train_steps": 1, "train_batch_size": 12}
     run_sd15(ncp_error_scale="auto", **options)
