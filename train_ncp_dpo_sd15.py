@@ -1120,7 +1120,8 @@ def create_perception(args, accelerator, dataloader, policy, components, noise_s
     scale, profiles = find_saved_unit(args, saved) if saved else (None, None)
     if args.ncp_error_scale != "auto":
         scale = args.ncp_error_scale
-    if scale is None or profiles is None and args.timestep_weighting != "none":
+    needs_scale, needs_weights = args.loss_space == "ncp", args.timestep_weighting != "none"
+    if needs_scale and scale is None or needs_weights and profiles is None:
         # Nothing can change at the first timestep.
         inner = timesteps[timesteps > 0] if len(timesteps) > 1 else timesteps
         measured_with = policy, components, noise_scheduler, perception, inner
