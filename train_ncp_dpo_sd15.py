@@ -19,7 +19,7 @@ frozen U-Net's encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in la
 
     accelerate launch train_ncp_dpo_sd15.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name kashif/pickascore \
-      --dataset_split_name validation --mixed_precision bf16 --rank 64 --use_8bit_adam --gradient_checkpointing \
+      --dataset_split_name validation --mixed_precision bf16 --rank 64 --gradient_checkpointing --dataloader_num_workers 4 \
       --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sd15
 
 The U-Net with its LoRA is the policy; the same U-Net with the LoRA switched off is both the reference model and the
