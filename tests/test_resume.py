@@ -501,7 +501,9 @@ def scene_pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loss_space", ["latent", "ncp"])
-def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, loss_space):
+def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, monkeypatch, loss_space):
+    # As in the processes.
+    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 512)
     # 11 pairs in batches of 2 x 2 or 1 x 4, two a step: the third epoch is begun. β multiplies what the batch size changes in
     # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
     run = Run("sd15", ASSETS, scene_pairs, tmp_path / "one")

@@ -106,7 +106,7 @@ def kohya_metadata(kohya, state=None):
             "ss_steps": state["global_step"],
             "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
             "ncp_error_scale": state["error_scale"],
-            "ncp_beta_dpo": arguments["beta_dpo"],
+            "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
             "ncp_dataset": public_name(next(filter(None, folders))),
         }
     return {"format": "pt", **{name: str(value) for name, value in metadata.items() if value is not None}}

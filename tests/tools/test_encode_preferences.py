@@ -97,7 +97,8 @@ def test_training_on_encoded_data_equals_training_on_images(run, encode, loss_sp
     # β multiplies rounding, and Adam's first steps are its signs: both are kept from it.
     options = {"loss_type": "cpo", "beta_dpo": 1, "learning_rate": 0, "max_train_steps": 6, "ncp_error_scale": 3000}
     on_images, on_encoded_data = losses_of_both(run, encode, "no", loss_space=loss_space, **options)
-    assert on_encoded_data == pytest.approx(on_images, rel=1e-5)
+    # The VAE rounds by how many images it has at once, and perceptual errors are differences over small steps: 2e-5 was seen.
+    assert on_encoded_data == pytest.approx(on_images, rel=1e-5 if loss_space == "latent" else 1e-4)
     assert len(set(on_images)) == 6
 
 
