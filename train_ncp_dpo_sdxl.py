@@ -72,7 +72,7 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
-from huggingface_hub import ModelCard, ModelCardData, create_repo, list_repo_files, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -80,7 +80,6 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -89,6 +88,7 @@ from diffusers.training_utils import _collate_lora_metadata, cast_training_param
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
     convert_unet_state_dict_to_peft,
     make_image_grid,
 )
@@ -101,7 +101,8 @@ check_min_version("0.42.0")
 logger = get_logger(__name__)
 
 PIPELINE_CLASS = StableDiffusionXLPipeline
-TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+PIPELINE_OPTIONS = {}
+TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
 DEFAULTS = {"output_dir": "ncp-dpo-sdxl-lora", "tracker_name": "ncp-dpo-sdxl-lora", "resolution": 1024}
 # What a U-Net adds to its time embedding tells SDXL's from the others'.
 ADDITION_EMBED_TYPE = "text_time"
@@ -111,6 +112,9 @@ VAE_OVERFLOWS = True
 BETAS = {"linear": 500}
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
+# What kohya's scripts call base models, by the width of their text embeddings.
+KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 STATE_NAME = "training_state.json"
 # The flags of a pair's columns, what these hold, and the Arrow types that may.
 COLUMNS = {
@@ -122,18 +126,19 @@ COLUMNS = {
 }
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
-    pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant rank lora_alpha mixed_precision
+    pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
+    rank lora_alpha mixed_precision
     image_0_column image_1_column label_column resolution random_crop no_hflip image_interpolation_mode seed
-    preference_probability_column num_eval_pairs min_timestep max_timestep timestep_weighting
+    preference_probability_column num_eval_pairs min_timestep max_timestep timesteps timestep_weighting
     loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard
     ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale
     train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "drift_w", "drift_l")
-CARD_ARGUMENTS = ("max_train_steps", "beta_dpo", "learning_rate", "rank", "resolution", "mixed_precision", "seed")
+CARD_ARGUMENTS = ("max_train_steps", "learning_rate", "rank", "resolution", "mixed_precision", "seed")
 # What the unit of errors and their weights are measured for.
-UNIT_ARGUMENTS = ("loss_space", "ncp_layer", "ncp_timestep", "ncp_probe_rms", "min_timestep", "max_timestep")
+UNIT_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep max_timestep timesteps".split()
 # Pairs at least and at most, and the standard error of the scale's logarithm that is enough.
 MIN_UNIT_PAIRS, MAX_UNIT_PAIRS, UNIT_ERROR = 64, 512, 0.1
 # What encoded data must have been encoded with.
@@ -203,6 +208,13 @@ def create_parser():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add_shared_arguments(parser)
+    add = parser.add_argument_group("policy").add_argument
+    merged = "LoRA to merge into the U-Net first: policy and reference start from it."
+    add("--pretrained_lora_path", help=merged)
+    add("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
+    add("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
+    add("--no_kohya", action="store_true", help="Do not write the LoRA for ComfyUI, AUTOMATIC1111 and Forge as well.")
+
     add = parser.add_argument_group("training data").add_argument
     add("--encoded_data_dir", help="What tools/encode_preferences.py wrote, instead of a dataset or folder of images.")
     held_out = "Pairs, all of some prompts, that are not trained on but measured every --validation_steps."
@@ -235,6 +247,8 @@ def create_parser():
     )
     add("--min_timestep", type=TIMESTEP, default=0, help="First timestep to train on.")
     add("--max_timestep", type=TIMESTEP, help="Last timestep to train on. Default: the noise scheduler's.")
+    few = "The timesteps to train on, such as 249 499 749 999 of a few-step model."
+    add("--timesteps", type=TIMESTEP, nargs="+", help=few)
     weighting = "Weights of timesteps. balanced: margins spread alike at all; ncp, for latent errors: as in NCP."
     add("--timestep_weighting", choices=ncp_loss.TIMESTEP_WEIGHTINGS, default="none", help=weighting)
     add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features count.")
@@ -248,8 +262,6 @@ def create_parser():
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="Where everything is written.")
     add("--seed", type=SEED, help="Default: a random one, which is printed.")
-    add("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
-    add("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
     add("--train_batch_size", type=COUNT, default=4, help="Pairs per process and batch.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Batches per optimization step.")
     add("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
@@ -306,6 +318,10 @@ def check_arguments(args):
         raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
         raise ValueError("--encoded_data_dir holds one crop of every image: --random_crop does not go with it.")
+    if args.timesteps is not None and (args.min_timestep, args.max_timestep) != (0, None):
+        raise ValueError(
+            "--timesteps are all that is trained on: --min_timestep and --max_timestep do not go with them."
+        )
     if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
         raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
     if args.sft_weight is not None and ncp_loss.LOSSES[args.loss_type].sft_weight is None:
@@ -827,7 +843,8 @@ def check_checkpoint(args):
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
         raise ValueError(f"{where} is a single file. Convert it, and give the folder: {convert}")
     unet, vae = load_config(args, "unet"), load_config(args, "vae")
-    vae_where = f"{source_flag(args, 'vae')} {component_source(args, 'vae')['pretrained_model_name_or_path']}"
+    own_vae = args.pretrained_vae_model_name_or_path
+    vae_where = where if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"{vae_where}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
     kind = unet.get("addition_embed_type")
@@ -860,84 +877,69 @@ def check_checkpoint(args):
         ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
     last = noise_scheduler.config.num_train_timesteps - 1
     end = last if args.max_timestep is None else args.max_timestep
-    if not args.min_timestep <= end <= last:
-        flags = f"--min_timestep {args.min_timestep} and --max_timestep {end}"
-        raise ValueError(f"{flags} must be in this order and at most {last}, the noise scheduler's last.")
-    for component in ("unet", "vae", *TEXT_ENCODERS):
-        choose_variant(args, component)
-    return noise_scheduler, vae, torch.arange(args.min_timestep, end + 1)
-
-
-# Copied from train_ncp_dpo_sd15.component_source
-def component_source(args, component):
-    """Where a part of the base model is, as arguments of `from_pretrained`."""
-    if component == "vae" and args.pretrained_vae_model_name_or_path is not None:
-        return {"pretrained_model_name_or_path": args.pretrained_vae_model_name_or_path}
-    name = args.pretrained_model_name_or_path
-    return {"pretrained_model_name_or_path": name, "subfolder": component, "revision": args.revision}
-
-
-# Copied from train_ncp_dpo_sd15.source_flag
-def source_flag(args, component):
-    own_vae = component == "vae" and args.pretrained_vae_model_name_or_path is not None
-    return f"--pretrained_{'vae_' if own_vae else ''}model_name_or_path"
+    timesteps = sorted(set(args.timesteps or range(args.min_timestep, end + 1)))
+    if not timesteps or timesteps[-1] > last:
+        flags = f"--timesteps, or --min_timestep {args.min_timestep} and --max_timestep {end}"
+        raise ValueError(f"{flags}, must be in this order and at most {last}, the noise scheduler's last.")
+    return noise_scheduler, vae, torch.tensor(timesteps)
 
 
 # Copied from train_ncp_dpo_sd15.load_config
 def load_config(args, component, config_class=UNet2DConditionModel):
-    source = component_source(args, component)
-    name = source.pop("pretrained_model_name_or_path")
+    flag, source = "--pretrained_model_name_or_path", {"subfolder": component, "revision": args.revision}
+    if component == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        flag, source = "--pretrained_vae_model_name_or_path", {}
+    name = getattr(args, flag.removeprefix("--"))
     try:
         return config_class.load_config(name, **source)
     except OSError as error:
         message = f"{name} has no {component}, which {Path(__file__).name} needs"
-        raise ValueError(f"{source_flag(args, component)} {message}: {one_line(error)}") from error
+        raise ValueError(f"{flag} {message}: {one_line(error)}") from error
 
 
-# Copied from train_ncp_dpo_sd15.choose_variant
-def choose_variant(args, component):
-    """`--variant`, or `None` for a component that has no files of it but has others, as pipelines choose."""
-    source = component_source(args, component)
-    name, folder = source["pretrained_model_name_or_path"], source.get("subfolder", "")
-    try:
-        is_local = os.path.isdir(name)
-        files = os.listdir(Path(name, folder)) if is_local else list_repo_files(name, revision=source.get("revision"))
-    except Exception:  # without a network or a token; what is in the cache may load all the same
-        return args.variant
-    pattern = rf"({folder}/)?(diffusion_)?(pytorch_)?model(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
-    variants = {match["variant"] for match in map(re.compile(pattern).fullmatch, files) if match}
-    if args.variant in variants or None in variants:
-        return args.variant if args.variant in variants else None
-    there = " or ".join(f"--variant {variant}" for variant in sorted(variants)) or "none at all"
-    raise ValueError(f"{source_flag(args, component)} {name}: the weights of its {component} are {there}.")
-
-
-def pipeline_options(args):
-    # Whether an empty prompt is embedded as zeros.
-    config = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    return {"force_zeros_for_empty_prompt": config.get("force_zeros_for_empty_prompt", True)}
-
-
-# Copied from train_ncp_dpo_sd15.load_model
-def load_model(args, component, model_class, accelerator, dtype):
-    options = {"variant": choose_variant(args, component), "torch_dtype": dtype}
-    model = model_class.from_pretrained(**component_source(args, component), **options)
-    return model.requires_grad_(False).to(accelerator.device)
-
-
-# Copied from train_ncp_dpo_sd15.load_components
-def load_components(args, accelerator, weight_dtype):
-    """The frozen models beside the U-Net and their tokenizers, by their names in the pipeline; none if none is needed."""
+# Copied from train_ncp_dpo_sd15.load_pipeline
+def load_pipeline(args, accelerator, weight_dtype, **components):
+    """
+    The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and text
+    encoders where nothing is encoded. `components` are given, or `None` for those that are not needed.
+    """
+    dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
-        return {}
-    overflows = VAE_OVERFLOWS and args.pretrained_vae_model_name_or_path is None
-    vae_dtype = torch.float32 if overflows else weight_dtype
-    components = {**pipeline_options(args), "vae": load_model(args, "vae", AutoencoderKL, accelerator, vae_dtype)}
-    for name, text_encoder_class in TEXT_ENCODERS.items():
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        components[tokenizer] = CLIPTokenizer.from_pretrained(**component_source(args, tokenizer))
-        components[name] = load_model(args, name, text_encoder_class, accelerator, weight_dtype)
-    return components
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)
+        components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
+    elif own_vae is None and VAE_OVERFLOWS:
+        dtypes["vae"] = torch.float32
+    source = {"revision": args.revision, "variant": args.variant, "dtype": dtypes}
+    try:
+        if own_vae is not None and "vae" not in components:
+            components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
+        components.update(PIPELINE_OPTIONS)
+        pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, **source, **components)
+    except (OSError, ValueError) as error:
+        name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        advice = "Where all weights are of one variant, such as fp16, give it as --variant"
+        raise ValueError(f"{name} cannot be loaded: {one_line(error)}. {advice}.") from error
+    if args.pretrained_lora_path is not None:
+        merge_lora(args, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(accelerator.device)
+
+
+# Copied from train_ncp_dpo_sd15.merge_lora
+def merge_lora(args, pipeline):
+    """Adds `--pretrained_lora_path` to the weights of the U-Net; a `ValueError` if it is of anything else, or does not fit."""
+    where, path = f"--pretrained_lora_path {args.pretrained_lora_path}", Path(args.pretrained_lora_path)
+    options = {"weight_name": WEIGHTS_NAME} if (path / WEIGHTS_NAME).is_file() else {}
+    try:
+        lora = pipeline.lora_state_dict(args.pretrained_lora_path, **options)[0]
+        if others := [name for name in lora if not name.startswith("unet.")]:
+            raise ValueError(f"it holds {others[0]}, but must be of a U-Net alone")
+        pipeline.load_lora_weights(args.pretrained_lora_path, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be merged: {one_line(error)}") from error
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+    logger.info(f"{where} is merged into the U-Net")
 
 
 # Latents and embeddings
@@ -953,9 +955,9 @@ def encode_images(vae, pixel_values, batch_size):
 
 
 # Copied from train_ncp_dpo_sd15.tokenize
-def tokenize(components, name, captions):
+def tokenize(pipeline, name, captions):
     """The `input_ids` of captions, `(B, L)`, for the text encoder `name`."""
-    tokenizer, text_encoder = components[name.replace("text_encoder", "tokenizer")], components[name]
+    tokenizer, text_encoder = (getattr(pipeline, part) for part in (name.replace("text_encoder", "tokenizer"), name))
     # Some tokenizers do not say how much is too much.
     max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     inputs = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
@@ -963,17 +965,18 @@ def tokenize(components, name, captions):
 
 
 @torch.no_grad()
-def encode_prompt(components, captions):
+def encode_prompt(pipeline, captions):
     """
     Text embeddings of captions: `prompt_embeds` of shape `(B, L, D)`, of both text encoders, and `pooled_prompt_embeds` of
     shape `(B, P)`, of the second. Those of an empty caption are zeros where they are for the pipeline.
     """
     outputs = [
-        components[name](tokenize(components, name, captions), output_hidden_states=True) for name in TEXT_ENCODERS
+        getattr(pipeline, name)(tokenize(pipeline, name, captions), output_hidden_states=True)
+        for name in TEXT_ENCODERS
     ]
     prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     pooled_prompt_embeds = outputs[-1].text_embeds
-    if components["force_zeros_for_empty_prompt"]:
+    if pipeline.config.force_zeros_for_empty_prompt:
         empty = [index for index, caption in enumerate(captions) if caption == ""]
         prompt_embeds[empty], pooled_prompt_embeds[empty] = 0, 0
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
@@ -1014,13 +1017,13 @@ class Denoising(NamedTuple):
 
 
 # Copied from train_ncp_dpo_sd15.noise_batch
-def noise_batch(args, batch, components, noise_scheduler):
+def noise_batch(args, batch, pipeline, noise_scheduler):
     """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
     if args.encoded_data_dir is not None:
         latents, prompt = batch["latents"].float(), batch["prompt"]
     else:
-        latents = encode_images(components["vae"], batch["pixel_values"], args.vae_encode_batch_size)
-        prompt = encode_prompt(components, batch["captions"])
+        latents = encode_images(pipeline.vae, batch["pixel_values"], args.vae_encode_batch_size)
+        prompt = encode_prompt(pipeline, batch["captions"])
     images_per_pair = len(latents) // len(batch["noise"])
     encoder_hidden_states, added_cond_kwargs = prompt_conditioning(prompt, batch, images_per_pair)
     timesteps = batch["timesteps"].repeat(images_per_pair)
@@ -1131,7 +1134,7 @@ def randomized_lora(policy, generator):
 
 # Copied from train_ncp_dpo_sd15.measure_margins
 @torch.no_grad()
-def measure_margins(args, accelerator, dataloader, policy, components, noise_scheduler, perception, timesteps):
+def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_scheduler, perception, timesteps):
     """
     Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change of
     the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps.
@@ -1147,7 +1150,7 @@ def measure_margins(args, accelerator, dataloader, policy, components, noise_sch
             size = len(batch["timesteps"])
             first = size * (index * accelerator.num_processes + accelerator.process_index)
             batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
-            denoising, row = noise_batch(args, batch, components, noise_scheduler), [batch["timesteps"].float()]
+            denoising, row = noise_batch(args, batch, pipeline, noise_scheduler), [batch["timesteps"].float()]
             for perceive in (None, perception):
                 measured_with = policy, policy, perceive, weights.to(accelerator.device)
                 errors = measure_errors(args, denoising, *measured_with, needs_reference=True)
@@ -1177,7 +1180,7 @@ def find_saved_unit(args, saved):
 
 
 # Copied from train_ncp_dpo_sd15.create_perception
-def create_perception(args, accelerator, dataloader, policy, components, noise_scheduler, timesteps, saved, state):
+def create_perception(args, accelerator, dataloader, policy, pipeline, noise_scheduler, timesteps, saved, state):
     """
     What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given, those
     of the checkpoint, or measured now.
@@ -1194,7 +1197,7 @@ def create_perception(args, accelerator, dataloader, policy, components, noise_s
     if needs_scale and scale is None or needs_weights and profiles is None:
         # Nothing can change at the first timestep.
         inner = timesteps[timesteps > 0] if len(timesteps) > 1 else timesteps
-        measured_with = policy, components, noise_scheduler, perception, inner
+        measured_with = policy, pipeline, noise_scheduler, perception, inner
         seen, *margins = measure_margins(args, accelerator, dataloader, *measured_with)
         measured, standard_error = ncp_loss.error_scale(*margins)
         if args.ncp_error_scale == "auto":
@@ -1276,9 +1279,9 @@ def set_run_seed(args, saved):
 
 
 # Copied from train_ncp_dpo_sd15.create_policy
-def create_policy(args, accelerator, weight_dtype):
-    """The frozen U-Net in `weight_dtype` with a LoRA in float32 that does nothing yet."""
-    unet = load_model(args, "unet", UNet2DConditionModel, accelerator, weight_dtype)
+def create_policy(args, unet):
+    """The frozen U-Net with a LoRA in float32 that does nothing yet."""
+    unet.requires_grad_(False)
     options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
     unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
     cast_training_params(unet, dtype=torch.float32)
@@ -1480,6 +1483,59 @@ class Checkpoints:
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
 
 
+# Copied from train_ncp_dpo_sd15.public_name
+def public_name(name):
+    """A hub id as it is, a folder without where it lies."""
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
+
+
+# Copied from train_ncp_dpo_sd15.describe_run
+def describe_run(state):
+    """What the model card and the metadata of its files say of the run that has this `training_state.json`."""
+    arguments = state["arguments"]
+    sources = map(arguments.get, ("dataset_name", "train_data_dir", "encoded_data_dir"))
+    description = {
+        "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
+        "ss_steps": state["global_step"],
+        "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
+        "ncp_error_scale": state["error_scale"],
+        "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
+        "ncp_dataset": public_name(next(filter(None, sources))),
+        "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
+    }
+    return {name: str(value) for name, value in description.items()}
+
+
+# Copied from train_ncp_dpo_sd15.save_kohya_lora
+def save_kohya_lora(path, lora, alphas, description):
+    """
+    Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge. The layer `unet.mid_block.….to_out.0` is
+    called `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update.
+
+    Args:
+        lora (`dict[str, torch.Tensor]`): in PEFT's format, `unet.….lora_A.weight` of shape `(rank, in)` and so on.
+        alphas (`dict[str, float]`): by the layers' paths, without `unet.`; Diffusers' converter takes them for the ranks.
+        description (`dict[str, str]`): metadata beside rank, alpha and the kind of base model, which are returned.
+    """
+    kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
+    names = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
+    kohya.update(
+        (name, torch.tensor(float(names.get(name, kohya[name])))) for name in kohya if name.endswith(".alpha")
+    )
+    values = {
+        "dim": {len(value) for name, value in kohya.items() if "lora_down" in name},
+        "alpha": {value.item() for name, value in kohya.items() if name.endswith(".alpha")},
+    }
+    network = {f"ss_network_{name}": f"{min(all):g}" if len(all) == 1 else "Dynamic" for name, all in values.items()}
+    widths = [value.shape[1] for name, value in kohya.items() if name.endswith("attn2_to_k.lora_down.weight")]
+    # AUTOMATIC1111 takes LoRAs that do not say it for SD 1.x's, and hides those of other models.
+    version = KOHYA_VERSIONS.get(max(widths, default=None), "unknown")
+    network |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    metadata = {"format": "pt", "ss_network_module": "networks.lora", **network, **description}
+    safetensors.torch.save_file(kohya, path, metadata)
+    return metadata
+
+
 # Copied from train_ncp_dpo_sd15.synchronize
 def synchronize(path):
     """Waits until a file is on the disk itself, where that can be asked for."""
@@ -1568,7 +1624,7 @@ class Monitor:
 
 # Copied from train_ncp_dpo_sd15.measure_held_out
 @torch.no_grad()
-def measure_held_out(args, accelerator, pairs, policy, components, noise_scheduler, perception, weights, global_step):
+def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, weights, global_step):
     """
     Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and `eval.csv`,
     of which it replaces what is there from this step on.
@@ -1578,7 +1634,7 @@ def measure_held_out(args, accelerator, pairs, policy, components, noise_schedul
     with accelerator.split_between_processes(pairs.rows) as rows:
         keys = [(0, row) for row in rows]
     for batch in torch.utils.data.DataLoader(pairs, args.train_batch_size, sampler=keys, collate_fn=collate_fn):
-        denoising = noise_batch(args, send_to_device(batch, weights.device), components, noise_scheduler)
+        denoising = noise_batch(args, send_to_device(batch, weights.device), pipeline, noise_scheduler)
         for space, measured_with in spaces.items():
             errors = measure_errors(args, denoising, policy, policy, *measured_with, needs_reference=True)
             tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
@@ -1601,70 +1657,93 @@ def measure_held_out(args, accelerator, pairs, policy, components, noise_schedul
         path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
 
 
-# Copied from train_ncp_dpo_sd15.finish
-def finish(args, accelerator, error_scale):
+# Copied from train_ncp_dpo_sd15.launch_command
+def launch_command(args, accelerator, name=str):
+    """The command that this run is of, with all that is not default, less its checkpoint and secrets; paths by `name`."""
+    parser, words = create_parser(), [name(sys.argv[0])]
+    for flag, value in vars(args).items():
+        if flag not in ("resume_from_checkpoint", "hub_token", "local_rank") and value != parser.get_default(flag):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(name(str(value)) for value in values)]
+    return f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)}"
+
+
+# Copied from train_ncp_dpo_sd15.write_card
+def write_card(args, accelerator, state):
     """Writes and uploads the model card: what the LoRA was trained on and how, validation images, how to load it."""
-    # Nobody else has what lies in a folder of this machine.
-    is_local = os.path.exists(args.pretrained_model_name_or_path)
-    base_model = Path(args.pretrained_model_name_or_path).name if is_local else args.pretrained_model_name_or_path
-    data = args.dataset_name or args.train_data_dir or args.encoded_data_dir
+    base_model, about = args.pretrained_model_name_or_path, describe_run(state)
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    rows = {
-        "loss": f"{args.loss_type} in {args.loss_space} space, `--ncp_error_scale {error_scale}`",
-        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-    }
+    rows = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
+    rows["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     rows.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
+    table = [("setting", "value"), ("---", "---"), *rows.items()]
     if args.num_eval_pairs is not None:
-        measured = Path(args.output_dir, "eval.csv").read_text(encoding="utf-8").splitlines()
-        last = next(line.split(",") for line in reversed(measured) if f",{args.loss_space},all," in line)
-        rows["held-out pairs"] = f"{last[3]}, implicit accuracy {float(last[5]):.3f}"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        lines = Path(args.output_dir, "eval.csv").read_text(encoding="utf-8").splitlines()
+        head, *measured = [line.split(",") for line in lines]
+        measured = [line for line in measured if line[1:3] == [args.loss_space, "all"]]
+        table += [(), head, ["---"] * len(head), *measured]
+    rows = [f"| {' | '.join(map(str, row))} |" if row else "\nOn held-out pairs:\n" for row in table]
+    table = "\n".join(rows)
     description = f"""# {repo_id}
 
-A LoRA for `{base_model}`, trained on the preference pairs of `{Path(data).name if os.path.exists(data) else data}` with
+A LoRA for `{public_name(base_model)}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
 [Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
 
 {f"![{args.validation_prompt}, before and after](validation/before_after.png)" if args.run_validation else ""}
 
-| setting | value |
-|---|---|
 {table}
 
-`DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")` loads it.
+`DiffusionPipeline.from_pretrained("{public_name(base_model)}").load_lora_weights("{repo_id}")` loads it.
+
+    {launch_command(args, accelerator, public_name)}
+
+trains it.
 """
-    card_data = ModelCardData(library_name="diffusers", base_model=None if is_local else base_model)
+    card_data = ModelCardData(library_name="diffusers", base_model=None if os.path.exists(base_model) else base_model)
     card = ModelCard.from_template(card_data, MODEL_CARD_TEMPLATE_PATH, model_description=description)
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
     populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
     if args.push_to_hub:
         # Less the checkpoints, and whatever else lies there.
-        patterns = [WEIGHTS_NAME, "README.md", "validation/*.png", f"{args.logging_dir}/**"]
+        patterns = [
+            WEIGHTS_NAME,
+            KOHYA_WEIGHTS_NAME,
+            "README.md",
+            "*.csv",
+            "validation/*.png",
+            f"{args.logging_dir}/**",
+        ]
         options = {"allow_patterns": patterns, "commit_message": "End of training", "token": args.hub_token}
         upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
 
 
 # Copied from train_ncp_dpo_sd15.log_validation
 @torch.no_grad()
-def log_validation(args, accelerator, policy, components, weight_dtype, global_step):
+def log_validation(args, accelerator, pipeline, global_step):
     """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, always from the same noise."""
-    if not (args.run_validation and accelerator.is_main_process):
+    folder = Path(args.output_dir, "validation")
+    path, vae = folder / f"step-{global_step}.png", pipeline.vae
+    if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
         return
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
-    source = {"revision": args.revision, "torch_dtype": weight_dtype}
-    pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, unet=policy, **source, **components)
-    pipeline.to(accelerator.device).set_progress_bar_config(disable=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
-    vae, images = pipeline.vae, []
+    options.update(zip(names, embeds))
+    images = []
+    # While latents to train on come from whole images, nothing needs as much memory as to draw them so.
+    vae.enable_tiling()
     for index in range(args.num_validation_images):
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        drawn = pipeline(args.validation_prompt, generator=generator, **options)
+        latents = pipeline(generator=generator, **options).images
         # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
-        image = vae.decode(drawn.images.to(vae.dtype) / vae.config.scaling_factor).sample
+        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
+    vae.disable_tiling()
 
-    folder = Path(args.output_dir, "validation")
     folder.mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{global_step}.png")
+    make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
     for tracker in accelerator.trackers:
@@ -1691,16 +1770,12 @@ class StopSignals:
         before, self.sum = self.sum, accelerator.reduce(torch.tensor(self.number, device=accelerator.device))
         return before is not None and before.item() > 0
 
-    def stop(self, accelerator):
+    def stop(self, args, accelerator):
         """Ends the run, its checkpoint saved, with the command that goes on."""
         accelerator.end_training()
         number = self.number or signal.SIGTERM
-        # Neither an earlier checkpoint nor a secret, given as `--flag value` or `--flag=value`.
-        words, flags = iter(sys.argv), ("--resume_from_checkpoint", "--hub_token")
-        kept = [word for word in words if word.partition("=")[0] not in flags or word in flags and next(words) is None]
-        command = f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(kept)}"
-        go_on = f"{command} --resume_from_checkpoint latest"
-        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{go_on}")
+        command = f"{launch_command(args, accelerator)} --resume_from_checkpoint latest"
+        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{command}")
         sys.exit(128 + number)
 
 
@@ -1721,8 +1796,8 @@ def main(args):
     if checkpoint is not None:
         checkpoints.check(checkpoint, saved, state)
 
-    components = load_components(args, accelerator, weight_dtype)
-    policy = create_policy(args, accelerator, weight_dtype)
+    pipeline = load_pipeline(args, accelerator, weight_dtype)
+    policy = create_policy(args, pipeline.unet)
     optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
@@ -1731,13 +1806,13 @@ def main(args):
         accelerator.load_state(str(checkpoint))
         state["global_step"] = saved["global_step"]
         logger.info(f"Resumed from {checkpoint}")
-    measured_with = policy, components, noise_scheduler
+    measured_with = policy, pipeline, noise_scheduler
     perception, weights = create_perception(
         args, accelerator, train_dataloader, *measured_with, timesteps, saved, state
     )
     monitor = Monitor(args, accelerator, state, timesteps)
     evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *measured_with, perception, weights)
-    draw_images = functools.partial(log_validation, args, accelerator, policy, components, weight_dtype)
+    draw_images = functools.partial(log_validation, args, accelerator, pipeline)
     with ncp_loss.adapters_disabled(policy):
         draw_images(0)
     if eval_pairs is not None and state["global_step"] == 0:
@@ -1748,7 +1823,7 @@ def main(args):
     for batch, num_batches in remaining_batches(args, accelerator, train_dataloader, dataloader.sampler, state):
         monitor.report_skipped_pairs(batch["skipped"])
         with accelerator.accumulate(unet):
-            denoising = noise_batch(args, batch, components, noise_scheduler)
+            denoising = noise_batch(args, batch, pipeline, noise_scheduler)
             errors = measure_errors(args, denoising, unet, policy, perception, weights)
             loss = measure_loss(args, errors, batch).loss
             # accelerate divides by the flag, even where an epoch's last step has fewer batches.
@@ -1787,11 +1862,16 @@ def main(args):
     # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads may want.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if stops:
-        signals.stop(accelerator)
+        signals.stop(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.save_lora(policy, args.output_dir)
+        if not args.no_kohya:
+            lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
+            layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
+            alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
+            save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
         draw_images(args.max_train_steps)
-        finish(args, accelerator, state["error_scale"])
+        write_card(args, accelerator, state)
     accelerator.end_training()
 
 

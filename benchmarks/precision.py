@@ -398,7 +398,7 @@ def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, s
     torch.manual_seed(seed)
     # TF32 would make fp32 another precision.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     unet, scheduler = pipeline.unet.requires_grad_(False), DDPMScheduler.from_config(pipeline.scheduler.config)
     for parameter in unet.parameters():

@@ -225,12 +225,7 @@ class Step:
         flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
-        unet_class = self.script.UNet2DConditionModel
-        with (
-            mock.patch.object(unet_class, "from_pretrained", self.create_unet),
-            mock.patch.object(self.script, "choose_variant", lambda *args: None),
-        ):
-            self.policy = self.script.create_policy(self.args, SimpleNamespace(device=device), variant.dtype)
+        self.policy = self.script.create_policy(self.args, self.create_unet(variant.dtype))
         self.policy.train()
         self.second_unet = self.perception = None
         if variant.second_unet:
@@ -243,20 +238,21 @@ class Step:
                 probe_rms=variant.probe_rms,
             )
         self.components = {} if variant.encoded else self.create_components()
+        self.pipeline = SimpleNamespace(**self.components)
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
         self.weights = torch.ones(1000, device=device)
 
-    def create_unet(self, torch_dtype, **source):
+    def create_unet(self, dtype):
         with torch.device(self.device):
-            return UNet2DConditionModel(**self.model.unet).to(torch_dtype)
+            return UNet2DConditionModel(**self.model.unet).to(dtype)
 
     def create_scheduler(self):
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
     def create_components(self):
         """VAE and text encoders, these in the precision of the U-Net, as peers have them."""
-        components = {"force_zeros_for_empty_prompt": False}
+        components = {"config": SimpleNamespace(force_zeros_for_empty_prompt=False)}
         with torch.device(self.device):
             vae = AutoencoderKL(**self.model.vae).requires_grad_(False)
             components["vae"] = vae.to(self.model.vae_dtype or self.variant.dtype)
@@ -296,7 +292,7 @@ class Step:
         return self.script.create_optimizer(self.args, SimpleNamespace(num_processes=1), self.policy)[0]
 
     def denoising(self):
-        return self.script.noise_batch(self.args, self.batch, self.components, self.scheduler)
+        return self.script.noise_batch(self.args, self.batch, self.pipeline, self.scheduler)
 
     def loss(self, denoising):
         if self.second_unet is None:

@@ -211,10 +211,8 @@ def test_held_out_pairs_are_measured(run_sd15, loss_space, loss_type):
         assert sum(int(row["pairs"]) for row in buckets) == 5
         mean = sum(int(row["pairs"]) * float(row["error_w"]) for row in buckets) / 5
         assert mean == pytest.approx(float(whole["error_w"]), rel=1e-5)
-    accuracy = float(of_all[-1]["implicit_accuracy"])
-    assert (
-        f"| held-out pairs | 5, implicit accuracy {accuracy:.3f} |" in (run_sd15.output_dir / "README.md").read_text()
-    )
+    card = (run_sd15.output_dir / "README.md").read_text()
+    assert all(f"| {' | '.join(row.values())} |" in card for row in of_all)
 
 
 def test_measuring_held_out_pairs_changes_no_training_and_resumes_exactly(run_sd15):

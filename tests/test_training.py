@@ -183,7 +183,7 @@ def test_error_scale_is_measured_once_and_reproduces(run_sd15):
     state = json.loads((run_sd15.output_dir / "checkpoint-2/training_state.json").read_text())
     assert state["error_scale"] > 100
     measured = run_sd15.lora()
-    assert f"--ncp_error_scale {state['error_scale']}`" in (run_sd15.output_dir / "README.md").read_text()
+    assert f"| error_scale | {state['error_scale']} |" in (run_sd15.output_dir / "README.md").read_text()
 
     run_sd15.output_dir = run_sd15.arguments["--output_dir"] = run_sd15.output_dir.with_name("given")
     run_sd15(ncp_error_scale=state["error_scale"])

@@ -352,12 +352,12 @@ def batched(items, size):
         yield batch
 
 
-def encode_prompts(args, trainer, components, shards, captions):
+def encode_prompts(args, trainer, pipeline, shards, captions):
     """Writes shards of captions' embeddings, in the dtype that text encoders give."""
     for path, part in shards:
         records = []
         for batch in batched(captions[part], args.vae_encode_batch_size):
-            embeddings = {name: value.cpu() for name, value in trainer.encode_prompt(components, batch).items()}
+            embeddings = {name: value.cpu() for name, value in trainer.encode_prompt(pipeline, batch).items()}
             for index, caption in enumerate(batch):
                 tensors = {name: value[index].contiguous() for name, value in embeddings.items()}
                 records.append({"caption": caption, "tensors": safetensors.torch.save(tensors)})
@@ -379,7 +379,7 @@ def decode_pair(args, trainer, pair):
     return row, values, default_collate(tensors)
 
 
-def encode_pairs(args, trainer, components, dtype, shards, pairs, prompts):
+def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
     """Writes shards of pairs' latents; `pairs` are what `decode_pair` gives of all rows of the shards, one by one."""
     images_per_pair = 2 if args.no_hflip else 4
     # As few pairs as fill batches of images. They end with the shard, so that nothing depends on who encodes which shards.
@@ -389,7 +389,7 @@ def encode_pairs(args, trainer, components, dtype, shards, pairs, prompts):
         readable = filter(None, itertools.islice(pairs, part.stop - part.start))
         for batch in batched(readable, pairs_per_batch):
             pixel_values = torch.cat([tensors.pop("pixel_values") for _, _, tensors in batch])
-            latents = trainer.encode_images(components["vae"], pixel_values, args.vae_encode_batch_size)
+            latents = trainer.encode_images(pipeline.vae, pixel_values, args.vae_encode_batch_size)
             latents = latents.to(dtype).cpu().split(images_per_pair)
             for (row, values, others), own in zip(batch, latents):
                 label, caption = values[args.label_column], values[args.caption_column]
@@ -431,13 +431,13 @@ def main(args):
             mine = list_shards(folder, kind, encoding)[accelerator.process_index :: accelerator.num_processes]
             missing[kind] = [(path, part) for path, part in mine if not path.exists()]
         if any(missing.values()):
-            components = trainer.load_components(args, accelerator, weight_dtype)
-            encode_prompts(args, trainer, components, missing["prompts"], list(prompts))
+            pipeline = trainer.load_pipeline(args, accelerator, weight_dtype, unet=None)
+            encode_prompts(args, trainer, pipeline, missing["prompts"], list(prompts))
             wanted = [row for _, part in missing["pairs"] for row in rows[part]]
             decode = functools.partial(decode_pair, args, trainer)
             decoded = map_ahead(pool, decode, read(wanted), 2 * args.num_workers)
             bar = tqdm(decoded, total=len(wanted), desc="Pairs", disable=not accelerator.is_local_main_process)
-            encode_pairs(args, trainer, components, dtype, missing["pairs"], iter(bar), prompts)
+            encode_pairs(args, trainer, pipeline, dtype, missing["pairs"], iter(bar), prompts)
         elif accelerator.num_processes == 1:
             # Of several, others may have something left.
             logger.info(f"Nothing is left to encode: {folder} holds all of it already")

@@ -314,7 +314,7 @@ def load_pipeline(args, source):
     model, variant, revision, lora, scheduler, flags = source
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model, variant=variant, revision=revision, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(model, variant=variant, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
         named = f"--{flags[0]} {model}, --{flags[1]} {variant}"
         raise ValueError(f"{named} cannot be loaded: {shorten(error)}") from error

@@ -19,18 +19,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from convert_lora import kohya_metadata, kohya_state_dict
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from tiny_unets import LORA_TARGETS, sd15_unet
+from train_ncp_dpo_sd15 import KOHYA_WEIGHTS_NAME, save_kohya_lora
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 
 
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
-KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 # The U-Nets of the real models. Depths are those of ComfyUI's configurations: transformers per layer, down and up, and in the middle.
 REAL = {
     "sd15": {
@@ -100,12 +99,13 @@ def comfy_key_map(depths):
 
 
 @pytest.mark.parametrize("model", list(REAL))
-def test_every_layer_of_a_real_unet_is_one_that_comfyui_maps(model):
+def test_every_layer_of_a_real_unet_is_one_that_comfyui_maps(model, tmp_path):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**REAL[model]["config"])
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=LORA_TARGETS))
-    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    kohya = kohya_state_dict({f"unet.{name}": weight for name, weight in lora.items()})
+    lora = {f"unet.{name}": torch.zeros(weight.shape) for name, weight in get_peft_model_state_dict(unet).items()}
+    metadata = save_kohya_lora(tmp_path / KOHYA_WEIGHTS_NAME, lora, {}, {})
+    kohya = safetensors.torch.load_file(tmp_path / KOHYA_WEIGHTS_NAME)
     parts = {}
     for name, value in kohya.items():
         layer, _, part = name.partition(".")
@@ -124,14 +124,13 @@ def test_every_layer_of_a_real_unet_is_one_that_comfyui_maps(model):
             tensors = parts["lora_unet_" + name.replace(".", "_")]
             assert tensors["lora_down.weight"].shape == (4, module.in_features)
             assert tensors["lora_up.weight"].shape == (module.out_features, 4)
-    metadata = kohya_metadata(kohya)
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == REAL[model]["version"]
 
 
 def convert(folder, **options):
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     convert_lora.main(convert_lora.parse_args(["--lora_weights", str(folder), *words]))
-    return folder / KOHYA_NAME
+    return folder / KOHYA_WEIGHTS_NAME
 
 
 def read_metadata(path):
@@ -145,7 +144,7 @@ OPTIONS = {"rank": 8, "lora_alpha": 2, "learning_rate": 3e-2, "loss_space": "lat
 @pytest.fixture
 def trained(run):
     """A run whose alpha is not its rank, and that changes the pictures."""
-    return run(max_train_steps=4, **OPTIONS)
+    return run("--no_kohya", max_train_steps=4, **OPTIONS)
 
 
 def load_pipeline(checkpoint):
@@ -198,8 +197,15 @@ def test_metadata_say_what_was_trained(trained, checkpoints, capsys):
     assert "rank 8, alpha 2" in capsys.readouterr().out
 
 
+def test_the_trainer_writes_the_same(run):
+    run(max_train_steps=1, **OPTIONS)
+    converted = run.output_dir / "converted.safetensors"
+    convert(run.output_dir, output_file=converted)
+    assert converted.read_bytes() == (run.output_dir / KOHYA_WEIGHTS_NAME).read_bytes()
+
+
 def test_metadata_are_of_the_checkpoint_that_is_converted(trained, capsys):
-    trained(max_train_steps=5, resume_from_checkpoint="latest", **OPTIONS)
+    trained("--no_kohya", max_train_steps=5, resume_from_checkpoint="latest", **OPTIONS)
     step_4 = trained.output_dir / "checkpoint-4"
     assert read_metadata(convert(step_4))["ss_steps"] == "4"
     assert read_metadata(convert(trained.output_dir))["ss_steps"] == "5"
@@ -225,7 +231,7 @@ def test_alphas_are_the_layers_own(tmp_path, use_rslora):
         layer = "lora_unet_" + name.replace(".", "_")
         scale = kohya[f"{layer}.alpha"].item() / len(kohya[f"{layer}.lora_down.weight"])
         assert scale == pytest.approx(module.scaling["default"], rel=1e-6)
-    metadata = read_metadata(tmp_path / KOHYA_NAME)
+    metadata = read_metadata(tmp_path / KOHYA_WEIGHTS_NAME)
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "Dynamic"
 
 
@@ -241,12 +247,12 @@ def test_alpha_is_the_rank_where_the_file_does_not_say(tmp_path, capsys):
     assert metadata["ss_network_alpha"] == "4" and "ncp_loss" not in metadata and "ss_sd_model_name" not in metadata
 
 
-def test_names_of_before_peft_are_converted_too():
+def test_names_of_before_peft_are_converted_too(tmp_path):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    weight = torch.zeros(4, 4)
-    lora = {f"unet.{layer}.processor.to_out_lora.{side}.weight": weight for side in ("down", "up")}
+    lora = {f"unet.{layer}.processor.to_out_lora.{side}.weight": torch.zeros(4, 4) for side in ("down", "up")}
     name = "lora_unet_" + f"{layer}.to_out.0".replace(".", "_")
-    assert kohya_state_dict(lora).keys() == {f"{name}.{part}" for part in PARTS}
+    safetensors.torch.save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
+    assert safetensors.torch.load_file(convert(tmp_path)).keys() == {f"{name}.{part}" for part in PARTS}
 
 
 UNET_KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
