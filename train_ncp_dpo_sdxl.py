@@ -898,11 +898,12 @@ def load_config(args, component, config_class=UNet2DConditionModel):
 
 
 # Copied from train_ncp_dpo_sd15.load_pipeline
-def load_pipeline(args, accelerator, weight_dtype, **components):
+def load_pipeline(args, accelerator, **components):
     """
     The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and text
     encoders where nothing is encoded. `components` are given, or `None` for those that are not needed.
     """
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
         tokenizers = (name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS)
@@ -1401,6 +1402,8 @@ class Checkpoints:
 
     def check(self, checkpoint, saved, state):
         """A `ValueError` for what would change a resumed run, whose state is `state`, without a word."""
+        if checkpoint is None:
+            return
         if (processes := saved["num_processes"]) != state["num_processes"]:
             # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
             advice = f"give accelerate launch --num_processes {processes}"
@@ -1412,9 +1415,6 @@ class Checkpoints:
         names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
         # What a checkpoint from before a flag was trained with is the flag's default.
         before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
-        if "target_margin" not in saved["arguments"] and now["loss_type"] != "cpo":
-            # Until there was this flag, no other loss had the weight.
-            before["sft_weight"] = now["sft_weight"]
         if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
             before["ncp_error_scale"] = now["ncp_error_scale"]
         names = [name for name in names if now[name] != before[name]]
@@ -1426,6 +1426,12 @@ class Checkpoints:
             raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
         for change in changes:
             logger.warning(f"{change} in {checkpoint}")
+
+    def load(self, checkpoint, state):
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            state["global_step"] = self.read_state(checkpoint)["global_step"]
+            logger.info(f"Resumed from {checkpoint}")
 
     def register_hooks(self, policy):
         """Lets checkpoints hold the LoRA in diffusers' format, and load it into the very adapter that trains."""
@@ -1668,9 +1674,14 @@ def launch_command(args, accelerator, name=str):
     return f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)}"
 
 
-# Copied from train_ncp_dpo_sd15.write_card
-def write_card(args, accelerator, state):
-    """Writes and uploads the model card: what the LoRA was trained on and how, validation images, how to load it."""
+# Copied from train_ncp_dpo_sd15.finish
+def finish(args, accelerator, policy, state):
+    """Writes the LoRA for other programs and the model card, which says what it was trained on and how, and uploads all."""
+    if not args.no_kohya:
+        lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
+        layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
+        alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
+        save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
     base_model, about = args.pretrained_model_name_or_path, describe_run(state)
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     rows = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
@@ -1782,8 +1793,6 @@ class StopSignals:
 # Copied from train_ncp_dpo_sd15.main
 def main(args):
     accelerator = create_accelerator(args)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
     # Whatever can be wrong is found before a model is loaded.
     noise_scheduler, vae_config, timesteps = check_checkpoint(args)
     checkpoints = Checkpoints(args, accelerator)
@@ -1793,25 +1802,19 @@ def main(args):
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
     state = create_state(args, accelerator, pairs, len(train_dataloader))
-    if checkpoint is not None:
-        checkpoints.check(checkpoint, saved, state)
+    checkpoints.check(checkpoint, saved, state)
 
-    pipeline = load_pipeline(args, accelerator, weight_dtype)
+    pipeline = load_pipeline(args, accelerator)
     policy = create_policy(args, pipeline.unet)
     optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
     checkpoints.register_hooks(policy)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        state["global_step"] = saved["global_step"]
-        logger.info(f"Resumed from {checkpoint}")
-    measured_with = policy, pipeline, noise_scheduler
-    perception, weights = create_perception(
-        args, accelerator, train_dataloader, *measured_with, timesteps, saved, state
-    )
+    checkpoints.load(checkpoint, state)
+    models = policy, pipeline, noise_scheduler
+    perception, weights = create_perception(args, accelerator, train_dataloader, *models, timesteps, saved, state)
     monitor = Monitor(args, accelerator, state, timesteps)
-    evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *measured_with, perception, weights)
+    evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *models, perception, weights)
     draw_images = functools.partial(log_validation, args, accelerator, pipeline)
     with ncp_loss.adapters_disabled(policy):
         draw_images(0)
@@ -1865,13 +1868,8 @@ def main(args):
         signals.stop(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.save_lora(policy, args.output_dir)
-        if not args.no_kohya:
-            lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
-            layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
-            alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
-            save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
         draw_images(args.max_train_steps)
-        write_card(args, accelerator, state)
+        finish(args, accelerator, policy, state)
     accelerator.end_training()
 
 

@@ -43,8 +43,8 @@ def sdxl(checkpoints, tmp_path):
 
 def load_pipeline(script, checkpoint, *flags):
     words = ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_name", "none", *flags]
-    accelerator = type("Accelerator", (), {"device": torch.device("cpu")})
-    return script.load_pipeline(script.parse_args(words), accelerator, torch.float32)
+    accelerator = type("Accelerator", (), {"device": torch.device("cpu"), "mixed_precision": "no"})
+    return script.load_pipeline(script.parse_args(words), accelerator)
 
 
 @pytest.mark.bad_input

@@ -414,8 +414,7 @@ def main(args):
     start, trainer, folder = time.monotonic(), choose_trainer(args), Path(args.output_dir)
     args.resolution = args.resolution or trainer.DEFAULTS["resolution"]
     accelerator = create_accelerator(args)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    dtype = torch.float32 if weight_dtype == torch.float32 else torch.float16
+    dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.float16
     _, vae_config, _ = trainer.check_checkpoint(args)
 
     with ThreadPoolExecutor(args.num_workers) as pool:
@@ -431,7 +430,7 @@ def main(args):
             mine = list_shards(folder, kind, encoding)[accelerator.process_index :: accelerator.num_processes]
             missing[kind] = [(path, part) for path, part in mine if not path.exists()]
         if any(missing.values()):
-            pipeline = trainer.load_pipeline(args, accelerator, weight_dtype, unet=None)
+            pipeline = trainer.load_pipeline(args, accelerator, unet=None)
             encode_prompts(args, trainer, pipeline, missing["prompts"], list(prompts))
             wanted = [row for _, part in missing["pairs"] for row in rows[part]]
             decode = functools.partial(decode_pair, args, trainer)
