@@ -935,7 +935,11 @@ def merge_lora(args, pipeline):
         lora = pipeline.lora_state_dict(args.pretrained_lora_path, **options)[0]
         if others := [name for name in lora if not name.startswith("unet.")]:
             raise ValueError(f"it holds {others[0]}, but must be of a U-Net alone")
-        pipeline.load_lora_weights(args.pretrained_lora_path, **options)
+        pipeline.load_lora_weights(args.pretrained_lora_path, adapter_name="pretrained", **options)
+        # Layers that the model does not have are passed over without a word.
+        loaded = len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))
+        if loaded != len(lora):
+            raise ValueError(f"the U-Net has {loaded} of its {len(lora)} weights")
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where} cannot be merged: {one_line(error)}") from error
     pipeline.fuse_lora(components=["unet"])
@@ -1563,7 +1567,9 @@ class Monitor:
 
     def __init__(self, args, accelerator, state, timesteps):
         self.args, self.accelerator, self.state, self.timesteps = args, accelerator, state, timesteps
-        accelerator.init_trackers(args.tracker_name, {**state["arguments"], "ncp_error_scale": state["error_scale"]})
+        # TensorBoard refuses lists.
+        settings = {**state["arguments"], "ncp_error_scale": state["error_scale"], "timesteps": str(args.timesteps)}
+        accelerator.init_trackers(args.tracker_name, settings)
         logger.info(f"Training for {args.max_train_steps} steps")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)

@@ -114,6 +114,14 @@ def test_what_cannot_be_merged_is_named(checkpoints, parquet, tmp_path):
     with pytest.raises(ValueError, match="--pretrained_lora_path .*other cannot be merged: .*size mismatch"):
         run(pretrained_lora_path=tmp_path / "other")
 
+    run(**OPTIONS)
+    half = {**run.lora(), **{name.replace("attn1", "attn7"): weight for name, weight in lora.items()}}
+    safetensors.torch.save_file(half, tmp_path / "other" / WEIGHTS_NAME)
+    with pytest.raises(
+        ValueError, match=f"cannot be merged: the U-Net has {len(half) - 2} of its {len(half)} weights"
+    ):
+        run.into("half")(pretrained_lora_path=tmp_path / "other")
+
     safetensors.torch.save_file({**lora, TEXT_ENCODER_KEY: torch.zeros(4, 3)}, tmp_path / "other" / WEIGHTS_NAME)
     with pytest.raises(ValueError, match="it holds text_encoder.text_model.* must be of a U-Net alone"):
         run(pretrained_lora_path=tmp_path / "other")

@@ -24,7 +24,9 @@ import pytest
 import torch
 import train_ncp_dpo_sd15
 from datasets import load_dataset
-from tiny_checkpoints import pair_columns, write_parquet
+from tiny_checkpoints import copy_checkpoint, pair_columns, write_parquet
+
+from diffusers import EulerAncestralDiscreteScheduler
 
 
 def equal(a, b):
@@ -67,10 +69,37 @@ def test_a_range_of_all_timesteps_changes_nothing(run_sd15):
     assert equal(run_sd15.lora(), plain)
 
 
+def test_those_of_a_few_step_model_are_all_that_is_trained_on(run_sd15, checkpoints, tmp_path, seen, monkeypatch):
+    monkeypatch.setattr(train_ncp_dpo_sd15, "MIN_UNIT_PAIRS", 24)
+    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 24)
+    # As the turbo models have it.
+    turbo = EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+    )
+    turbo.save_config(copy_checkpoint(checkpoints["sd15"], tmp_path / "turbo") / "scheduler")
+    turbo.set_timesteps(4)
+    timesteps = sorted(turbo.timesteps.long().tolist())
+    assert timesteps == [249, 499, 749, 999]
+    options = {"pretrained_model_name_or_path": tmp_path / "turbo", "train_batch_size": 12, "max_train_steps": 6}
+    options |= {"timestep_weighting": "balanced", "ncp_error_scale": "auto"}
+    run_sd15("--timesteps", *map(str, reversed(timesteps)), **options)
+    assert {timestep for batch in seen for timestep in batch} == set(timesteps)
+    assert [int(row["timestep"]) for row in read_csv(run_sd15.output_dir / "timesteps.csv")] == timesteps
+    assert run_sd15.lora()
+
+
+@pytest.mark.bad_input
+def test_few_timesteps_that_there_are_not(run_sd15, no_models):
+    with pytest.raises(ValueError, match="--timesteps, or .* at most 999"):
+        run_sd15("--timesteps", "249", "1000")
+    with pytest.raises(ValueError, match="--timesteps are all that is trained on: --min_timestep and --max_timestep"):
+        run_sd15("--timesteps", "249", "499", max_timestep=600)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize("first, last", [(600, 500), (0, 1000), (1000, None)])
 def test_timesteps_that_there_are_not(run_sd15, no_models, first, last):
-    message = f"--min_timestep {first} and --max_timestep {last or 999} must be .* at most 999"
+    message = f"--min_timestep {first} and --max_timestep {last or 999}, must be .* at most 999"
     with pytest.raises(ValueError, match=message):
         run_sd15(min_timestep=first, max_timestep=last)
 
