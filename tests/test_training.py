@@ -229,9 +229,14 @@ def test_validation_images_share_their_noise(run):
 
 
 def test_validation_shows_the_policy(run_sd15):
-    run_sd15("--run_validation", validation_prompt="a picture", num_validation_images=1, loss_space="latent")
-    images = [np.asarray(Image.open(run_sd15.output_dir / f"validation/step-{step}.png")) for step in (0, 2)]
-    assert not np.array_equal(*images)
+    options = {"validation_prompt": "a picture", "num_validation_images": 1, "loss_space": "latent"}
+    run_sd15("--run_validation", **options)
+    files = [run_sd15.output_dir / f"validation/step-{step}.png" for step in (0, 2)]
+    assert not np.array_equal(*map(np.asarray, map(Image.open, files)))
+    # The base is not drawn again.
+    drawn = files[0].stat().st_mtime_ns
+    run_sd15("--run_validation", max_train_steps=3, resume_from_checkpoint="latest", **options)
+    assert files[0].stat().st_mtime_ns == drawn and Image.open(files[1].with_name("step-3.png"))
 
 
 def test_push_to_hub(run_sd15, monkeypatch):
