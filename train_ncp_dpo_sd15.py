@@ -58,19 +58,10 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
@@ -206,54 +197,38 @@ def create_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add_shared_arguments(parser)
     add = parser.add_argument_group("policy").add_argument
-    merged = "LoRA to merge into the U-Net first: policy and reference start from it."
-    add("--pretrained_lora_path", help=merged)
+    add("--pretrained_lora_path", help="LoRA to merge into the U-Net first: policy and reference start from it.")
     add("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
     add("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
     add("--no_kohya", action="store_true", help="Do not write the LoRA for ComfyUI, AUTOMATIC1111 and Forge as well.")
 
     add = parser.add_argument_group("training data").add_argument
     add("--encoded_data_dir", help="What tools/encode_preferences.py wrote, instead of a dataset or folder of images.")
-    held_out = "Pairs, all of some prompts, that are not trained on but measured every --validation_steps."
-    add("--num_eval_pairs", type=COUNT, help=held_out)
+    add("--num_eval_pairs", type=COUNT, help="Pairs to hold out, by prompt, and to measure every --validation_steps.")
     add("--random_crop", action="store_true", help="Crop at random instead of the centre.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one.")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="What is minimised.")
     add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured.")
-    betas = ", ".join(
-        f"{name} {kind.beta:g}" for name, kind in ncp_loss.LOSSES.items() if kind.beta != 5000 and name not in BETAS
-    )
-    add(
-        "--beta_dpo",
-        type=POSITIVE,
-        help=f"Beta. In most losses, the larger the closer to the reference. Default: 5000, {betas}.",
-    )
-    add(
-        "--sft_weight",
-        type=NOT_NEGATIVE,
-        help="Weight of the winner's error, added to any loss. Default: 1 in cpo, else 0.",
-    )
+    betas = [f"{name} {BETAS.get(name, loss.beta):g}" for name, loss in ncp_loss.LOSSES.items() if loss.beta != 5000]
+    beta = f"Beta. In most losses, the larger the closer to the reference. Default: 5000, {', '.join(betas)}."
+    add("--beta_dpo", type=POSITIVE, help=beta)
+    add("--sft_weight", type=NOT_NEGATIVE, help="Weight of the winner's error on top. Default: 1 in cpo, else 0.")
     add("--label_smoothing", type=SHARE, default=0.0, help="Share of labels taken to be wrong (dpo and cpo).")
     add("--target_margin", type=NOT_NEGATIVE, default=1.0, help="What logits are to exceed (simpo).")
-    add(
-        "--sdpo_safeguard",
-        action="store_true",
-        help="Weaken the loser's gradient where it would raise the winner's error.",
-    )
+    add("--sdpo_safeguard", action="store_true", help="Weaken losers' gradients that would raise winners' errors.")
     add("--min_timestep", type=TIMESTEP, default=0, help="First timestep to train on.")
     add("--max_timestep", type=TIMESTEP, help="Last timestep to train on. Default: the noise scheduler's.")
-    few = "The timesteps to train on, such as 249 499 749 999 of a few-step model."
-    add("--timesteps", type=TIMESTEP, nargs="+", help=few)
+    add("--timesteps", type=TIMESTEP, nargs="+", help="Those to train on, such as a few-step model's 249 499 749 999.")
     weighting = "Weights of timesteps. balanced: margins spread alike at all; ncp, for latent errors: as in NCP."
     add("--timestep_weighting", choices=ncp_loss.TIMESTEP_WEIGHTINGS, default="none", help=weighting)
     add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features count.")
-    add(
-        "--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that the features see."
-    )
+    add("--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that features see.")
     add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
-    scale = "Unit of perceptual errors, auto: measured, so that all else means what it does in latent space; 1: the paper's."
+    scale = (
+        "Unit of perceptual errors; auto: measured, for all else to mean what it does in latent space; 1: the paper's."
+    )
     add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
 
     add = parser.add_argument_group("training").add_argument
@@ -264,8 +239,7 @@ def create_parser():
     add("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
     add("--max_train_steps", type=COUNT, help="Optimization steps in total.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time.")
-    precision = "Precision of all but the LoRA's weights. Default: accelerate's configuration."
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of all but the LoRA. Default: accelerate's config.")
     add("--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes.")
     add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
@@ -309,21 +283,16 @@ def create_parser():
 
 def check_arguments(args):
     """Raises a `ValueError` that names the flags which do not go together."""
-    sources = [args.dataset_name, args.train_data_dir, args.encoded_data_dir]
-    if sum(source is not None for source in sources) != 1:
+    if [args.dataset_name, args.train_data_dir, args.encoded_data_dir].count(None) != 2:
         raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
         raise ValueError("--encoded_data_dir holds one crop of every image: --random_crop does not go with it.")
     if args.timesteps is not None and (args.min_timestep, args.max_timestep) != (0, None):
-        raise ValueError(
-            "--timesteps are all that is trained on: --min_timestep and --max_timestep do not go with them."
-        )
+        raise ValueError("--timesteps are all that is trained on: --min_timestep and --max_timestep do not apply.")
     if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
         raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
-    if args.sft_weight is not None and ncp_loss.LOSSES[args.loss_type].sft_weight is None:
-        raise ValueError(
-            f"--sft_weight does not go with --loss_type {args.loss_type}: it is the winner's error alone."
-        )
+    if args.sft_weight is not None and args.loss_type == "sft":
+        raise ValueError("--sft_weight does not go with --loss_type sft, which is the winner's error alone.")
     if args.sdpo_safeguard and args.loss_type == "sft":
         raise ValueError("--sdpo_safeguard does not go with --loss_type sft, which has no loser.")
     if args.timestep_weighting == "ncp" and args.loss_space == "ncp":
@@ -332,12 +301,10 @@ def check_arguments(args):
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does without.")
     if args.run_validation and args.validation_prompt is None:
         raise ValueError("--run_validation needs a --validation_prompt.")
-    wandb_tracks = (
-        args.report_to == "wandb" or args.report_to == "all" and "wandb" in map(str, get_available_trackers())
-    )
-    if wandb_tracks and args.hub_token is not None:
+    trackers = list(map(str, get_available_trackers()))
+    if args.hub_token is not None and "wandb" in (trackers if args.report_to == "all" else [args.report_to]):
         raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
-    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+    if args.report_to not in ("none", "all", *trackers):
         raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
 
 
@@ -1211,7 +1178,7 @@ def set_run_seed(args, saved):
         drawn = int(np.random.SeedSequence().generate_state(1)[0])
         args.seed = saved["arguments"]["seed"] if saved else broadcast_object_list([drawn])[0]
         logger.info(f"Drew --seed {args.seed}")
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
 
 
 def create_policy(args, unet):
