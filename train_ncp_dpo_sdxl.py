@@ -132,8 +132,13 @@ CARD_ARGUMENTS = ("max_train_steps", "learning_rate", "rank", "resolution", "mix
 UNIT_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep max_timestep timesteps".split()
 # Pairs at least and at most, and the standard error of the scale's logarithm that is enough.
 MIN_UNIT_PAIRS, MAX_UNIT_PAIRS, UNIT_ERROR = 64, 512, 0.1
-# What encoded data must have been encoded with.
+# What encoded data must have been encoded with, and what it had better.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
+APPROXIMATE_ENCODING_ARGUMENTS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "mixed_precision",
+)
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -328,25 +333,22 @@ def parse_args(input_args=None):
 
 # Copied from train_ncp_dpo_sd15.load_dataset
 def load_dataset(args):
-    """
-    Opens `--dataset_name` or `--train_data_dir`, for training and for all tools: images as `{"bytes", "path"}`, label and
-    caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong.
-    """
+    """Opens `--dataset_name` or `--train_data_dir`, for training and for all tools: images as `{"bytes", "path"}`, label
+    and caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
-    name, split, features, file = args.dataset_name, args.dataset_split_name, pair_features(args), ""
+    name, features, file, options = args.dataset_name, pair_features(args), "", {}
     source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
     try:
         if Path(name).is_file():
             raise ValueError("it is a file: give the folder that it is in")
         if Path(name, "state.json").is_file():
             raise ValueError("it was written by save_to_disk: write it by to_parquet instead")
-        builder = datasets.load_dataset_builder(**source)
-        splits = builder.config.data_files or {}
+        splits, split = datasets.load_dataset_builder(**source).config.data_files or {}, args.dataset_split_name
         wanted = re.findall(r"[A-Za-z_]\w*", split)
         if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
-        files, options = [file for name in wanted for file in splits.get(name, [])], {}
+        files = [file for name in wanted for file in splits.get(name, [])]
         if files and all(file.endswith(".parquet") for file in files):
             for file in (file for file in files if "://" not in file):
                 check_columns(args, pq.read_schema(file))
@@ -395,10 +397,9 @@ def check_columns(args, schema):
 # Copied from train_ncp_dpo_sd15.load_image_folder
 def load_image_folder(args):
     """The same of a folder with a metadata.jsonl, read line by line: no type is guessed from the lines before."""
-    path = Path(args.train_data_dir, "metadata.jsonl")
+    path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
-    features = pair_features(args)
     keys = {
         column + ("_file_name" if "image" in flag else ""): pa.float64() if "numbers" in COLUMNS[flag] else pa.string()
         for flag, column in pair_columns(args).items()
@@ -430,8 +431,8 @@ def find_rows(args, dataset):
     probabilities = itertools.repeat(1)
     if args.preference_probability_column is not None:
         probabilities = dataset.data.column(args.preference_probability_column).to_pylist()
-    for row, (label, caption, probability) in enumerate(zip(labels, captions, probabilities)):
-        if problem := label_problem(label) or caption_problem(caption) or probability_problem(probability):
+    for row, values in enumerate(zip(labels, captions, probabilities)):
+        if problem := find_problem(*values):
             raise ValueError(f"Row {row}: {problem}.")
     rows = [row for row, label in enumerate(labels) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
@@ -440,24 +441,20 @@ def find_rows(args, dataset):
     return rows[: args.max_train_samples]
 
 
-# Copied from train_ncp_dpo_sd15.label_problem
-def label_problem(label):
-    return None if label in (0, 0.5, 1) else f"the label is {label}, but must be 1, 0, or 0.5 for a tie"
-
-
-# Copied from train_ncp_dpo_sd15.caption_problem
-def caption_problem(caption):
-    return None if isinstance(caption, str) else "the caption is null, but must be a text"
-
-
-# Copied from train_ncp_dpo_sd15.probability_problem
-def probability_problem(probability):
-    is_one = probability is not None and 0 <= probability <= 1
-    return None if is_one else f"the preference probability is {probability}, but must be from 0 to 1"
+# Copied from train_ncp_dpo_sd15.find_problem
+def find_problem(label=1, caption="", probability=1):
+    """What is wrong with a row's label, caption or preference probability, or `None`."""
+    if label not in (0, 0.5, 1):
+        return f"the label is {label}, but must be 1, 0, or 0.5 for a tie"
+    if not isinstance(caption, str):
+        return "the caption is null, but must be a text"
+    if probability is None or not 0 <= probability <= 1:
+        return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
 # Copied from train_ncp_dpo_sd15.digest_of_pairs
 def digest_of_pairs(rows, labels, captions):
+    """What a resumed run recognises its data by, as images or encoded."""
     digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
     return {"num_pairs": len(rows), "digest": digest.hexdigest()}
 
@@ -494,16 +491,13 @@ class UnreadableImage(ValueError):
 
 # Copied from train_ncp_dpo_sd15.PreferencePairs
 class PreferencePairs(torch.utils.data.Dataset):
-    """
-    `pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape` is `(C, H, W)` of
-    an image's latents.
-    """
+    """`pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape` is
+    `(C, H, W)` of an image's latents."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps):
         self.dataset, self.rows, self.args = dataset, rows, args
-        self.latent_shape, self.timesteps = latent_shape, timesteps
+        self.latent_shape, self.timesteps, self.fixed_timesteps = latent_shape, timesteps, None
         self.winner_only = args.loss_type == "sft" and args.preference_probability_column is None
-        self.fixed_timesteps = None
 
     def __getitem__(self, key):
         # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
@@ -512,12 +506,11 @@ class PreferencePairs(torch.utils.data.Dataset):
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
         timesteps = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
+        first, skipped = bisect.bisect_left(self.rows, key[1]), []
         if self.fixed_timesteps is not None:
-            timesteps = self.fixed_timesteps[bisect.bisect_left(self.rows, key[1])]
+            timesteps = self.fixed_timesteps[first]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
         drawn = {"timesteps": timesteps, "noise": noise, "variance_noise": variance_noise}
-
-        first, skipped = bisect.bisect_left(self.rows, key[1]), []
         for index in range(first, first + len(self.rows)):
             row = self.rows[index % len(self.rows)]
             try:
@@ -541,10 +534,6 @@ class PreferencePairs(torch.utils.data.Dataset):
         """Labels and captions, in the order of `rows`."""
         dataset = self.dataset.select(self.rows)
         return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
-
-    def digest(self):
-        """What a resumed run recognises its data by, as images or encoded."""
-        return digest_of_pairs(self.rows, *self.columns())
 
     def hold_out(self, num_pairs):
         """Two parts without a caption in common, of which the second has at least so many pairs."""
@@ -654,52 +643,40 @@ def preprocess_image(image, args, crop_position, flip):
 
 # Copied from train_ncp_dpo_sd15.EncodedPairs
 class EncodedPairs(PreferencePairs):
-    """
-    The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner and loser,
-    unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its caption.
-    """
+    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner and
+    loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its
+    caption. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
 
-    @classmethod
-    def open(cls, args, vae_config, *arguments):
-        """Opens them; a `ValueError` if the data is not whole or was encoded by other settings than training's."""
-        folder = Path(args.encoded_data_dir)
+    def __init__(self, args, vae_config, *drawn):
+        folder, parts = Path(args.encoded_data_dir), {}
         if not (folder / "encoding.json").is_file():
             raise ValueError(
                 f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it."
             )
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-        for name in ENCODING_ARGUMENTS:
+        for name in (*ENCODING_ARGUMENTS, *APPROXIMATE_ENCODING_ARGUMENTS):
             if (before := encoding.get(name)) != settings[name]:
-                raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}.")
+                change = f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}."
+                if name in ENCODING_ARGUMENTS:
+                    raise ValueError(change)
+                logger.warning(change)
         if encoding["no_hflip"] and not args.no_hflip:
             raise ValueError(f"{folder} was encoded with --no_hflip, without flipped images: train with --no_hflip.")
-        for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
-            if encoding[name] != settings[name]:
-                logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
-        parts = []
         for kind in ("pairs", "prompts"):
-            shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
-            if len(shards) != total:
-                raise ValueError(
-                    f"{folder / kind} holds {len(shards)} of {total} files: encode again, to complete it."
-                )
-            parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
-        pairs, prompts = parts
-        return cls(pairs.select(range(len(pairs))[: args.max_train_samples]), prompts, args, *arguments)
-
-    def __init__(self, pairs, prompts, *arguments):
-        super().__init__(pairs, pairs["row"][:], *arguments)
-        self.prompts, self.stored_rows = prompts, self.rows
+            paths, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
+            if len(paths) != total:
+                raise ValueError(f"{folder / kind} holds {len(paths)} of {total} files: encode again, to complete it.")
+            parts[kind] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+        pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
+        super().__init__(pairs, pairs["row"][:], args, *drawn)
+        self.prompts, self.stored_rows = parts["prompts"], self.rows
 
     def read(self, row, crop_position, flip):
         values = self.dataset[bisect.bisect_left(self.stored_rows, row)]
-        tensors = safetensors.torch.load(values["tensors"])
+        tensors, sides = safetensors.torch.load(values["tensors"]), range(1 if self.winner_only else 2)
         example = {
-            "images": [
-                {name: value[side, int(flip)] for name, value in tensors.items()}
-                for side in range(1 if self.winner_only else 2)
-            ],
+            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
             "prompt": safetensors.torch.load(self.prompts[values["prompt"]]["tensors"]),
         }
         if self.args.preference_probability_column is not None:
@@ -717,7 +694,7 @@ def open_pairs(args, accelerator, timesteps, vae_config):
     side = args.resolution // vae_config["downscaling_factor"]
     drawn = (vae_config["latent_channels"], side, side), timesteps
     if args.encoded_data_dir is not None:
-        pairs = EncodedPairs.open(args, vae_config, *drawn)
+        pairs = EncodedPairs(args, vae_config, *drawn)
     else:
         dataset = load_dataset(args)
         pairs = PreferencePairs(dataset, find_rows(args, dataset), args, *drawn)
@@ -725,7 +702,7 @@ def open_pairs(args, accelerator, timesteps, vae_config):
             for column in (args.image_0_column, args.image_1_column):
                 images = dataset[column][:]
                 for row in pairs.rows:
-                    if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
+                    if images[row] and not Path(args.train_data_dir, images[row]["path"]).is_file():
                         where = f"{column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}"
                         raise ValueError(f"Row {row}: {where}.")
     eval_pairs = None
@@ -779,10 +756,8 @@ def create_dataloader(args, pairs):
 
 # Copied from train_ncp_dpo_sd15.remaining_batches
 def remaining_batches(args, accelerator, dataloader, sampler, state):
-    """
-    Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in its
-    step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`.
-    """
+    """Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in
+    its step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`."""
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     while state["global_step"] < args.max_train_steps:
         sampler.epoch, steps_done = divmod(state["global_step"], steps_per_epoch)
@@ -790,8 +765,7 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
         sampler.start = first * args.train_batch_size * accelerator.num_processes
         for index, batch in enumerate(dataloader, start=first):
             position = index % args.gradient_accumulation_steps
-            num_batches = min(args.gradient_accumulation_steps, len(dataloader) - index + position)
-            yield batch, num_batches
+            yield batch, min(args.gradient_accumulation_steps, len(dataloader) - index + position)
             if state["global_step"] == args.max_train_steps:
                 return
 
@@ -1306,7 +1280,7 @@ def create_state(args, accelerator, pairs, num_batches):
         "margin_profiles": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
-        "data": pairs.digest(),
+        "data": digest_of_pairs(pairs.rows, *pairs.columns()),
     }
 
 

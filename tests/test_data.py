@@ -551,7 +551,7 @@ def test_image_folder_equals_parquet(tmp_path, parquet):
     from_folder = load_pairs(train_data_dir=build_image_folder(tmp_path / "images"))
     from_parquet = load_pairs(dataset_name=parquet)
     assert from_folder.rows == from_parquet.rows == list(range(12))
-    assert from_folder.digest() == from_parquet.digest()
+    assert from_folder.columns() == from_parquet.columns()
     for row in range(12):
         a, b = from_folder[0, row], from_parquet[0, row]
         assert all(torch.equal(x, y) for x, y in zip(images(a), images(b)))
