@@ -29,7 +29,6 @@ perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on th
 import argparse
 import bisect
 import collections
-import contextlib
 import copy
 import datetime
 import errno
@@ -572,9 +571,7 @@ def locate_image(args, value):
 
 
 def read_image(value):
-    """An image in RGB, upright, transparency on white, from encoded bytes, datasets' `{"bytes", "path"}` or a path."""
-    if isinstance(value, dict):
-        value = value["path"] if value["bytes"] is None else value["bytes"]
+    """An image in RGB, upright, transparency on white, from encoded bytes or a path."""
     data = value if isinstance(value, bytes) else Path(value).read_bytes()
     if not data:
         raise ValueError("empty, 0 bytes")
@@ -745,10 +742,8 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
 
 
 def check_checkpoint(args):
-    """
-    The noise scheduler, the VAE's configuration and the timesteps to train on; a `ValueError` for what cannot be trained,
-    before anything is read.
-    """
+    """The noise scheduler, the VAE's configuration and the timesteps to train on; a `ValueError` for what cannot be trained,
+    before anything is read."""
     where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if Path(args.pretrained_model_name_or_path).is_file():
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -758,8 +753,7 @@ def check_checkpoint(args):
     vae_where = where if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"{vae_where}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
-    kind = unet.get("addition_embed_type")
-    if kind != ADDITION_EMBED_TYPE:
+    if (kind := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "use train_ncp_dpo_sd15.py", "text_time": "use train_ncp_dpo_sdxl.py"}
         raise ValueError(f"{where} is of another architecture: {script.get(kind, 'no script trains it')}.")
     size = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
@@ -796,22 +790,19 @@ def check_checkpoint(args):
 
 
 def load_config(args, component, config_class=UNet2DConditionModel):
-    flag, source = "--pretrained_model_name_or_path", {"subfolder": component, "revision": args.revision}
+    flag, source = "pretrained_model_name_or_path", {"subfolder": component, "revision": args.revision}
     if component == "vae" and args.pretrained_vae_model_name_or_path is not None:
-        flag, source = "--pretrained_vae_model_name_or_path", {}
-    name = getattr(args, flag.removeprefix("--"))
+        flag, source = "pretrained_vae_model_name_or_path", {}
     try:
-        return config_class.load_config(name, **source)
+        return config_class.load_config(getattr(args, flag), **source)
     except OSError as error:
-        message = f"{name} has no {component}, which {Path(__file__).name} needs"
-        raise ValueError(f"{flag} {message}: {one_line(error)}") from error
+        message = f"has no {component}, which {Path(__file__).name} needs: {one_line(error)}"
+        raise ValueError(f"--{flag} {getattr(args, flag)} {message}") from error
 
 
 def load_pipeline(args, accelerator, **components):
-    """
-    The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and text
-    encoders where nothing is encoded. `components` are given, or `None` for those that are not needed.
-    """
+    """The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and
+    text encoders where nothing is encoded. `components` are given, or `None` for those that are not needed."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
@@ -819,12 +810,11 @@ def load_pipeline(args, accelerator, **components):
         components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
-    source = {"revision": args.revision, "variant": args.variant, "dtype": dtypes}
     try:
         if own_vae is not None and "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
-        components.update(PIPELINE_OPTIONS)
-        pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, **source, **components)
+        options = {"revision": args.revision, "variant": args.variant, **PIPELINE_OPTIONS, **components}
+        pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, dtype=dtypes, **options)
     except (OSError, ValueError) as error:
         name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
         advice = "Where all weights are of one variant, such as fp16, give it as --variant"
@@ -837,13 +827,13 @@ def load_pipeline(args, accelerator, **components):
 
 def merge_lora(args, pipeline):
     """Adds `--pretrained_lora_path` to the weights of the U-Net; a `ValueError` if it is of anything else, or does not fit."""
-    where, path = f"--pretrained_lora_path {args.pretrained_lora_path}", Path(args.pretrained_lora_path)
-    options = {"weight_name": WEIGHTS_NAME} if (path / WEIGHTS_NAME).is_file() else {}
+    path, where = args.pretrained_lora_path, f"--pretrained_lora_path {args.pretrained_lora_path}"
+    options = {"weight_name": WEIGHTS_NAME} if Path(path, WEIGHTS_NAME).is_file() else {}
     try:
-        lora = pipeline.lora_state_dict(args.pretrained_lora_path, **options)[0]
+        lora = pipeline.lora_state_dict(path, **options)[0]
         if others := [name for name in lora if not name.startswith("unet.")]:
             raise ValueError(f"it holds {others[0]}, but must be of a U-Net alone")
-        pipeline.load_lora_weights(args.pretrained_lora_path, adapter_name="pretrained", **options)
+        pipeline.load_lora_weights(path, adapter_name="pretrained", **options)
         # Layers that the model does not have are passed over without a word.
         loaded = len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))
         if loaded != len(lora):
@@ -933,10 +923,8 @@ class Errors(NamedTuple):
 
 
 def measure_errors(args, denoising, unet, policy, perception, weights, needs_reference=False):
-    """
-    Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy as
-    accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference.
-    """
+    """Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy as
+    accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference."""
     needs_reference = needs_reference or ncp_loss.LOSSES[args.loss_type].needs_reference
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
@@ -1004,88 +992,70 @@ def split_by_timestep(table, timesteps):
 # The unit of errors and the weights of timesteps
 
 
-@contextlib.contextmanager
-def randomized_lora(policy, generator):
-    """Every layer's update is random and 2 % of its weight within the `with` block."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
-    for layer, up in zip(layers, ups):
-        up.copy_(torch.randn(up.shape, generator=generator))
-        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-    yield
-    for up, before in ups.items():
-        up.copy_(before)
-
-
 @torch.no_grad()
 def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_scheduler, perception, timesteps):
-    """
-    Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change of
-    the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps.
-    """
+    """Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change
+    of the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps."""
     generator, measured = torch.Generator().manual_seed(args.seed), []
-    offset, weights = (
-        torch.rand((), generator=generator).item(),
-        torch.ones(noise_scheduler.config.num_train_timesteps),
-    )
+    offset = torch.rand((), generator=generator).item()
+    weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     bar = tqdm(total=MAX_UNIT_PAIRS, desc="Error scale", disable=not accelerator.is_local_main_process)
-    with randomized_lora(policy, generator):
-        for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
-            size = len(batch["timesteps"])
-            first = size * (index * accelerator.num_processes + accelerator.process_index)
-            batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
-            denoising, row = noise_batch(args, batch, pipeline, noise_scheduler), [batch["timesteps"].float()]
-            for perceive in (None, perception):
-                measured_with = policy, policy, perceive, weights.to(accelerator.device)
-                errors = measure_errors(args, denoising, *measured_with, needs_reference=True)
-                change = errors.reference - errors.policy
-                row.append(change if len(change) == size else torch.sub(*change.chunk(2)))
-            measured.append(accelerator.gather(torch.stack(row, dim=1)).cpu())
-            bar.update(len(measured[-1]))
-            table = torch.cat(measured)
-            if len(table) < MIN_UNIT_PAIRS:
-                continue
-            try:
-                standard_error = ncp_loss.error_scale(*table[:, 1:].T)[1]
-            except ValueError as error:
-                raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
-            bar.set_postfix(standard_error=f"{standard_error:.3f}")
-            if standard_error <= UNIT_ERROR or len(table) >= MAX_UNIT_PAIRS:
-                bar.close()
-                return table[:, 0].long(), table[:, 1], table[:, 2]
-
-
-def find_saved_unit(args, saved):
-    """Error scale and margin profiles of a checkpoint that was measured as now, else two `None`."""
-    before = {name: saved["arguments"].get(name, create_parser().get_default(name)) for name in UNIT_ARGUMENTS}
-    same = all(before[name] == getattr(args, name) for name in UNIT_ARGUMENTS)
-    return (saved["error_scale"], saved.get("margin_profiles")) if same else (None, None)
+    before = copy.deepcopy(get_peft_model_state_dict(policy))
+    for layer in policy.modules():
+        if isinstance(layer, BaseTunerLayer):
+            # Its update is 2 % of its weight.
+            up = layer.lora_B["default"].weight
+            up.copy_(torch.randn(up.shape, generator=generator))
+            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+    for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
+        size = len(batch["timesteps"])
+        first = size * (index * accelerator.num_processes + accelerator.process_index)
+        batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
+        denoising, row = noise_batch(args, batch, pipeline, noise_scheduler), [batch["timesteps"].float()]
+        for perceive in (None, perception):
+            errors = measure_errors(args, denoising, policy, policy, perceive, weights, needs_reference=True)
+            change = errors.reference - errors.policy
+            row.append(change if len(change) == size else torch.sub(*change.chunk(2)))
+        measured.append(accelerator.gather(torch.stack(row, dim=1)).cpu())
+        bar.update(len(measured[-1]))
+        table = torch.cat(measured)
+        if len(table) < MIN_UNIT_PAIRS:
+            continue
+        try:
+            standard_error = ncp_loss.error_scale(*table[:, 1:].T)[1]
+        except ValueError as error:
+            raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
+        bar.set_postfix(standard_error=f"{standard_error:.3f}")
+        if standard_error <= UNIT_ERROR or len(table) >= MAX_UNIT_PAIRS:
+            break
+    bar.close()
+    set_peft_model_state_dict(policy, before)
+    return table[:, 0].long(), table[:, 1], table[:, 2]
 
 
 def create_perception(args, accelerator, dataloader, policy, pipeline, noise_scheduler, timesteps, saved, state):
-    """
-    What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given, those
-    of the checkpoint, or measured now.
-    """
+    """What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given,
+    those of the checkpoint, or measured now."""
     weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     if args.loss_space == "latent" and args.timestep_weighting == "none":
         return None, weights
     options = args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
     perception, known = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, *options), ""
-    scale, profiles = find_saved_unit(args, saved) if saved else (None, None)
+    scale = profiles = None
+    if saved is not None and not find_changes(args, saved, UNIT_ARGUMENTS):
+        scale, profiles = saved["error_scale"], saved.get("margin_profiles")
     if args.ncp_error_scale != "auto":
         scale = args.ncp_error_scale
-    needs_scale, needs_weights = args.loss_space == "ncp", args.timestep_weighting != "none"
-    if needs_scale and scale is None or needs_weights and profiles is None:
+    if args.loss_space == "ncp" and scale is None or args.timestep_weighting != "none" and profiles is None:
         # Nothing can change at the first timestep.
         inner = timesteps[timesteps > 0] if len(timesteps) > 1 else timesteps
         measured_with = policy, pipeline, noise_scheduler, perception, inner
         seen, *margins = measure_margins(args, accelerator, dataloader, *measured_with)
-        measured, standard_error = ncp_loss.error_scale(*margins)
+        profiles = [ncp_loss.margin_profile(seen, values, inner).tolist() for values in margins]
         if args.ncp_error_scale == "auto":
+            measured, standard_error = ncp_loss.error_scale(*margins)
             # So few digits that the flag that is printed gives the very same run.
             scale, known = float(f"{measured:.4g}"), f" (standard error {100 * standard_error:.0f} %)"
-        profiles = [ncp_loss.margin_profile(seen, values, inner).tolist() for values in margins]
     if profiles is not None:
         weights[timesteps] = save_timestep_weights(args, accelerator, profiles, timesteps).to(weights)
     state["margin_profiles"] = profiles
@@ -1101,10 +1071,9 @@ def save_timestep_weights(args, accelerator, profiles, timesteps):
     profiles = torch.tensor(profiles, dtype=torch.float64)
     weights = ncp_loss.timestep_weights(args.timestep_weighting, *profiles, args.loss_space, len(timesteps))
     columns = [timesteps, *(ncp_loss.smooth_curve(profile, len(timesteps)).exp() for profile in profiles), weights]
-    lines = [",".join(map(str, line)) for line in zip(*(column.tolist() for column in columns))]
     if accelerator.is_main_process:
-        text = "\n".join(["timestep,latent_margin,ncp_margin,weight", *lines, ""])
-        Path(args.output_dir, "timesteps.csv").write_text(text, encoding="utf-8")
+        path, head = Path(args.output_dir, "timesteps.csv"), "timestep,latent_margin,ncp_margin,weight"
+        np.savetxt(path, torch.stack(columns, dim=1), "%d,%.9g,%.9g,%.9g", header=head, comments="")
     if args.timestep_weighting != "none":
         shown = [f"{t}: {weight:.2f}" for t, weight in zip(timesteps, weights)][:: math.ceil(len(timesteps) / 8)]
         logger.info(f"Errors are weighed by timestep, {', '.join(shown)}, and so on as in timesteps.csv")
@@ -1217,6 +1186,14 @@ def create_state(args, accelerator, pairs, num_batches):
 # Checkpoints
 
 
+def find_changes(args, saved, names):
+    """What is not as in a checkpoint, of which those from before a flag were trained with the flag's default."""
+    defaults = create_parser()
+    before = {name: saved["arguments"].get(name, defaults.get_default(name)) for name in names}
+    now = {name: getattr(args, name) for name in names}
+    return [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names if now[name] != before[name]]
+
+
 class Checkpoints:
     """`checkpoint-N` in `--output_dir`; what has another name is not ours."""
 
@@ -1282,17 +1259,14 @@ class Checkpoints:
             # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
             advice = f"give accelerate launch --num_processes {processes}"
             raise ValueError(f"{checkpoint} is of {processes} processes, not {state['num_processes']}: {advice}.")
-        now, before = vars(self.args), create_parser()
+        now = vars(self.args)
         if now["max_train_steps"] < saved["global_step"]:
             raise ValueError(f"--max_train_steps is {now['max_train_steps']}, but {checkpoint} is further on.")
         # The learning rate of most schedules falls towards the last step.
         names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
-        # What a checkpoint from before a flag was trained with is the flag's default.
-        before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
         if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
-            before["ncp_error_scale"] = now["ncp_error_scale"]
-        names = [name for name in names if now[name] != before[name]]
-        changes = [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names]
+            names.remove("ncp_error_scale")
+        changes = find_changes(self.args, saved, names)
         if (data := saved.get("data", state["data"])) != state["data"]:
             changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
         if changes and not self.args.allow_resume_changes:
