@@ -62,7 +62,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -74,7 +74,7 @@ from tqdm.auto import tqdm
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
@@ -82,7 +82,6 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
     make_image_grid,
 )
-from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -1149,10 +1148,9 @@ def save_timestep_weights(args, accelerator, profiles, timesteps):
 # Copied from train_ncp_dpo_sd15.create_accelerator
 def create_accelerator(args):
     """Sets up accelerate, logging, the output folder and, if asked for, the repository on the hub."""
-    # Hours may pass until the others have written, drawn or looked through as much.
-    patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     accelerator = Accelerator(
-        kwargs_handlers=[patient],
+        # Hours may pass until the others have written, drawn or looked through as much.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -1163,8 +1161,7 @@ def create_accelerator(args):
         flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
         raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}. Give both the same.")
     args.mixed_precision = accelerator.mixed_precision
-    log_format = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
-    logging.basicConfig(format=log_format, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logger.info(accelerator.state, main_process_only=False)
     if not accelerator.is_local_main_process:
         for library in (datasets.utils, transformers.utils, diffusers.utils):
@@ -1265,10 +1262,21 @@ def find_changes(args, saved, names):
 
 # Copied from train_ncp_dpo_sd15.Checkpoints
 class Checkpoints:
-    """`checkpoint-N` in `--output_dir`; what has another name is not ours."""
+    """`checkpoint-N` in `--output_dir`, what has another name is not ours; `checkpoint` is what the run resumes from and
+    `saved` its state, or both are `None`."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
+        # Machines need not share the folder: the main process chooses, and all others must have what it chose.
+        choice = [None, None]
+        if accelerator.is_main_process:
+            checkpoint = self.choose()
+            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
+        checkpoint, saved = self.checkpoint, self.saved = broadcast_object_list(choice)
+        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
+        if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
+            advice = "copy it to their machines, or share --output_dir"
+            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {without} have not: {advice}.")
 
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
@@ -1305,76 +1313,50 @@ class Checkpoints:
             raise ValueError(f"{where} {', '.join(later)}, which a run from {found} would meet. Keep them elsewhere.")
         return found
 
-    def open(self):
-        """
-        The checkpoint to resume from and its state, or two `None`. The main process chooses, since machines need not share
-        `--output_dir`; every process must have what it chose.
-        """
-        choice = [None, None]
-        if self.accelerator.is_main_process:
-            checkpoint = self.choose()
-            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
-        checkpoint, saved = broadcast_object_list(choice)
-        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
-        if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
-            advice = "copy it to their machines, or share --output_dir"
-            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {without} have not: {advice}.")
-        return checkpoint, saved
-
-    def check(self, checkpoint, saved, state):
+    def check(self, state):
         """A `ValueError` for what would change a resumed run, whose state is `state`, without a word."""
+        args, checkpoint, saved = self.args, self.checkpoint, self.saved
         if checkpoint is None:
             return
         if (processes := saved["num_processes"]) != state["num_processes"]:
             # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
             advice = f"give accelerate launch --num_processes {processes}"
             raise ValueError(f"{checkpoint} is of {processes} processes, not {state['num_processes']}: {advice}.")
-        now = vars(self.args)
-        if now["max_train_steps"] < saved["global_step"]:
-            raise ValueError(f"--max_train_steps is {now['max_train_steps']}, but {checkpoint} is further on.")
+        if args.max_train_steps < saved["global_step"]:
+            raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is further on.")
         # The learning rate of most schedules falls towards the last step.
-        names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
-        if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
+        names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
+        if args.ncp_error_scale in ("auto", saved["error_scale"]):
             names.remove("ncp_error_scale")
-        changes = find_changes(self.args, saved, names)
+        changes = find_changes(args, saved, names)
         if (data := saved.get("data", state["data"])) != state["data"]:
             changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
-        if changes and not self.args.allow_resume_changes:
+        if changes and not args.allow_resume_changes:
             advice = "Give what it was, or --allow_resume_changes if you mean it."
             raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
         for change in changes:
             logger.warning(f"{change} in {checkpoint}")
 
-    def load(self, checkpoint, state):
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            state["global_step"] = self.read_state(checkpoint)["global_step"]
-            logger.info(f"Resumed from {checkpoint}")
-
-    def register_hooks(self, policy):
-        """Lets checkpoints hold the LoRA in diffusers' format, and load it into the very adapter that trains."""
-
-        def save(models, weights, output_dir):
-            if self.accelerator.is_main_process:
-                self.save_lora(policy, output_dir)
-            # Or else accelerate would save the whole U-Net as well.
-            weights.clear()
-
-        def load(models, input_dir):
-            models.clear()
-            # Named, since older versions of diffusers look for it on the hub.
-            lora = PIPELINE_CLASS.lora_state_dict(input_dir, weight_name=WEIGHTS_NAME)[0]
-            lora = {name.removeprefix("unet."): value for name, value in lora.items()}
-            result = set_peft_model_state_dict(policy, convert_unet_state_dict_to_peft(lora), adapter_name="default")
-            missing = [name for name in result.missing_keys if "lora" in name]
-            if missing or result.unexpected_keys:
-                raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
-
-        self.accelerator.register_save_state_pre_hook(save)
-        self.accelerator.register_load_state_pre_hook(load)
+    def load(self, policy, state):
+        """Resumes, if there is a checkpoint; it and later ones hold of the `policy` the LoRA alone, in Diffusers' format."""
+        self.policy = policy
+        # Or else accelerate would save and load the whole U-Net as well.
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        if self.checkpoint is None:
+            return
+        self.accelerator.load_state(str(self.checkpoint))
+        lora = safetensors.torch.load_file(self.checkpoint / WEIGHTS_NAME)
+        lora = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in lora.items()})
+        result = set_peft_model_state_dict(policy, lora)
+        wrong = [name for name in result.missing_keys if "lora" in name] + result.unexpected_keys
+        if wrong:
+            raise ValueError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
+        state["global_step"] = self.saved["global_step"]
+        logger.info(f"Resumed from {self.checkpoint}")
 
     def save(self, state):
-        """Writes `checkpoint-N`, which has that name only when all of it is on the disk, and removes those over the limit."""
+        """Writes `checkpoint-N`, so named only when all of it is on the disk, and removes those over the limit."""
         folder = self.folder / f"checkpoint-{state['global_step']}"
         incomplete = folder.with_name(f"incomplete-{folder.name}")
         if self.accelerator.is_main_process:
@@ -1384,6 +1366,7 @@ class Checkpoints:
             self.accelerator.save_state(str(incomplete))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
+                self.save_lora(incomplete)
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in incomplete.rglob("*"):
                     synchronize(path)
@@ -1401,10 +1384,10 @@ class Checkpoints:
                 shutil.rmtree(old)
         logger.info(f"Saved {folder}")
 
-    @staticmethod
-    def save_lora(policy, folder):
-        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
-        PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
+    def save_lora(self, folder):
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.policy))
+        metadata = self.policy.peft_config["default"].to_dict()
+        PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
 
 
 # Copied from train_ncp_dpo_sd15.public_name
@@ -1432,20 +1415,14 @@ def describe_run(state):
 
 # Copied from train_ncp_dpo_sd15.save_kohya_lora
 def save_kohya_lora(path, lora, alphas, description):
-    """
-    Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge. The layer `unet.mid_block.….to_out.0` is
-    called `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update.
-
-    Args:
-        lora (`dict[str, torch.Tensor]`): in PEFT's format, `unet.….lora_A.weight` of shape `(rank, in)` and so on.
-        alphas (`dict[str, float]`): by the layers' paths, without `unet.`; Diffusers' converter takes them for the ranks.
-        description (`dict[str, str]`): metadata beside rank, alpha and the kind of base model, which are returned.
-    """
+    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge: `unet.mid_block.….to_out.0` is called
+    `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update. `lora` is in PEFT's format,
+    `unet.….lora_A.weight` of shape `(rank, in)` and so on; `alphas` are by the layers' paths, without `unet.`, by default the
+    ranks; `description` are metadata beside rank, alpha and the kind of base model, which are returned."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
-    names = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
-    kohya.update(
-        (name, torch.tensor(float(names.get(name, kohya[name])))) for name in kohya if name.endswith(".alpha")
-    )
+    alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
+    for name in [name for name in kohya if name.endswith(".alpha")]:
+        kohya[name] = torch.tensor(float(alphas.get(name, kohya[name])))
     values = {
         "dim": {len(value) for name, value in kohya.items() if "lora_down" in name},
         "alpha": {value.item() for name, value in kohya.items() if name.endswith(".alpha")},
@@ -1490,10 +1467,10 @@ class Monitor:
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
 
     def report_skipped_pairs(self, reasons):
-        for number, reason in enumerate(reasons, start=self.num_skipped_pairs + 1):
-            message = f"{reason}. The next pair takes its place, {number} were skipped so far"
+        for reason in reasons:
+            self.num_skipped_pairs += 1
+            message = f"{reason}. The next pair takes its place, {self.num_skipped_pairs} were skipped so far"
             logger.warning(message, main_process_only=False)
-        self.num_skipped_pairs += len(reasons)
 
     def record(self, tables, grad_norm, learning_rate):
         """Gathers the tables of a step's batches from all processes, and logs the step before."""
@@ -1504,23 +1481,21 @@ class Monitor:
         values = values.to("cpu", non_blocking=True)
         copied = torch.accelerator.current_stream().record_event() if grad_norm.device.type != "cpu" else None
         self.flush()
-        self.pending = self.state["global_step"], learning_rate, list(columns), values, copied
+        self.pending = self.state["global_step"], learning_rate, dict(zip(columns, values.T)), copied
 
     def flush(self):
         """Logs what waits; a `RuntimeError` if one step too many in a row is not finite."""
         if self.pending is None:
             return
-        (step, learning_rate, names, values, copied), self.pending = self.pending, None
+        (step, learning_rate, table, copied), self.pending = self.pending, None
         if copied is not None:
             copied.synchronize()
-        table = dict(zip(names, values.T))
         metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
         self.check_finite(step, metrics, table["rows"].int().tolist())
         for bucket, part in split_by_timestep(table, self.timesteps):
-            kept = {"implicit_accuracy", "margin", "drift_w", "drift_l"}
-            metrics.update(
-                (f"{name}/{bucket}", value) for name, value in summarize(self.args, part).items() if name in kept
-            )
+            summary = summarize(self.args, part)
+            kept = summary.keys() & {"implicit_accuracy", "margin", "drift_w", "drift_l"}
+            metrics.update({f"{name}/{bucket}": summary[name] for name in kept})
         shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
         self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.progress_bar.update()
@@ -1530,31 +1505,25 @@ class Monitor:
             effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
             logger.warning(f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it.")
 
-    def is_finite(self, metrics):
+    def check_finite(self, step, metrics, rows):
         # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
         scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
-        return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
-
-    def check_finite(self, step, metrics, rows):
-        if self.is_finite(metrics):
+        if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled):
             self.skipped_steps = 0
             return
         self.skipped_steps += 1
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
-        message = f"Step {step} is not finite: {what}."
         if self.skipped_steps > self.args.max_skipped_steps:
             limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more"
-            raise RuntimeError(f"{message} {limit}; checkpoints are intact.")
-        logger.warning(f"{message} It is skipped.")
+            raise RuntimeError(f"Step {step} is not finite: {what}. {limit}; checkpoints are intact.")
+        logger.warning(f"Step {step} is not finite: {what}. It is skipped.")
 
 
 # Copied from train_ncp_dpo_sd15.measure_held_out
 @torch.no_grad()
 def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, weights, global_step):
-    """
-    Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and `eval.csv`,
-    of which it replaces what is there from this step on.
-    """
+    """Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and
+    `eval.csv`, of which it replaces what is there from this step on."""
     spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
     tables, metrics, lines = {space: [] for space in spaces}, {}, []
     with accelerator.split_between_processes(pairs.rows) as rows:
@@ -1576,10 +1545,12 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
     logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
-        path = Path(args.output_dir, "eval.csv")
+        path, head = (
+            Path(args.output_dir, "eval.csv"),
+            ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS]),
+        )
         earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
         earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
-        head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
         path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
 
 
@@ -1597,54 +1568,59 @@ def launch_command(args, accelerator, name=str):
 # Copied from train_ncp_dpo_sd15.finish
 def finish(args, accelerator, policy, state):
     """Writes the LoRA for other programs and the model card, which says what it was trained on and how, and uploads all."""
+    about, output_dir = describe_run(state), Path(args.output_dir)
     if not args.no_kohya:
-        lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
-        layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
-        alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
-        save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
-    base_model, about = args.pretrained_model_name_or_path, describe_run(state)
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    rows = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
-    rows["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    rows.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
-    table = [("setting", "value"), ("---", "---"), *rows.items()]
-    if args.num_eval_pairs is not None:
-        lines = Path(args.output_dir, "eval.csv").read_text(encoding="utf-8").splitlines()
-        head, *measured = [line.split(",") for line in lines]
-        measured = [line for line in measured if line[1:3] == [args.loss_space, "all"]]
-        table += [(), head, ["---"] * len(head), *measured]
-    rows = [f"| {' | '.join(map(str, row))} |" if row else "\nOn held-out pairs:\n" for row in table]
-    table = "\n".join(rows)
-    description = f"""# {repo_id}
+        lora = get_peft_model_state_dict(policy)
+        alphas = {name.partition(".lora_")[0]: args.lora_alpha or args.rank for name in lora}
+        lora = {f"unet.{name}": value for name, value in lora.items()}
+        save_kohya_lora(output_dir / KOHYA_WEIGHTS_NAME, lora, alphas, about)
 
-A LoRA for `{public_name(base_model)}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
+    def table(head, *rows):
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+    settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
+    settings["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    settings.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
+    held_out = ""
+    if args.num_eval_pairs is not None:
+        lines = (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()
+        head, *rows = [line.split(",") for line in lines]
+        held_out = (
+            f"On held-out pairs:\n\n{table(head, *(row for row in rows if row[1:3] == [args.loss_space, 'all']))}"
+        )
+    base_model = public_name(args.pretrained_model_name_or_path)
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    card_data = ModelCardData(
+        library_name="diffusers",
+        base_model=None if os.path.exists(args.pretrained_model_name_or_path) else base_model,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"],
+    )
+    card = f"""---
+{card_data.to_yaml()}
+---
+
+# {repo_id}
+
+A LoRA for `{base_model}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
 [Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
 
 {f"![{args.validation_prompt}, before and after](validation/before_after.png)" if args.run_validation else ""}
 
-{table}
+{table(("setting", "value"), *settings.items())}
 
-`DiffusionPipeline.from_pretrained("{public_name(base_model)}").load_lora_weights("{repo_id}")` loads it.
+{held_out}
+
+`DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")` loads it.
 
     {launch_command(args, accelerator, public_name)}
 
 trains it.
 """
-    card_data = ModelCardData(library_name="diffusers", base_model=None if os.path.exists(base_model) else base_model)
-    card = ModelCard.from_template(card_data, MODEL_CARD_TEMPLATE_PATH, model_description=description)
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
-    populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
     if args.push_to_hub:
         # Less the checkpoints, and whatever else lies there.
-        patterns = [
-            WEIGHTS_NAME,
-            KOHYA_WEIGHTS_NAME,
-            "README.md",
-            "*.csv",
-            "validation/*.png",
-            f"{args.logging_dir}/**",
-        ]
-        options = {"allow_patterns": patterns, "commit_message": "End of training", "token": args.hub_token}
+        files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "*.csv", "validation/*.png", f"{args.logging_dir}/**"]
+        options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
         upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
 
 
@@ -1657,17 +1633,13 @@ def log_validation(args, accelerator, pipeline, global_step):
     if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
         return
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
-    options.update(zip(names, embeds))
     images = []
     # While latents to train on come from whole images, nothing needs as much memory as to draw them so.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        latents = pipeline(generator=generator, **options).images
+        latents = pipeline(args.validation_prompt, generator=generator, **options).images
         # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
@@ -1716,22 +1688,20 @@ def main(args):
     # Whatever can be wrong is found before a model is loaded.
     noise_scheduler, vae_config, timesteps = check_checkpoint(args)
     checkpoints = Checkpoints(args, accelerator)
-    checkpoint, saved = checkpoints.open()
-    set_run_seed(args, saved)
+    set_run_seed(args, checkpoints.saved)
     pairs, eval_pairs = open_pairs(args, accelerator, timesteps, vae_config)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
     state = create_state(args, accelerator, pairs, len(train_dataloader))
-    checkpoints.check(checkpoint, saved, state)
+    checkpoints.check(state)
 
     pipeline = load_pipeline(args, accelerator)
     policy = create_policy(args, pipeline.unet)
     optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
     # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
-    checkpoints.register_hooks(policy)
-    checkpoints.load(checkpoint, state)
-    models = policy, pipeline, noise_scheduler
+    checkpoints.load(policy, state)
+    models, saved = (policy, pipeline, noise_scheduler), checkpoints.saved
     perception, weights = create_perception(args, accelerator, train_dataloader, *models, timesteps, saved, state)
     monitor = Monitor(args, accelerator, state, timesteps)
     evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *models, perception, weights)
@@ -1787,7 +1757,7 @@ def main(args):
     if stops:
         signals.stop(args, accelerator)
     if accelerator.is_main_process:
-        checkpoints.save_lora(policy, args.output_dir)
+        checkpoints.save_lora(args.output_dir)
         draw_images(args.max_train_steps)
         finish(args, accelerator, policy, state)
     accelerator.end_training()
