@@ -115,13 +115,12 @@ COLUMNS = {
 }
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
-    pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
-    rank lora_alpha mixed_precision
-    image_0_column image_1_column label_column resolution random_crop no_hflip image_interpolation_mode seed
-    preference_probability_column num_eval_pairs min_timestep max_timestep timesteps timestep_weighting
+    pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant rank lora_alpha
+    image_0_column image_1_column label_column preference_probability_column num_eval_pairs
+    resolution random_crop no_hflip image_interpolation_mode min_timestep max_timestep timesteps timestep_weighting
     loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard
-    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale
-    train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
+    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale seed train_batch_size gradient_accumulation_steps mixed_precision
+    learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "drift_w", "drift_l")
@@ -132,11 +131,7 @@ UNIT_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep m
 MIN_UNIT_PAIRS, MAX_UNIT_PAIRS, UNIT_ERROR = 64, 512, 0.1
 # What encoded data must have been encoded with, and what it had better.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
-APPROXIMATE_ENCODING_ARGUMENTS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "mixed_precision",
-)
+ENCODING_HINTS = "pretrained_model_name_or_path pretrained_vae_model_name_or_path mixed_precision".split()
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -398,25 +393,23 @@ def load_image_folder(args):
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
-    keys = {
-        column + ("_file_name" if "image" in flag else ""): pa.float64() if "numbers" in COLUMNS[flag] else pa.string()
-        for flag, column in pair_columns(args).items()
-    }
-    columns = {key: [] for key in keys}
+    columns = {column: [] for column in features}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             row = dict(json.loads(line))
-            for key, kind in keys.items():
+            for column, feature in features.items():
+                is_image = isinstance(feature, datasets.Image)
+                key, kind = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
                     raise ValueError(f"has no {key!r}, but {', '.join(row)}")
                 # Fails for whatever is neither null nor a number or a text, lone surrogates among them.
                 pa.scalar(row[key], kind)
-                columns[key].append(row[key])
+                columns[column].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{path}, line {number}: {one_line(error)}") from error
-    return datasets.Dataset.from_dict(dict(zip(features, columns.values())), features=features)
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 # Copied from train_ncp_dpo_sd15.find_rows
@@ -647,11 +640,11 @@ class EncodedPairs(PreferencePairs):
         folder, parts = Path(args.encoded_data_dir), {}
         if not (folder / "encoding.json").is_file():
             raise ValueError(
-                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it."
+                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it"
             )
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-        for name in (*ENCODING_ARGUMENTS, *APPROXIMATE_ENCODING_ARGUMENTS):
+        for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if (before := encoding.get(name)) != settings[name]:
                 change = f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}."
                 if name in ENCODING_ARGUMENTS:
@@ -1042,10 +1035,9 @@ def summarize(args, table):
 def split_by_timestep(table, timesteps):
     """Those of four equal ranges of `timesteps` that a table has pairs of: `(name, part of the table)`."""
     for bucket in timesteps.tensor_split(4):
-        if len(bucket):
-            within = (bucket[0] <= table["timesteps"]) & (table["timesteps"] <= bucket[-1])
-            if within.any():
-                yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
+        within = torch.isin(table["timesteps"], bucket)
+        if within.any():
+            yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
 
 
 # The unit of errors and the weights of timesteps
