@@ -93,17 +93,13 @@ PIPELINE_CLASS = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {}
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
 DEFAULTS = {"output_dir": "ncp-dpo-sdxl-lora", "tracker_name": "ncp-dpo-sdxl-lora", "resolution": 1024}
-# What a U-Net adds to its time embedding tells SDXL's from the others'.
-ADDITION_EMBED_TYPE = "text_time"
-# Whether the base models' own VAE does in fp16, and so runs in fp32.
-VAE_OVERFLOWS = True
-# Where another beta than that of the loss itself is to be tried first.
-BETAS = {"linear": 500}
+ADDITION_EMBED_TYPE = "text_time"  # what a U-Net adds to its time embedding tells SDXL's from the others'
+VAE_OVERFLOWS = True  # whether the base models' own VAE does in fp16, and so runs in fp32
+BETAS = {"linear": 500}  # where another beta than that of the loss itself is to be tried first
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
-# What kohya's scripts call base models, by the width of their text embeddings.
-KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of text embeddings
 STATE_NAME = "training_state.json"
 # The flags of a pair's columns, what these hold, and the Arrow types that may.
 COLUMNS = {
@@ -470,8 +466,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return len(self.rows)
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
-        for index in order[self.start :]:
+        for index in np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))[self.start :]:
             yield self.epoch, self.rows[index]
 
 
@@ -612,8 +607,7 @@ def read_image(value):
 # Copied from train_ncp_dpo_sd15.resize_and_crop
 def resize_and_crop(image, args, crop_position, flip):
     """A `(3, resolution, resolution)` square in uint8, and its `(top, left)`; `crop_position` is from (0, 0) to (1, 1)."""
-    scale = args.resolution / min(image.size)
-    size = [max(args.resolution, round(side * scale)) for side in image.size]
+    size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
     if flip:
         image = ImageOps.mirror(image)
@@ -790,8 +784,7 @@ def check_checkpoint(args):
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
             raise ValueError(f"{vae_where}: its VAE has a {option}, which is not supported.")
-    # What configurations from before this entry mean.
-    vae.setdefault("scaling_factor", 0.18215)
+    vae.setdefault("scaling_factor", 0.18215)  # what configurations from before this entry mean
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
@@ -800,8 +793,7 @@ def check_checkpoint(args):
         raise ValueError(f"{where}: its {scheduler['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(scheduler)
     if perceives or scheduler.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
-        # Refuses what it cannot compute.
-        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)  # refuses what it cannot compute
     last = noise_scheduler.config.num_train_timesteps - 1
     end = last if args.max_timestep is None else args.max_timestep
     timesteps = sorted(set(args.timesteps or range(args.min_timestep, end + 1)))
@@ -1055,8 +1047,7 @@ def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_sched
     before = copy.deepcopy(get_peft_model_state_dict(policy))
     for layer in policy.modules():
         if isinstance(layer, BaseTunerLayer):
-            # Its update is 2 % of its weight.
-            up = layer.lora_B["default"].weight
+            up = layer.lora_B["default"].weight  # scaled so that the update is 2 % of the weight
             up.copy_(torch.randn(up.shape, generator=generator))
             up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
     for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
@@ -1351,9 +1342,6 @@ class Checkpoints:
         """Writes `checkpoint-N`, so named only when all of it is on the disk, and removes those over the limit."""
         folder = self.folder / f"checkpoint-{state['global_step']}"
         incomplete = folder.with_name(f"incomplete-{folder.name}")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(incomplete, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(incomplete))
             self.accelerator.wait_for_everyone()
@@ -1575,18 +1563,15 @@ def finish(args, accelerator, policy, state):
     settings.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
     held_out = ""
     if args.num_eval_pairs is not None:
-        lines = (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()
-        head, *rows = [line.split(",") for line in lines]
+        head, *rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
         held_out = (
             f"On held-out pairs:\n\n{table(head, *(row for row in rows if row[1:3] == [args.loss_space, 'all']))}"
         )
     base_model = public_name(args.pretrained_model_name_or_path)
     repo_id = args.hub_model_id or output_dir.resolve().name
-    card_data = ModelCardData(
-        library_name="diffusers",
-        base_model=None if os.path.exists(args.pretrained_model_name_or_path) else base_model,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"],
-    )
+    on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
+    card_data = ModelCardData(library_name="diffusers", base_model=on_hub, tags=tags)
     card = f"""---
 {card_data.to_yaml()}
 ---
