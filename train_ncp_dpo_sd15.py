@@ -111,11 +111,11 @@ COLUMNS = {
 }
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
-    pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant rank lora_alpha
-    image_0_column image_1_column label_column preference_probability_column num_eval_pairs
+    pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
+    image_0_column image_1_column label_column preference_probability_column num_eval_pairs mixed_precision
     resolution random_crop no_hflip image_interpolation_mode min_timestep max_timestep timesteps timestep_weighting
-    loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard
-    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale seed train_batch_size gradient_accumulation_steps mixed_precision
+    loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard rank lora_alpha seed
+    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale train_batch_size gradient_accumulation_steps
     learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
@@ -316,7 +316,7 @@ def parse_args(input_args=None):
 
 
 def load_dataset(args):
-    """Opens `--dataset_name` or `--train_data_dir`, for training and for all tools: images as `{"bytes", "path"}`, label
+    """Opens `--dataset_name` or `--train_data_dir`, for training and all tools: images as `{"bytes", "path"}`, label
     and caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
@@ -399,16 +399,15 @@ def load_image_folder(args):
 
 def find_rows(args, dataset):
     """The numbers of the rows with a winner; a `ValueError` that names the first row that cannot be trained on."""
+    names = args.label_column, args.caption_column, args.preference_probability_column
     try:
-        labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
+        columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
     except UnicodeDecodeError as error:
         raise ValueError(f"--caption_column {args.caption_column} holds what is not UTF-8: {error}") from error
-    probabilities = itertools.repeat(1)
-    if args.preference_probability_column is not None:
-        probabilities = dataset.data.column(args.preference_probability_column).to_pylist()
-    for row, values in enumerate(zip(labels, captions, probabilities)):
+    for row, values in enumerate(zip(*columns)):
         if problem := find_problem(*values):
             raise ValueError(f"Row {row}: {problem}.")
+    labels = columns[0]
     rows = [row for row, label in enumerate(labels) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
     if not rows:
@@ -439,7 +438,7 @@ def winner_probability(args, values):
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Every row once per epoch in an order that only the seed and the epoch decide, as `(epoch, row)`, from `start` on."""
+    """Every row once per epoch, as `(epoch, row)`, from `start` on, in an order by the seed and the epoch alone."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed = rows, seed
@@ -459,8 +458,8 @@ class UnreadableImage(ValueError):
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """`pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape` is
-    `(C, H, W)` of an image's latents."""
+    """`pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape`, of an
+    image's latents, is `(C, H, W)`."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps):
         self.dataset, self.rows, self.args = dataset, rows, args
@@ -489,7 +488,7 @@ class PreferencePairs(torch.utils.data.Dataset):
                     raise
 
     def read(self, row, crop_position, flip):
-        """The winner and the loser, unless for `winner_only`, as `images`, the `caption`, and how sure the winner is."""
+        """The winner and, unless `winner_only`, the loser as `images`, the `caption`, and how sure the winner is."""
         values = self.dataset[row]
         images = read_images(self.args, row, values, self.winner_only)
         images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
@@ -539,7 +538,7 @@ def read_images(args, row, values, winner_only=False):
 
 
 def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path, if this lies in the folder of the data or in the cache."""
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path if this lies in the data's folder or in the cache."""
     if value is None or value["bytes"] is value["path"] is None:
         raise ValueError("null instead of an image")
     if value["bytes"] is not None:
@@ -584,7 +583,7 @@ def read_image(value):
 
 
 def resize_and_crop(image, args, crop_position, flip):
-    """A `(3, resolution, resolution)` square in uint8, and its `(top, left)`; `crop_position` is from (0, 0) to (1, 1)."""
+    """A `(3, resolution, resolution)` square in uint8 and its `(top, left)`; `crop_position` in (0, 0) to (1, 1)."""
     size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
     if flip:
@@ -601,8 +600,8 @@ def preprocess_image(image, args, crop_position, flip):
 
 
 class EncodedPairs(PreferencePairs):
-    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner and
-    loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its
+    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner
+    and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its
     caption. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
 
     def __init__(self, args, vae_config, *drawn):
@@ -692,7 +691,7 @@ def create_dataloader(args, pairs):
     """Batches of pairs, shuffled anew every epoch; what fills no batch is left out."""
 
     def ignore_stop_signals(worker):
-        # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
+        # Ctrl-C and some schedulers signal all of the process group; workers must still serve the step in progress.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
@@ -710,8 +709,8 @@ def create_dataloader(args, pairs):
 
 
 def remaining_batches(args, accelerator, dataloader, sampler, state):
-    """Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in
-    its step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`."""
+    """Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of
+    batches in its step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`."""
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     while state["global_step"] < args.max_train_steps:
         sampler.epoch, steps_done = divmod(state["global_step"], steps_per_epoch)
@@ -728,8 +727,8 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
 
 
 def check_checkpoint(args):
-    """The noise scheduler, the VAE's configuration and the timesteps to train on; a `ValueError` for what cannot be trained,
-    before anything is read."""
+    """The noise scheduler, the VAE's configuration and the timesteps to train on; before anything is read, a
+    `ValueError` for what cannot be trained."""
     where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if Path(args.pretrained_model_name_or_path).is_file():
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -785,8 +784,8 @@ def load_config(args, component, config_class=UNet2DConditionModel):
 
 
 def load_pipeline(args, accelerator, **components):
-    """The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and
-    text encoders where nothing is encoded. `components` are given, or `None` for those that are not needed."""
+    """The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without
+    VAE and text encoders where nothing is encoded. `components` are given, or `None` for those that are not needed."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
@@ -810,7 +809,7 @@ def load_pipeline(args, accelerator, **components):
 
 
 def merge_lora(args, pipeline):
-    """Adds `--pretrained_lora_path` to the weights of the U-Net; a `ValueError` if it is of anything else, or does not fit."""
+    """Adds `--pretrained_lora_path` to the U-Net's weights; a `ValueError` if it holds others' or does not fit."""
     path, where = args.pretrained_lora_path, f"--pretrained_lora_path {args.pretrained_lora_path}"
     options = {"weight_name": WEIGHTS_NAME} if Path(path, WEIGHTS_NAME).is_file() else {}
     try:
@@ -864,7 +863,7 @@ def prompt_conditioning(prompt, batch, images_per_pair):
 
 
 class Denoising(NamedTuple):
-    """What the U-Net is asked for a batch of N images, by the names that [`NoiseConditionedPerception.anchor`] has for it."""
+    """What the U-Net is asked for a batch of N images, named as in [`NoiseConditionedPerception.anchor`]."""
 
     noisy_latents: torch.Tensor  # (N, C, h, w)
     timesteps: torch.Tensor  # (N,)
@@ -907,8 +906,8 @@ class Errors(NamedTuple):
 
 
 def measure_errors(args, denoising, unet, policy, perception, weights, needs_reference=False):
-    """Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy as
-    accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference."""
+    """Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy
+    as accelerate wrapped it, for averaged gradients; `policy` is the model in it, with its LoRA off the reference."""
     needs_reference = needs_reference or ncp_loss.LOSSES[args.loss_type].needs_reference
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
@@ -977,8 +976,8 @@ def split_by_timestep(table, timesteps):
 
 @torch.no_grad()
 def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_scheduler, perception, timesteps):
-    """Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change
-    of the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps."""
+    """Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random
+    change of the policy, of as many pairs as `error_scale` needs; too few come again at other timesteps."""
     generator, measured = torch.Generator().manual_seed(args.seed), []
     offset = torch.rand((), generator=generator).item()
     weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
@@ -1016,8 +1015,8 @@ def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_sched
 
 
 def create_perception(args, accelerator, dataloader, policy, pipeline, noise_scheduler, timesteps, saved, state):
-    """What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given,
-    those of the checkpoint, or measured now."""
+    """What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are
+    given, those of the checkpoint, or measured now."""
     weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     if args.loss_space == "latent" and args.timestep_weighting == "none":
         return None, weights
@@ -1087,7 +1086,6 @@ def create_accelerator(args):
             library.logging.set_verbosity_error()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
         if args.push_to_hub:
@@ -1117,7 +1115,7 @@ def create_policy(args, unet):
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.compile:
-        # Each size of block is compiled with its adapter on and off, with gradients and without, in autocast and out of it.
+        # Each size of block is compiled with its adapter on and off, with and without gradients, in autocast and out.
         torch._dynamo.config.recompile_limit = 64
         unet.compile_repeated_blocks()
     return unet
@@ -1175,8 +1173,8 @@ def find_changes(args, saved, names):
 
 
 class Checkpoints:
-    """`checkpoint-N` in `--output_dir`, what has another name is not ours; `checkpoint` is what the run resumes from and
-    `saved` its state, or both are `None`."""
+    """`checkpoint-N` in `--output_dir`; what has another name is not ours. `checkpoint` is what the run resumes from,
+    and `saved` its state, or both are `None`."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
@@ -1232,7 +1230,7 @@ class Checkpoints:
         if checkpoint is None:
             return
         if (processes := saved["num_processes"]) != state["num_processes"]:
-            # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
+            # Nor could --allow_resume_changes help: steps of the learning rate's schedule count once per process.
             advice = f"give accelerate launch --num_processes {processes}"
             raise ValueError(f"{checkpoint} is of {processes} processes, not {state['num_processes']}: {advice}.")
         if args.max_train_steps < saved["global_step"]:
@@ -1251,7 +1249,7 @@ class Checkpoints:
             logger.warning(f"{change} in {checkpoint}")
 
     def load(self, policy, state):
-        """Resumes, if there is a checkpoint; it and later ones hold of the `policy` the LoRA alone, in Diffusers' format."""
+        """Resumes, if there is a checkpoint. Of `policy`, checkpoints hold the LoRA alone, in Diffusers' format."""
         self.policy = policy
         # Or else accelerate would save and load the whole U-Net as well.
         self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -1322,10 +1320,10 @@ def describe_run(state):
 
 
 def save_kohya_lora(path, lora, alphas, description):
-    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge: `unet.mid_block.….to_out.0` is called
-    `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update. `lora` is in PEFT's format,
-    `unet.….lora_A.weight` of shape `(rank, in)` and so on; `alphas` are by the layers' paths, without `unet.`, by default the
-    ranks; `description` are metadata beside rank, alpha and the kind of base model, which are returned."""
+    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge: `unet.mid_block.….to_out.0` is
+    called `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update. `lora` is in PEFT's format,
+    `unet.….lora_A.weight` of shape `(rank, in)` and so on; `alphas` are by the layers' paths, without `unet.`, by default
+    the ranks; `description` are metadata beside rank, alpha and the kind of base model, which are returned."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
     alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
     for name in [name for name in kohya if name.endswith(".alpha")]:
@@ -1459,7 +1457,7 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
 
 
 def launch_command(args, accelerator, name=str):
-    """The command that this run is of, with all that is not default, less its checkpoint and secrets; paths by `name`."""
+    """The command of this run, with all that is not default, less its checkpoint and secrets; paths by `name`."""
     parser, words = create_parser(), [name(sys.argv[0])]
     for flag, value in vars(args).items():
         if flag not in ("resume_from_checkpoint", "hub_token", "local_rank") and value != parser.get_default(flag):
@@ -1469,7 +1467,7 @@ def launch_command(args, accelerator, name=str):
 
 
 def finish(args, accelerator, policy, state):
-    """Writes the LoRA for other programs and the model card, which says what it was trained on and how, and uploads all."""
+    """Writes the LoRA for other programs and the model card, of what it was trained on and how, and uploads all."""
     about, output_dir = describe_run(state), Path(args.output_dir)
     if not args.no_kohya:
         lora = get_peft_model_state_dict(policy)
@@ -1525,7 +1523,7 @@ trains it.
 
 @torch.no_grad()
 def log_validation(args, accelerator, pipeline, global_step):
-    """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, always from the same noise."""
+    """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, all from the same noise."""
     folder = Path(args.output_dir, "validation")
     path, vae = folder / f"step-{global_step}.png", pipeline.vae
     if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
@@ -1542,7 +1540,6 @@ def log_validation(args, accelerator, pipeline, global_step):
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
     vae.disable_tiling()
-
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
@@ -1594,7 +1591,7 @@ def main(args):
     pipeline = load_pipeline(args, accelerator)
     policy = create_policy(args, pipeline.unet)
     optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
-    # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
+    # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder too.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
     checkpoints.load(policy, state)
     models, saved = (policy, pipeline, noise_scheduler), checkpoints.saved
@@ -1648,7 +1645,7 @@ def main(args):
             draw_images(state["global_step"])
 
     accelerator.wait_for_everyone()
-    # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads may want.
+    # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads want.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if stops:
         signals.stop(args, accelerator)
