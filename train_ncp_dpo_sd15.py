@@ -27,6 +27,7 @@ perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on th
 """
 
 import argparse
+import atexit
 import bisect
 import collections
 import copy
@@ -220,9 +221,7 @@ def create_parser():
     add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features count.")
     add("--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that features see.")
     add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
-    scale = (
-        "Unit of perceptual errors; auto: measured, for all else to mean what it does in latent space; 1: the paper's."
-    )
+    scale = "Unit of perceptual errors. auto: measured, to give all else its meaning in latent space; 1: the paper's."
     add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
 
     add = parser.add_argument_group("training").add_argument
@@ -694,6 +693,13 @@ def create_dataloader(args, pairs):
         # Ctrl-C and some schedulers signal all of the process group; workers must still serve the step in progress.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+
+    @atexit.register
+    def end_workers():
+        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report their deaths.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
 
     return torch.utils.data.DataLoader(
         pairs,

@@ -21,6 +21,8 @@ import logging
 import os
 import re
 import struct
+import subprocess
+import sys
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -34,7 +36,7 @@ import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from accelerate.state import PartialState
-from conftest import Run
+from conftest import ROOT, Run
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -522,6 +524,18 @@ def test_unreadable_image_later(run_sd15, tmp_path, workers):
         )
     assert all(weight.any() for weight in run_sd15.up_weights("checkpoint-4").values())
     assert not (run_sd15.output_dir / "checkpoint-6").exists()
+
+
+@pytest.mark.bad_input
+def test_a_run_that_fails_leaves_no_workers_waiting(run_sd15, tmp_path):
+    columns = pair_columns(12)
+    bad = list(EpochSampler(list(range(12)), seed=0))[-1][1]
+    columns["jpg_0"][bad] = b"no image"
+    options = {"dataset_name": write_parquet(tmp_path / "data", columns), "loss_space": "latent", "max_train_steps": 8}
+    words = run_sd15.command([], {f"--{name}": value for name, value in options.items()})
+    command = [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), *words, "--dataloader_num_workers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 1 and f"Row {bad} " in result.stderr
 
 
 @pytest.mark.bad_input
