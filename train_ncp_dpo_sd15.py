@@ -14,13 +14,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a LoRA for Stable Diffusion 1.x or 2.x on preference pairs, by DPO, CPO, SFT and others, in the feature space of the
-frozen U-Net's encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
+"""Trains a LoRA for Stable Diffusion 1.x or 2.x on preference pairs, by DPO, CPO, SFT and others, in the feature space
+of the frozen U-Net's encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
 
     accelerate launch train_ncp_dpo_sd15.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name kashif/pickascore \
-      --dataset_split_name validation --mixed_precision bf16 --rank 64 --gradient_checkpointing --dataloader_num_workers 4 \
-      --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sd15
+      --dataset_split_name validation --mixed_precision bf16 --rank 64 --gradient_checkpointing \
+      --dataloader_num_workers 4 --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sd15
 
 The U-Net with its LoRA is the policy; the same U-Net with the LoRA switched off is both the reference model and the
 perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on the seed, the epoch and its row alone.
@@ -599,9 +599,9 @@ def preprocess_image(image, args, crop_position, flip):
 
 
 class EncodedPairs(PreferencePairs):
-    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner
-    and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its
-    caption. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
+    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of
+    winner and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt`
+    gives. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
 
     def __init__(self, args, vae_config, *drawn):
         folder, parts = Path(args.encoded_data_dir), {}
@@ -696,7 +696,7 @@ def create_dataloader(args, pairs):
 
     @atexit.register
     def end_workers():
-        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report their deaths.
+        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in torch.multiprocessing.active_children():
             worker.kill()

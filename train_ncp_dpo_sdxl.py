@@ -14,8 +14,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a LoRA for SDXL on preference pairs, by DPO, CPO, SFT and others, in the feature space of the frozen U-Net's encoder
-(Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
+"""Trains a LoRA for SDXL on preference pairs, by DPO, CPO, SFT and others, in the feature space of the frozen U-Net's
+encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
 
     accelerate launch train_ncp_dpo_sdxl.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --dataset_name kashif/pickascore \
@@ -624,9 +624,9 @@ def preprocess_image(image, args, crop_position, flip):
 
 # Copied from train_ncp_dpo_sd15.EncodedPairs
 class EncodedPairs(PreferencePairs):
-    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner
-    and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its
-    caption. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
+    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of
+    winner and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt`
+    gives. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
 
     def __init__(self, args, vae_config, *drawn):
         folder, parts = Path(args.encoded_data_dir), {}
@@ -724,7 +724,7 @@ def create_dataloader(args, pairs):
 
     @atexit.register
     def end_workers():
-        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report their deaths.
+        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in torch.multiprocessing.active_children():
             worker.kill()
