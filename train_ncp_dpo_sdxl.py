@@ -857,8 +857,7 @@ def merge_lora(args, pipeline):
             raise ValueError(f"it holds {others[0]}, but must be of a U-Net alone")
         pipeline.load_lora_weights(path, adapter_name="pretrained", **options)
         # Layers that the model does not have are passed over without a word.
-        loaded = len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))
-        if loaded != len(lora):
+        if (loaded := len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))) != len(lora):
             raise ValueError(f"the U-Net has {loaded} of its {len(lora)} weights")
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where} cannot be merged: {one_line(error)}") from error
@@ -875,8 +874,7 @@ def merge_lora(args, pipeline):
 def encode_images(vae, pixel_values, batch_size):
     """Latents of images, the posterior's mode: `(N, 3, H, W)` in 0 to 255 to `(N, C, h, w)` in float32."""
     batches = (pixels.to(vae.device, vae.dtype) / 127.5 - 1 for pixels in pixel_values.split(batch_size))
-    latents = [vae.encode(pixels).latent_dist.mode() for pixels in batches]
-    return torch.cat(latents).float() * vae.config.scaling_factor
+    return torch.cat([vae.encode(pixels).latent_dist.mode() for pixels in batches]).float() * vae.config.scaling_factor
 
 
 # Copied from train_ncp_dpo_sd15.tokenize
@@ -1336,8 +1334,7 @@ class Checkpoints:
         lora = safetensors.torch.load_file(self.checkpoint / WEIGHTS_NAME)
         lora = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in lora.items()})
         result = set_peft_model_state_dict(policy, lora)
-        wrong = [name for name in result.missing_keys if "lora" in name] + result.unexpected_keys
-        if wrong:
+        if wrong := [name for name in result.missing_keys if "lora" in name] + result.unexpected_keys:
             raise ValueError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
         state["global_step"] = self.saved["global_step"]
         logger.info(f"Resumed from {self.checkpoint}")
@@ -1384,14 +1381,14 @@ def public_name(name):
 def describe_run(state):
     """What the model card and the metadata of its files say of the run that has this `training_state.json`."""
     arguments = state["arguments"]
-    sources = map(arguments.get, ("dataset_name", "train_data_dir", "encoded_data_dir"))
+    source = arguments["dataset_name"] or arguments["train_data_dir"] or arguments["encoded_data_dir"]
     description = {
         "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
         "ss_steps": state["global_step"],
         "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
         "ncp_error_scale": state["error_scale"],
         "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
-        "ncp_dataset": public_name(next(filter(None, sources))),
+        "ncp_dataset": public_name(source),
         "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
     }
     return {name: str(value) for name, value in description.items()}
