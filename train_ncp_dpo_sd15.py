@@ -14,22 +14,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a LoRA for Stable Diffusion 1.x or 2.x on preference pairs, by DPO, CPO, SFT and others, in the feature space of the
-frozen U-Net's encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
+"""Trains a LoRA for Stable Diffusion 1.x or 2.x on preference pairs, by DPO, CPO, SFT and others, in the feature space
+of the frozen U-Net's encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
 
     accelerate launch train_ncp_dpo_sd15.py \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name kashif/pickascore \
-      --dataset_split_name validation --mixed_precision bf16 --rank 64 --gradient_checkpointing --dataloader_num_workers 4 \
-      --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sd15
+      --dataset_split_name validation --mixed_precision bf16 --rank 64 --gradient_checkpointing \
+      --dataloader_num_workers 4 --learning_rate 1e-5 --max_train_steps 1000 --output_dir ncp-dpo-sd15
 
 The U-Net with its LoRA is the policy; the same U-Net with the LoRA switched off is both the reference model and the
 perceptual encoder. What a pair sees (timestep, noise, flip, crop) depends on the seed, the epoch and its row alone.
 """
 
 import argparse
+import atexit
 import bisect
 import collections
-import contextlib
 import copy
 import datetime
 import errno
@@ -58,20 +58,11 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
+from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,7 +74,7 @@ from tqdm.auto import tqdm
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
@@ -91,7 +82,6 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
     make_image_grid,
 )
-from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -104,17 +94,13 @@ PIPELINE_CLASS = StableDiffusionPipeline
 PIPELINE_OPTIONS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 TEXT_ENCODERS = ["text_encoder"]
 DEFAULTS = {"output_dir": "ncp-dpo-sd15-lora", "tracker_name": "ncp-dpo-sd15-lora", "resolution": 512}
-# What a U-Net adds to its time embedding tells SDXL's from the others'.
-ADDITION_EMBED_TYPE = None
-# Whether the base models' own VAE does in fp16, and so runs in fp32.
-VAE_OVERFLOWS = False
-# Where another beta than that of the loss itself is to be tried first.
-BETAS = {}
+ADDITION_EMBED_TYPE = None  # what a U-Net adds to its time embedding tells SDXL's from the others'
+VAE_OVERFLOWS = False  # whether the base models' own VAE does in fp16, and so runs in fp32
+BETAS = {}  # where another beta than that of the loss itself is to be tried first
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
-# What kohya's scripts call base models, by the width of their text embeddings.
-KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of text embeddings
 STATE_NAME = "training_state.json"
 # The flags of a pair's columns, what these hold, and the Arrow types that may.
 COLUMNS = {
@@ -127,12 +113,11 @@ COLUMNS = {
 # What a resumed run must have in common with its checkpoint, beside the data.
 LEARNING_ARGUMENTS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
-    rank lora_alpha mixed_precision
-    image_0_column image_1_column label_column resolution random_crop no_hflip image_interpolation_mode seed
-    preference_probability_column num_eval_pairs min_timestep max_timestep timesteps timestep_weighting
-    loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard
-    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale
-    train_batch_size gradient_accumulation_steps learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
+    image_0_column image_1_column label_column preference_probability_column num_eval_pairs mixed_precision
+    resolution random_crop no_hflip image_interpolation_mode min_timestep max_timestep timesteps timestep_weighting
+    loss_type loss_space beta_dpo sft_weight label_smoothing target_margin sdpo_safeguard rank lora_alpha seed
+    ncp_layer ncp_timestep ncp_probe_rms ncp_error_scale train_batch_size gradient_accumulation_steps
+    learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "drift_w", "drift_l")
@@ -141,8 +126,9 @@ CARD_ARGUMENTS = ("max_train_steps", "learning_rate", "rank", "resolution", "mix
 UNIT_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep max_timestep timesteps".split()
 # Pairs at least and at most, and the standard error of the scale's logarithm that is enough.
 MIN_UNIT_PAIRS, MAX_UNIT_PAIRS, UNIT_ERROR = 64, 512, 0.1
-# What encoded data must have been encoded with.
+# What encoded data must have been encoded with, and what it had better.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
+ENCODING_HINTS = "pretrained_model_name_or_path pretrained_vae_model_name_or_path mixed_precision".split()
 # Less the one whose steps there is no flag for.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -206,54 +192,36 @@ def create_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add_shared_arguments(parser)
     add = parser.add_argument_group("policy").add_argument
-    merged = "LoRA to merge into the U-Net first: policy and reference start from it."
-    add("--pretrained_lora_path", help=merged)
+    add("--pretrained_lora_path", help="LoRA to merge into the U-Net first: policy and reference start from it.")
     add("--rank", type=COUNT, default=4, help="Rank of the LoRA. The paper uses 64.")
     add("--lora_alpha", type=COUNT, help="Scale of the LoRA times its rank. Default: the rank.")
     add("--no_kohya", action="store_true", help="Do not write the LoRA for ComfyUI, AUTOMATIC1111 and Forge as well.")
 
     add = parser.add_argument_group("training data").add_argument
     add("--encoded_data_dir", help="What tools/encode_preferences.py wrote, instead of a dataset or folder of images.")
-    held_out = "Pairs, all of some prompts, that are not trained on but measured every --validation_steps."
-    add("--num_eval_pairs", type=COUNT, help=held_out)
+    add("--num_eval_pairs", type=COUNT, help="Pairs to hold out, by prompt, and to measure every --validation_steps.")
     add("--random_crop", action="store_true", help="Crop at random instead of the centre.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that load images; 0 is the main one.")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="What is minimised.")
     add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured.")
-    betas = ", ".join(
-        f"{name} {kind.beta:g}" for name, kind in ncp_loss.LOSSES.items() if kind.beta != 5000 and name not in BETAS
-    )
-    add(
-        "--beta_dpo",
-        type=POSITIVE,
-        help=f"Beta. In most losses, the larger the closer to the reference. Default: 5000, {betas}.",
-    )
-    add(
-        "--sft_weight",
-        type=NOT_NEGATIVE,
-        help="Weight of the winner's error, added to any loss. Default: 1 in cpo, else 0.",
-    )
+    betas = [f"{name} {BETAS.get(name, loss.beta):g}" for name, loss in ncp_loss.LOSSES.items() if loss.beta != 5000]
+    beta = f"Beta. In most losses, the larger the closer to the reference. Default: 5000, {', '.join(betas)}."
+    add("--beta_dpo", type=POSITIVE, help=beta)
+    add("--sft_weight", type=NOT_NEGATIVE, help="Weight of the winner's error on top. Default: 1 in cpo, else 0.")
     add("--label_smoothing", type=SHARE, default=0.0, help="Share of labels taken to be wrong (dpo and cpo).")
     add("--target_margin", type=NOT_NEGATIVE, default=1.0, help="What logits are to exceed (simpo).")
-    add(
-        "--sdpo_safeguard",
-        action="store_true",
-        help="Weaken the loser's gradient where it would raise the winner's error.",
-    )
+    add("--sdpo_safeguard", action="store_true", help="Weaken losers' gradients that would raise winners' errors.")
     add("--min_timestep", type=TIMESTEP, default=0, help="First timestep to train on.")
     add("--max_timestep", type=TIMESTEP, help="Last timestep to train on. Default: the noise scheduler's.")
-    few = "The timesteps to train on, such as 249 499 749 999 of a few-step model."
-    add("--timesteps", type=TIMESTEP, nargs="+", help=few)
+    add("--timesteps", type=TIMESTEP, nargs="+", help="Those to train on, such as a few-step model's 249 499 749 999.")
     weighting = "Weights of timesteps. balanced: margins spread alike at all; ncp, for latent errors: as in NCP."
     add("--timestep_weighting", choices=ncp_loss.TIMESTEP_WEIGHTINGS, default="none", help=weighting)
     add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features count.")
-    add(
-        "--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that the features see."
-    )
+    add("--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep that features see.")
     add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: not. Default: by precision.")
-    scale = "Unit of perceptual errors, auto: measured, so that all else means what it does in latent space; 1: the paper's."
+    scale = "Unit of perceptual errors. auto: measured, to give all else its meaning in latent space; 1: the paper's."
     add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
 
     add = parser.add_argument_group("training").add_argument
@@ -264,8 +232,7 @@ def create_parser():
     add("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
     add("--max_train_steps", type=COUNT, help="Optimization steps in total.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time.")
-    precision = "Precision of all but the LoRA's weights. Default: accelerate's configuration."
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of all but the LoRA. Default: accelerate's config.")
     add("--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes.")
     add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
@@ -309,21 +276,16 @@ def create_parser():
 
 def check_arguments(args):
     """Raises a `ValueError` that names the flags which do not go together."""
-    sources = [args.dataset_name, args.train_data_dir, args.encoded_data_dir]
-    if sum(source is not None for source in sources) != 1:
+    if [args.dataset_name, args.train_data_dir, args.encoded_data_dir].count(None) != 2:
         raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
         raise ValueError("--encoded_data_dir holds one crop of every image: --random_crop does not go with it.")
     if args.timesteps is not None and (args.min_timestep, args.max_timestep) != (0, None):
-        raise ValueError(
-            "--timesteps are all that is trained on: --min_timestep and --max_timestep do not go with them."
-        )
+        raise ValueError("--timesteps are all that is trained on: --min_timestep and --max_timestep do not apply.")
     if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
         raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
-    if args.sft_weight is not None and ncp_loss.LOSSES[args.loss_type].sft_weight is None:
-        raise ValueError(
-            f"--sft_weight does not go with --loss_type {args.loss_type}: it is the winner's error alone."
-        )
+    if args.sft_weight is not None and args.loss_type == "sft":
+        raise ValueError("--sft_weight does not go with --loss_type sft, which is the winner's error alone.")
     if args.sdpo_safeguard and args.loss_type == "sft":
         raise ValueError("--sdpo_safeguard does not go with --loss_type sft, which has no loser.")
     if args.timestep_weighting == "ncp" and args.loss_space == "ncp":
@@ -332,12 +294,10 @@ def check_arguments(args):
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does without.")
     if args.run_validation and args.validation_prompt is None:
         raise ValueError("--run_validation needs a --validation_prompt.")
-    wandb_tracks = (
-        args.report_to == "wandb" or args.report_to == "all" and "wandb" in map(str, get_available_trackers())
-    )
-    if wandb_tracks and args.hub_token is not None:
+    trackers = list(map(str, get_available_trackers()))
+    if args.hub_token is not None and "wandb" in (trackers if args.report_to == "all" else [args.report_to]):
         raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
-    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+    if args.report_to not in ("none", "all", *trackers):
         raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
 
 
@@ -355,25 +315,22 @@ def parse_args(input_args=None):
 
 
 def load_dataset(args):
-    """
-    Opens `--dataset_name` or `--train_data_dir`, for training and for all tools: images as `{"bytes", "path"}`, label and
-    caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong.
-    """
+    """Opens `--dataset_name` or `--train_data_dir`, for training and all tools: images as `{"bytes", "path"}`, label
+    and caption, either of which may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
-    name, split, features, file = args.dataset_name, args.dataset_split_name, pair_features(args), ""
+    name, features, file, options = args.dataset_name, pair_features(args), "", {}
     source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
     try:
         if Path(name).is_file():
             raise ValueError("it is a file: give the folder that it is in")
         if Path(name, "state.json").is_file():
             raise ValueError("it was written by save_to_disk: write it by to_parquet instead")
-        builder = datasets.load_dataset_builder(**source)
-        splits = builder.config.data_files or {}
+        splits, split = datasets.load_dataset_builder(**source).config.data_files or {}, args.dataset_split_name
         wanted = re.findall(r"[A-Za-z_]\w*", split)
         if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
-        files, options = [file for name in wanted for file in splits.get(name, [])], {}
+        files = [file for name in wanted for file in splits.get(name, [])]
         if files and all(file.endswith(".parquet") for file in files):
             for file in (file for file in files if "://" not in file):
                 check_columns(args, pq.read_schema(file))
@@ -417,43 +374,39 @@ def check_columns(args, schema):
 
 def load_image_folder(args):
     """The same of a folder with a metadata.jsonl, read line by line: no type is guessed from the lines before."""
-    path = Path(args.train_data_dir, "metadata.jsonl")
+    path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
-    features = pair_features(args)
-    keys = {
-        column + ("_file_name" if "image" in flag else ""): pa.float64() if "numbers" in COLUMNS[flag] else pa.string()
-        for flag, column in pair_columns(args).items()
-    }
-    columns = {key: [] for key in keys}
+    columns = {column: [] for column in features}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             row = dict(json.loads(line))
-            for key, kind in keys.items():
+            for column, feature in features.items():
+                is_image = isinstance(feature, datasets.Image)
+                key, kind = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
                     raise ValueError(f"has no {key!r}, but {', '.join(row)}")
                 # Fails for whatever is neither null nor a number or a text, lone surrogates among them.
                 pa.scalar(row[key], kind)
-                columns[key].append(row[key])
+                columns[column].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{path}, line {number}: {one_line(error)}") from error
-    return datasets.Dataset.from_dict(dict(zip(features, columns.values())), features=features)
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def find_rows(args, dataset):
     """The numbers of the rows with a winner; a `ValueError` that names the first row that cannot be trained on."""
+    names = args.label_column, args.caption_column, args.preference_probability_column
     try:
-        labels, captions = (dataset.data.column(name).to_pylist() for name in (args.label_column, args.caption_column))
+        columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
     except UnicodeDecodeError as error:
         raise ValueError(f"--caption_column {args.caption_column} holds what is not UTF-8: {error}") from error
-    probabilities = itertools.repeat(1)
-    if args.preference_probability_column is not None:
-        probabilities = dataset.data.column(args.preference_probability_column).to_pylist()
-    for row, (label, caption, probability) in enumerate(zip(labels, captions, probabilities)):
-        if problem := label_problem(label) or caption_problem(caption) or probability_problem(probability):
+    for row, values in enumerate(zip(*columns)):
+        if problem := find_problem(*values):
             raise ValueError(f"Row {row}: {problem}.")
+    labels = columns[0]
     rows = [row for row, label in enumerate(labels) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
     if not rows:
@@ -461,20 +414,18 @@ def find_rows(args, dataset):
     return rows[: args.max_train_samples]
 
 
-def label_problem(label):
-    return None if label in (0, 0.5, 1) else f"the label is {label}, but must be 1, 0, or 0.5 for a tie"
-
-
-def caption_problem(caption):
-    return None if isinstance(caption, str) else "the caption is null, but must be a text"
-
-
-def probability_problem(probability):
-    is_one = probability is not None and 0 <= probability <= 1
-    return None if is_one else f"the preference probability is {probability}, but must be from 0 to 1"
+def find_problem(label=1, caption="", probability=1):
+    """What is wrong with a row's label, caption or preference probability, or `None`."""
+    if label not in (0, 0.5, 1):
+        return f"the label is {label}, but must be 1, 0, or 0.5 for a tie"
+    if not isinstance(caption, str):
+        return "the caption is null, but must be a text"
+    if probability is None or not 0 <= probability <= 1:
+        return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
 def digest_of_pairs(rows, labels, captions):
+    """What a resumed run recognises its data by, as images or encoded."""
     digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
     return {"num_pairs": len(rows), "digest": digest.hexdigest()}
 
@@ -486,7 +437,7 @@ def winner_probability(args, values):
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Every row once per epoch in an order that only the seed and the epoch decide, as `(epoch, row)`, from `start` on."""
+    """Every row once per epoch, as `(epoch, row)`, from `start` on, in an order by the seed and the epoch alone."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed = rows, seed
@@ -497,8 +448,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return len(self.rows)
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
-        for index in order[self.start :]:
+        for index in np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))[self.start :]:
             yield self.epoch, self.rows[index]
 
 
@@ -507,16 +457,13 @@ class UnreadableImage(ValueError):
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """
-    `pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape` is `(C, H, W)` of
-    an image's latents.
-    """
+    """`pairs[epoch, row]` for `rows`, ascending, as training sees them, at one of `timesteps`; `latent_shape`, of an
+    image's latents, is `(C, H, W)`."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps):
         self.dataset, self.rows, self.args = dataset, rows, args
-        self.latent_shape, self.timesteps = latent_shape, timesteps
+        self.latent_shape, self.timesteps, self.fixed_timesteps = latent_shape, timesteps, None
         self.winner_only = args.loss_type == "sft" and args.preference_probability_column is None
-        self.fixed_timesteps = None
 
     def __getitem__(self, key):
         # Randomness belongs to the pair, so that neither processes nor workers nor a resume can change it.
@@ -525,12 +472,11 @@ class PreferencePairs(torch.utils.data.Dataset):
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
         timesteps = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
+        first, skipped = bisect.bisect_left(self.rows, key[1]), []
         if self.fixed_timesteps is not None:
-            timesteps = self.fixed_timesteps[bisect.bisect_left(self.rows, key[1])]
+            timesteps = self.fixed_timesteps[first]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
         drawn = {"timesteps": timesteps, "noise": noise, "variance_noise": variance_noise}
-
-        first, skipped = bisect.bisect_left(self.rows, key[1]), []
         for index in range(first, first + len(self.rows)):
             row = self.rows[index % len(self.rows)]
             try:
@@ -541,7 +487,7 @@ class PreferencePairs(torch.utils.data.Dataset):
                     raise
 
     def read(self, row, crop_position, flip):
-        """The winner and the loser, unless for `winner_only`, as `images`, the `caption`, and how sure the winner is."""
+        """The winner and, unless `winner_only`, the loser as `images`, the `caption`, and how sure the winner is."""
         values = self.dataset[row]
         images = read_images(self.args, row, values, self.winner_only)
         images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
@@ -554,10 +500,6 @@ class PreferencePairs(torch.utils.data.Dataset):
         """Labels and captions, in the order of `rows`."""
         dataset = self.dataset.select(self.rows)
         return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
-
-    def digest(self):
-        """What a resumed run recognises its data by, as images or encoded."""
-        return digest_of_pairs(self.rows, *self.columns())
 
     def hold_out(self, num_pairs):
         """Two parts without a caption in common, of which the second has at least so many pairs."""
@@ -595,7 +537,7 @@ def read_images(args, row, values, winner_only=False):
 
 
 def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path, if this lies in the folder of the data or in the cache."""
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path if this lies in the data's folder or in the cache."""
     if value is None or value["bytes"] is value["path"] is None:
         raise ValueError("null instead of an image")
     if value["bytes"] is not None:
@@ -614,9 +556,7 @@ def locate_image(args, value):
 
 
 def read_image(value):
-    """An image in RGB, upright, transparency on white, from encoded bytes, datasets' `{"bytes", "path"}` or a path."""
-    if isinstance(value, dict):
-        value = value["path"] if value["bytes"] is None else value["bytes"]
+    """An image in RGB, upright, transparency on white, from encoded bytes or a path."""
     data = value if isinstance(value, bytes) else Path(value).read_bytes()
     if not data:
         raise ValueError("empty, 0 bytes")
@@ -642,9 +582,8 @@ def read_image(value):
 
 
 def resize_and_crop(image, args, crop_position, flip):
-    """A `(3, resolution, resolution)` square in uint8, and its `(top, left)`; `crop_position` is from (0, 0) to (1, 1)."""
-    scale = args.resolution / min(image.size)
-    size = [max(args.resolution, round(side * scale)) for side in image.size]
+    """A `(3, resolution, resolution)` square in uint8 and its `(top, left)`; `crop_position` in (0, 0) to (1, 1)."""
+    size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
     if flip:
         image = ImageOps.mirror(image)
@@ -660,52 +599,40 @@ def preprocess_image(image, args, crop_position, flip):
 
 
 class EncodedPairs(PreferencePairs):
-    """
-    The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of winner and loser,
-    unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt` gives of its caption.
-    """
+    """The same from `--encoded_data_dir`. `tensors` are safetensors: of a pair, what `preprocess_image` gives of
+    winner and loser, unflipped and, if at all, flipped, with latents for pixels; of a prompt, what `encode_prompt`
+    gives. A `ValueError` if the data is not whole or was encoded by other settings than training's."""
 
-    @classmethod
-    def open(cls, args, vae_config, *arguments):
-        """Opens them; a `ValueError` if the data is not whole or was encoded by other settings than training's."""
-        folder = Path(args.encoded_data_dir)
+    def __init__(self, args, vae_config, *drawn):
+        folder, parts = Path(args.encoded_data_dir), {}
         if not (folder / "encoding.json").is_file():
             raise ValueError(
-                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it."
+                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it"
             )
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-        for name in ENCODING_ARGUMENTS:
+        for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if (before := encoding.get(name)) != settings[name]:
-                raise ValueError(f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}.")
+                change = f"--{name} is {settings[name]!r}, but {folder} was encoded with {before!r}."
+                if name in ENCODING_ARGUMENTS:
+                    raise ValueError(change)
+                logger.warning(change)
         if encoding["no_hflip"] and not args.no_hflip:
             raise ValueError(f"{folder} was encoded with --no_hflip, without flipped images: train with --no_hflip.")
-        for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision"):
-            if encoding[name] != settings[name]:
-                logger.warning(f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding[name]!r}")
-        parts = []
         for kind in ("pairs", "prompts"):
-            shards, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
-            if len(shards) != total:
-                raise ValueError(
-                    f"{folder / kind} holds {len(shards)} of {total} files: encode again, to complete it."
-                )
-            parts.append(datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards]))
-        pairs, prompts = parts
-        return cls(pairs.select(range(len(pairs))[: args.max_train_samples]), prompts, args, *arguments)
-
-    def __init__(self, pairs, prompts, *arguments):
-        super().__init__(pairs, pairs["row"][:], *arguments)
-        self.prompts, self.stored_rows = prompts, self.rows
+            paths, total = sorted(map(str, (folder / kind).glob("*.arrow"))), encoding[f"num_{kind}_shards"]
+            if len(paths) != total:
+                raise ValueError(f"{folder / kind} holds {len(paths)} of {total} files: encode again, to complete it.")
+            parts[kind] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+        pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
+        super().__init__(pairs, pairs["row"][:], args, *drawn)
+        self.prompts, self.stored_rows = parts["prompts"], self.rows
 
     def read(self, row, crop_position, flip):
         values = self.dataset[bisect.bisect_left(self.stored_rows, row)]
-        tensors = safetensors.torch.load(values["tensors"])
+        tensors, sides = safetensors.torch.load(values["tensors"]), range(1 if self.winner_only else 2)
         example = {
-            "images": [
-                {name: value[side, int(flip)] for name, value in tensors.items()}
-                for side in range(1 if self.winner_only else 2)
-            ],
+            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
             "prompt": safetensors.torch.load(self.prompts[values["prompt"]]["tensors"]),
         }
         if self.args.preference_probability_column is not None:
@@ -722,7 +649,7 @@ def open_pairs(args, accelerator, timesteps, vae_config):
     side = args.resolution // vae_config["downscaling_factor"]
     drawn = (vae_config["latent_channels"], side, side), timesteps
     if args.encoded_data_dir is not None:
-        pairs = EncodedPairs.open(args, vae_config, *drawn)
+        pairs = EncodedPairs(args, vae_config, *drawn)
     else:
         dataset = load_dataset(args)
         pairs = PreferencePairs(dataset, find_rows(args, dataset), args, *drawn)
@@ -730,7 +657,7 @@ def open_pairs(args, accelerator, timesteps, vae_config):
             for column in (args.image_0_column, args.image_1_column):
                 images = dataset[column][:]
                 for row in pairs.rows:
-                    if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
+                    if images[row] and not Path(args.train_data_dir, images[row]["path"]).is_file():
                         where = f"{column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}"
                         raise ValueError(f"Row {row}: {where}.")
     eval_pairs = None
@@ -763,9 +690,16 @@ def create_dataloader(args, pairs):
     """Batches of pairs, shuffled anew every epoch; what fills no batch is left out."""
 
     def ignore_stop_signals(worker):
-        # Ctrl-C and some schedulers signal the whole process group, of which workers must still serve the step in progress.
+        # Ctrl-C and some schedulers signal all of the process group; workers must still serve the step in progress.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+
+    @atexit.register
+    def end_workers():
+        # After an error they are still there, and SIGTERM is how Python would end them. Torch would report it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
 
     return torch.utils.data.DataLoader(
         pairs,
@@ -781,10 +715,8 @@ def create_dataloader(args, pairs):
 
 
 def remaining_batches(args, accelerator, dataloader, sampler, state):
-    """
-    Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of batches in its
-    step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`.
-    """
+    """Batches from `state`'s step on, which the caller counts, until `--max_train_steps`, each with the number of
+    batches in its step, which an epoch's last may have fewer of. `sampler` is the one within `dataloader`."""
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     while state["global_step"] < args.max_train_steps:
         sampler.epoch, steps_done = divmod(state["global_step"], steps_per_epoch)
@@ -792,8 +724,7 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
         sampler.start = first * args.train_batch_size * accelerator.num_processes
         for index, batch in enumerate(dataloader, start=first):
             position = index % args.gradient_accumulation_steps
-            num_batches = min(args.gradient_accumulation_steps, len(dataloader) - index + position)
-            yield batch, num_batches
+            yield batch, min(args.gradient_accumulation_steps, len(dataloader) - index + position)
             if state["global_step"] == args.max_train_steps:
                 return
 
@@ -802,10 +733,8 @@ def remaining_batches(args, accelerator, dataloader, sampler, state):
 
 
 def check_checkpoint(args):
-    """
-    The noise scheduler, the VAE's configuration and the timesteps to train on; a `ValueError` for what cannot be trained,
-    before anything is read.
-    """
+    """The noise scheduler, the VAE's configuration and the timesteps to train on; before anything is read, a
+    `ValueError` for what cannot be trained."""
     where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if Path(args.pretrained_model_name_or_path).is_file():
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -815,8 +744,7 @@ def check_checkpoint(args):
     vae_where = where if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"{vae_where}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
-    kind = unet.get("addition_embed_type")
-    if kind != ADDITION_EMBED_TYPE:
+    if (kind := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "use train_ncp_dpo_sd15.py", "text_time": "use train_ncp_dpo_sdxl.py"}
         raise ValueError(f"{where} is of another architecture: {script.get(kind, 'no script trains it')}.")
     size = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
@@ -831,8 +759,7 @@ def check_checkpoint(args):
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
             raise ValueError(f"{vae_where}: its VAE has a {option}, which is not supported.")
-    # What configurations from before this entry mean.
-    vae.setdefault("scaling_factor", 0.18215)
+    vae.setdefault("scaling_factor", 0.18215)  # what configurations from before this entry mean
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
@@ -841,8 +768,7 @@ def check_checkpoint(args):
         raise ValueError(f"{where}: its {scheduler['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(scheduler)
     if perceives or scheduler.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
-        # Refuses what it cannot compute.
-        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)  # refuses what it cannot compute
     last = noise_scheduler.config.num_train_timesteps - 1
     end = last if args.max_timestep is None else args.max_timestep
     timesteps = sorted(set(args.timesteps or range(args.min_timestep, end + 1)))
@@ -853,22 +779,19 @@ def check_checkpoint(args):
 
 
 def load_config(args, component, config_class=UNet2DConditionModel):
-    flag, source = "--pretrained_model_name_or_path", {"subfolder": component, "revision": args.revision}
+    flag, source = "pretrained_model_name_or_path", {"subfolder": component, "revision": args.revision}
     if component == "vae" and args.pretrained_vae_model_name_or_path is not None:
-        flag, source = "--pretrained_vae_model_name_or_path", {}
-    name = getattr(args, flag.removeprefix("--"))
+        flag, source = "pretrained_vae_model_name_or_path", {}
     try:
-        return config_class.load_config(name, **source)
+        return config_class.load_config(getattr(args, flag), **source)
     except OSError as error:
-        message = f"{name} has no {component}, which {Path(__file__).name} needs"
-        raise ValueError(f"{flag} {message}: {one_line(error)}") from error
+        message = f"has no {component}, which {Path(__file__).name} needs: {one_line(error)}"
+        raise ValueError(f"--{flag} {getattr(args, flag)} {message}") from error
 
 
 def load_pipeline(args, accelerator, **components):
-    """
-    The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without VAE and text
-    encoders where nothing is encoded. `components` are given, or `None` for those that are not needed.
-    """
+    """The base model with `--pretrained_lora_path` merged into its U-Net, as the pipeline that draws with it; without
+    VAE and text encoders where nothing is encoded. `components` are given, or `None` for those that are not needed."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
@@ -876,12 +799,11 @@ def load_pipeline(args, accelerator, **components):
         components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
-    source = {"revision": args.revision, "variant": args.variant, "dtype": dtypes}
     try:
         if own_vae is not None and "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
-        components.update(PIPELINE_OPTIONS)
-        pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, **source, **components)
+        options = {"revision": args.revision, "variant": args.variant, **PIPELINE_OPTIONS, **components}
+        pipeline = PIPELINE_CLASS.from_pretrained(args.pretrained_model_name_or_path, dtype=dtypes, **options)
     except (OSError, ValueError) as error:
         name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
         advice = "Where all weights are of one variant, such as fp16, give it as --variant"
@@ -893,17 +815,16 @@ def load_pipeline(args, accelerator, **components):
 
 
 def merge_lora(args, pipeline):
-    """Adds `--pretrained_lora_path` to the weights of the U-Net; a `ValueError` if it is of anything else, or does not fit."""
-    where, path = f"--pretrained_lora_path {args.pretrained_lora_path}", Path(args.pretrained_lora_path)
-    options = {"weight_name": WEIGHTS_NAME} if (path / WEIGHTS_NAME).is_file() else {}
+    """Adds `--pretrained_lora_path` to the U-Net's weights; a `ValueError` if it holds others' or does not fit."""
+    path, where = args.pretrained_lora_path, f"--pretrained_lora_path {args.pretrained_lora_path}"
+    options = {"weight_name": WEIGHTS_NAME} if Path(path, WEIGHTS_NAME).is_file() else {}
     try:
-        lora = pipeline.lora_state_dict(args.pretrained_lora_path, **options)[0]
+        lora = pipeline.lora_state_dict(path, **options)[0]
         if others := [name for name in lora if not name.startswith("unet.")]:
             raise ValueError(f"it holds {others[0]}, but must be of a U-Net alone")
-        pipeline.load_lora_weights(args.pretrained_lora_path, adapter_name="pretrained", **options)
+        pipeline.load_lora_weights(path, adapter_name="pretrained", **options)
         # Layers that the model does not have are passed over without a word.
-        loaded = len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))
-        if loaded != len(lora):
+        if (loaded := len(get_peft_model_state_dict(pipeline.unet, adapter_name="pretrained"))) != len(lora):
             raise ValueError(f"the U-Net has {loaded} of its {len(lora)} weights")
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where} cannot be merged: {one_line(error)}") from error
@@ -919,8 +840,7 @@ def merge_lora(args, pipeline):
 def encode_images(vae, pixel_values, batch_size):
     """Latents of images, the posterior's mode: `(N, 3, H, W)` in 0 to 255 to `(N, C, h, w)` in float32."""
     batches = (pixels.to(vae.device, vae.dtype) / 127.5 - 1 for pixels in pixel_values.split(batch_size))
-    latents = [vae.encode(pixels).latent_dist.mode() for pixels in batches]
-    return torch.cat(latents).float() * vae.config.scaling_factor
+    return torch.cat([vae.encode(pixels).latent_dist.mode() for pixels in batches]).float() * vae.config.scaling_factor
 
 
 def tokenize(pipeline, name, captions):
@@ -947,7 +867,7 @@ def prompt_conditioning(prompt, batch, images_per_pair):
 
 
 class Denoising(NamedTuple):
-    """What the U-Net is asked for a batch of N images, by the names that [`NoiseConditionedPerception.anchor`] has for it."""
+    """What the U-Net is asked for a batch of N images, named as in [`NoiseConditionedPerception.anchor`]."""
 
     noisy_latents: torch.Tensor  # (N, C, h, w)
     timesteps: torch.Tensor  # (N,)
@@ -990,10 +910,8 @@ class Errors(NamedTuple):
 
 
 def measure_errors(args, denoising, unet, policy, perception, weights, needs_reference=False):
-    """
-    Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy as
-    accelerate wrapped it, so that gradients are averaged; `policy` is the model in it, with its LoRA off the reference.
-    """
+    """Errors, in latent space if `perception` is `None`, times the `weights` of their timesteps. `unet` is the policy
+    as accelerate wrapped it, for averaged gradients; `policy` is the model in it, with its LoRA off the reference."""
     needs_reference = needs_reference or ncp_loss.LOSSES[args.loss_type].needs_reference
     ref_pred = denoising.predict_reference(policy) if needs_reference else None
     if perception is None:
@@ -1052,97 +970,77 @@ def summarize(args, table):
 def split_by_timestep(table, timesteps):
     """Those of four equal ranges of `timesteps` that a table has pairs of: `(name, part of the table)`."""
     for bucket in timesteps.tensor_split(4):
-        if len(bucket):
-            within = (bucket[0] <= table["timesteps"]) & (table["timesteps"] <= bucket[-1])
-            if within.any():
-                yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
+        within = torch.isin(table["timesteps"], bucket)
+        if within.any():
+            yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
 
 
 # The unit of errors and the weights of timesteps
 
 
-@contextlib.contextmanager
-def randomized_lora(policy, generator):
-    """Every layer's update is random and 2 % of its weight within the `with` block."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    ups = {layer.lora_B["default"].weight: layer.lora_B["default"].weight.clone() for layer in layers}
-    for layer, up in zip(layers, ups):
-        up.copy_(torch.randn(up.shape, generator=generator))
-        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-    yield
-    for up, before in ups.items():
-        up.copy_(before)
-
-
 @torch.no_grad()
 def measure_margins(args, accelerator, dataloader, policy, pipeline, noise_scheduler, perception, timesteps):
-    """
-    Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random change of
-    the policy, of as many pairs as `error_scale` needs; where there are fewer, they come again at other timesteps.
-    """
+    """Timesteps, latent and perceptual margins (for sft the winners' part), each of shape `(P,)`, under a small random
+    change of the policy, of as many pairs as `error_scale` needs; too few come again at other timesteps."""
     generator, measured = torch.Generator().manual_seed(args.seed), []
-    offset, weights = (
-        torch.rand((), generator=generator).item(),
-        torch.ones(noise_scheduler.config.num_train_timesteps),
-    )
+    offset = torch.rand((), generator=generator).item()
+    weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     bar = tqdm(total=MAX_UNIT_PAIRS, desc="Error scale", disable=not accelerator.is_local_main_process)
-    with randomized_lora(policy, generator):
-        for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
-            size = len(batch["timesteps"])
-            first = size * (index * accelerator.num_processes + accelerator.process_index)
-            batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
-            denoising, row = noise_batch(args, batch, pipeline, noise_scheduler), [batch["timesteps"].float()]
-            for perceive in (None, perception):
-                measured_with = policy, policy, perceive, weights.to(accelerator.device)
-                errors = measure_errors(args, denoising, *measured_with, needs_reference=True)
-                change = errors.reference - errors.policy
-                row.append(change if len(change) == size else torch.sub(*change.chunk(2)))
-            measured.append(accelerator.gather(torch.stack(row, dim=1)).cpu())
-            bar.update(len(measured[-1]))
-            table = torch.cat(measured)
-            if len(table) < MIN_UNIT_PAIRS:
-                continue
-            try:
-                standard_error = ncp_loss.error_scale(*table[:, 1:].T)[1]
-            except ValueError as error:
-                raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
-            bar.set_postfix(standard_error=f"{standard_error:.3f}")
-            if standard_error <= UNIT_ERROR or len(table) >= MAX_UNIT_PAIRS:
-                bar.close()
-                return table[:, 0].long(), table[:, 1], table[:, 2]
-
-
-def find_saved_unit(args, saved):
-    """Error scale and margin profiles of a checkpoint that was measured as now, else two `None`."""
-    before = {name: saved["arguments"].get(name, create_parser().get_default(name)) for name in UNIT_ARGUMENTS}
-    same = all(before[name] == getattr(args, name) for name in UNIT_ARGUMENTS)
-    return (saved["error_scale"], saved.get("margin_profiles")) if same else (None, None)
+    before = copy.deepcopy(get_peft_model_state_dict(policy))
+    for layer in policy.modules():
+        if isinstance(layer, BaseTunerLayer):
+            up = layer.lora_B["default"].weight  # scaled so that the update is 2 % of the weight
+            up.copy_(torch.randn(up.shape, generator=generator))
+            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+    for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
+        size = len(batch["timesteps"])
+        first = size * (index * accelerator.num_processes + accelerator.process_index)
+        batch["timesteps"] = ncp_loss.spread_timesteps(timesteps, first, size, offset).to(accelerator.device)
+        denoising, row = noise_batch(args, batch, pipeline, noise_scheduler), [batch["timesteps"].float()]
+        for perceive in (None, perception):
+            errors = measure_errors(args, denoising, policy, policy, perceive, weights, needs_reference=True)
+            change = errors.reference - errors.policy
+            row.append(change if len(change) == size else torch.sub(*change.chunk(2)))
+        measured.append(accelerator.gather(torch.stack(row, dim=1)).cpu())
+        bar.update(len(measured[-1]))
+        table = torch.cat(measured)
+        if len(table) < MIN_UNIT_PAIRS:
+            continue
+        try:
+            standard_error = ncp_loss.error_scale(*table[:, 1:].T)[1]
+        except ValueError as error:
+            raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
+        bar.set_postfix(standard_error=f"{standard_error:.3f}")
+        if standard_error <= UNIT_ERROR or len(table) >= MAX_UNIT_PAIRS:
+            break
+    bar.close()
+    set_peft_model_state_dict(policy, before)
+    return table[:, 0].long(), table[:, 1], table[:, 2]
 
 
 def create_perception(args, accelerator, dataloader, policy, pipeline, noise_scheduler, timesteps, saved, state):
-    """
-    What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are given, those
-    of the checkpoint, or measured now.
-    """
+    """What errors are measured with, `None` for latent space, and the weights of all timesteps. Unit and weights are
+    given, those of the checkpoint, or measured now."""
     weights = torch.ones(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     if args.loss_space == "latent" and args.timestep_weighting == "none":
         return None, weights
     options = args.ncp_layer, args.ncp_timestep, args.ncp_probe_rms
     perception, known = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, *options), ""
-    scale, profiles = find_saved_unit(args, saved) if saved else (None, None)
+    scale = profiles = None
+    if saved is not None and not find_changes(args, saved, UNIT_ARGUMENTS):
+        scale, profiles = saved["error_scale"], saved.get("margin_profiles")
     if args.ncp_error_scale != "auto":
         scale = args.ncp_error_scale
-    needs_scale, needs_weights = args.loss_space == "ncp", args.timestep_weighting != "none"
-    if needs_scale and scale is None or needs_weights and profiles is None:
+    if args.loss_space == "ncp" and scale is None or args.timestep_weighting != "none" and profiles is None:
         # Nothing can change at the first timestep.
         inner = timesteps[timesteps > 0] if len(timesteps) > 1 else timesteps
         measured_with = policy, pipeline, noise_scheduler, perception, inner
         seen, *margins = measure_margins(args, accelerator, dataloader, *measured_with)
-        measured, standard_error = ncp_loss.error_scale(*margins)
+        profiles = [ncp_loss.margin_profile(seen, values, inner).tolist() for values in margins]
         if args.ncp_error_scale == "auto":
+            measured, standard_error = ncp_loss.error_scale(*margins)
             # So few digits that the flag that is printed gives the very same run.
             scale, known = float(f"{measured:.4g}"), f" (standard error {100 * standard_error:.0f} %)"
-        profiles = [ncp_loss.margin_profile(seen, values, inner).tolist() for values in margins]
     if profiles is not None:
         weights[timesteps] = save_timestep_weights(args, accelerator, profiles, timesteps).to(weights)
     state["margin_profiles"] = profiles
@@ -1158,10 +1056,9 @@ def save_timestep_weights(args, accelerator, profiles, timesteps):
     profiles = torch.tensor(profiles, dtype=torch.float64)
     weights = ncp_loss.timestep_weights(args.timestep_weighting, *profiles, args.loss_space, len(timesteps))
     columns = [timesteps, *(ncp_loss.smooth_curve(profile, len(timesteps)).exp() for profile in profiles), weights]
-    lines = [",".join(map(str, line)) for line in zip(*(column.tolist() for column in columns))]
     if accelerator.is_main_process:
-        text = "\n".join(["timestep,latent_margin,ncp_margin,weight", *lines, ""])
-        Path(args.output_dir, "timesteps.csv").write_text(text, encoding="utf-8")
+        path, head = Path(args.output_dir, "timesteps.csv"), "timestep,latent_margin,ncp_margin,weight"
+        np.savetxt(path, torch.stack(columns, dim=1), "%d,%.9g,%.9g,%.9g", header=head, comments="")
     if args.timestep_weighting != "none":
         shown = [f"{t}: {weight:.2f}" for t, weight in zip(timesteps, weights)][:: math.ceil(len(timesteps) / 8)]
         logger.info(f"Errors are weighed by timestep, {', '.join(shown)}, and so on as in timesteps.csv")
@@ -1173,10 +1070,9 @@ def save_timestep_weights(args, accelerator, profiles, timesteps):
 
 def create_accelerator(args):
     """Sets up accelerate, logging, the output folder and, if asked for, the repository on the hub."""
-    # Hours may pass until the others have written, drawn or looked through as much.
-    patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     accelerator = Accelerator(
-        kwargs_handlers=[patient],
+        # Hours may pass until the others have written, drawn or looked through as much.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -1187,15 +1083,13 @@ def create_accelerator(args):
         flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
         raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}. Give both the same.")
     args.mixed_precision = accelerator.mixed_precision
-    log_format = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
-    logging.basicConfig(format=log_format, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logger.info(accelerator.state, main_process_only=False)
     if not accelerator.is_local_main_process:
         for library in (datasets.utils, transformers.utils, diffusers.utils):
             library.logging.set_verbosity_error()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
         if args.push_to_hub:
@@ -1211,7 +1105,7 @@ def set_run_seed(args, saved):
         drawn = int(np.random.SeedSequence().generate_state(1)[0])
         args.seed = saved["arguments"]["seed"] if saved else broadcast_object_list([drawn])[0]
         logger.info(f"Drew --seed {args.seed}")
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
 
 
 def create_policy(args, unet):
@@ -1225,7 +1119,7 @@ def create_policy(args, unet):
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.compile:
-        # Each size of block is compiled with its adapter on and off, with gradients and without, in autocast and out of it.
+        # Each size of block is compiled with its adapter on and off, with and without gradients, in autocast and out.
         torch._dynamo.config.recompile_limit = 64
         unet.compile_repeated_blocks()
     return unet
@@ -1267,18 +1161,37 @@ def create_state(args, accelerator, pairs, num_batches):
         "margin_profiles": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
-        "data": pairs.digest(),
+        "data": digest_of_pairs(pairs.rows, *pairs.columns()),
     }
 
 
 # Checkpoints
 
 
+def find_changes(args, saved, names):
+    """What is not as in a checkpoint, of which those from before a flag were trained with the flag's default."""
+    defaults = create_parser()
+    before = {name: saved["arguments"].get(name, defaults.get_default(name)) for name in names}
+    now = {name: getattr(args, name) for name in names}
+    return [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names if now[name] != before[name]]
+
+
 class Checkpoints:
-    """`checkpoint-N` in `--output_dir`; what has another name is not ours."""
+    """`checkpoint-N` in `--output_dir`; what has another name is not ours. `checkpoint` is what the run resumes from,
+    and `saved` its state, or both are `None`."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
+        # Machines need not share the folder: the main process chooses, and all others must have what it chose.
+        choice = [None, None]
+        if accelerator.is_main_process:
+            checkpoint = self.choose()
+            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
+        checkpoint, saved = self.checkpoint, self.saved = broadcast_object_list(choice)
+        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
+        if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
+            advice = "copy it to their machines, or share --output_dir"
+            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {without} have not: {advice}.")
 
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
@@ -1315,88 +1228,56 @@ class Checkpoints:
             raise ValueError(f"{where} {', '.join(later)}, which a run from {found} would meet. Keep them elsewhere.")
         return found
 
-    def open(self):
-        """
-        The checkpoint to resume from and its state, or two `None`. The main process chooses, since machines need not share
-        `--output_dir`; every process must have what it chose.
-        """
-        choice = [None, None]
-        if self.accelerator.is_main_process:
-            checkpoint = self.choose()
-            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
-        checkpoint, saved = broadcast_object_list(choice)
-        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
-        if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
-            advice = "copy it to their machines, or share --output_dir"
-            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {without} have not: {advice}.")
-        return checkpoint, saved
-
-    def check(self, checkpoint, saved, state):
+    def check(self, state):
         """A `ValueError` for what would change a resumed run, whose state is `state`, without a word."""
+        args, checkpoint, saved = self.args, self.checkpoint, self.saved
         if checkpoint is None:
             return
         if (processes := saved["num_processes"]) != state["num_processes"]:
-            # Nor could --allow_resume_changes help: steps of the learning rate's schedule are counted once per process.
+            # Nor could --allow_resume_changes help: steps of the learning rate's schedule count once per process.
             advice = f"give accelerate launch --num_processes {processes}"
             raise ValueError(f"{checkpoint} is of {processes} processes, not {state['num_processes']}: {advice}.")
-        now, before = vars(self.args), create_parser()
-        if now["max_train_steps"] < saved["global_step"]:
-            raise ValueError(f"--max_train_steps is {now['max_train_steps']}, but {checkpoint} is further on.")
+        if args.max_train_steps < saved["global_step"]:
+            raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is further on.")
         # The learning rate of most schedules falls towards the last step.
-        names = LEARNING_ARGUMENTS + ([] if now["lr_scheduler"].startswith("constant") else ["max_train_steps"])
-        # What a checkpoint from before a flag was trained with is the flag's default.
-        before = {name: saved["arguments"].get(name, before.get_default(name)) for name in names}
-        if now["ncp_error_scale"] in ("auto", saved["error_scale"]):
-            before["ncp_error_scale"] = now["ncp_error_scale"]
-        names = [name for name in names if now[name] != before[name]]
-        changes = [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names]
+        names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
+        if args.ncp_error_scale in ("auto", saved["error_scale"]):
+            names.remove("ncp_error_scale")
+        changes = find_changes(args, saved, names)
         if (data := saved.get("data", state["data"])) != state["data"]:
             changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
-        if changes and not self.args.allow_resume_changes:
+        if changes and not args.allow_resume_changes:
             advice = "Give what it was, or --allow_resume_changes if you mean it."
             raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
         for change in changes:
             logger.warning(f"{change} in {checkpoint}")
 
-    def load(self, checkpoint, state):
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            state["global_step"] = self.read_state(checkpoint)["global_step"]
-            logger.info(f"Resumed from {checkpoint}")
-
-    def register_hooks(self, policy):
-        """Lets checkpoints hold the LoRA in diffusers' format, and load it into the very adapter that trains."""
-
-        def save(models, weights, output_dir):
-            if self.accelerator.is_main_process:
-                self.save_lora(policy, output_dir)
-            # Or else accelerate would save the whole U-Net as well.
-            weights.clear()
-
-        def load(models, input_dir):
-            models.clear()
-            # Named, since older versions of diffusers look for it on the hub.
-            lora = PIPELINE_CLASS.lora_state_dict(input_dir, weight_name=WEIGHTS_NAME)[0]
-            lora = {name.removeprefix("unet."): value for name, value in lora.items()}
-            result = set_peft_model_state_dict(policy, convert_unet_state_dict_to_peft(lora), adapter_name="default")
-            missing = [name for name in result.missing_keys if "lora" in name]
-            if missing or result.unexpected_keys:
-                raise ValueError(f"The LoRA in {input_dir} does not fit: {missing + result.unexpected_keys}.")
-
-        self.accelerator.register_save_state_pre_hook(save)
-        self.accelerator.register_load_state_pre_hook(load)
+    def load(self, policy, state):
+        """Resumes, if there is a checkpoint. Of `policy`, checkpoints hold the LoRA alone, in Diffusers' format."""
+        self.policy = policy
+        # Or else accelerate would save and load the whole U-Net as well.
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        if self.checkpoint is None:
+            return
+        self.accelerator.load_state(str(self.checkpoint))
+        lora = safetensors.torch.load_file(self.checkpoint / WEIGHTS_NAME)
+        lora = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in lora.items()})
+        result = set_peft_model_state_dict(policy, lora)
+        if wrong := [name for name in result.missing_keys if "lora" in name] + result.unexpected_keys:
+            raise ValueError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
+        state["global_step"] = self.saved["global_step"]
+        logger.info(f"Resumed from {self.checkpoint}")
 
     def save(self, state):
-        """Writes `checkpoint-N`, which has that name only when all of it is on the disk, and removes those over the limit."""
+        """Writes `checkpoint-N`, so named only when all of it is on the disk, and removes those over the limit."""
         folder = self.folder / f"checkpoint-{state['global_step']}"
         incomplete = folder.with_name(f"incomplete-{folder.name}")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(incomplete, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(incomplete))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
+                self.save_lora(incomplete)
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in incomplete.rglob("*"):
                     synchronize(path)
@@ -1414,10 +1295,10 @@ class Checkpoints:
                 shutil.rmtree(old)
         logger.info(f"Saved {folder}")
 
-    @staticmethod
-    def save_lora(policy, folder):
-        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(policy))
-        PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, **_collate_lora_metadata({"unet": policy}))
+    def save_lora(self, folder):
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.policy))
+        metadata = self.policy.peft_config["default"].to_dict()
+        PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
 
 
 def public_name(name):
@@ -1428,34 +1309,28 @@ def public_name(name):
 def describe_run(state):
     """What the model card and the metadata of its files say of the run that has this `training_state.json`."""
     arguments = state["arguments"]
-    sources = map(arguments.get, ("dataset_name", "train_data_dir", "encoded_data_dir"))
+    source = arguments["dataset_name"] or arguments["train_data_dir"] or arguments["encoded_data_dir"]
     description = {
         "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
         "ss_steps": state["global_step"],
         "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
         "ncp_error_scale": state["error_scale"],
         "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
-        "ncp_dataset": public_name(next(filter(None, sources))),
+        "ncp_dataset": public_name(source),
         "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
     }
     return {name: str(value) for name, value in description.items()}
 
 
 def save_kohya_lora(path, lora, alphas, description):
-    """
-    Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge. The layer `unet.mid_block.….to_out.0` is
-    called `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update.
-
-    Args:
-        lora (`dict[str, torch.Tensor]`): in PEFT's format, `unet.….lora_A.weight` of shape `(rank, in)` and so on.
-        alphas (`dict[str, float]`): by the layers' paths, without `unet.`; Diffusers' converter takes them for the ranks.
-        description (`dict[str, str]`): metadata beside rank, alpha and the kind of base model, which are returned.
-    """
+    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge: `unet.mid_block.….to_out.0` is
+    called `lora_unet_mid_block_…_to_out_0`, and alpha over rank is the scale of its update. `lora` is in PEFT's format,
+    `unet.….lora_A.weight` of shape `(rank, in)` and so on; `alphas` are by the layers' paths, without `unet.`, by default
+    the ranks; `description` are metadata beside rank, alpha and the kind of base model, which are returned."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
-    names = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
-    kohya.update(
-        (name, torch.tensor(float(names.get(name, kohya[name])))) for name in kohya if name.endswith(".alpha")
-    )
+    alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
+    for name in [name for name in kohya if name.endswith(".alpha")]:
+        kohya[name] = torch.tensor(float(alphas.get(name, kohya[name])))
     values = {
         "dim": {len(value) for name, value in kohya.items() if "lora_down" in name},
         "alpha": {value.item() for name, value in kohya.items() if name.endswith(".alpha")},
@@ -1498,10 +1373,10 @@ class Monitor:
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
 
     def report_skipped_pairs(self, reasons):
-        for number, reason in enumerate(reasons, start=self.num_skipped_pairs + 1):
-            message = f"{reason}. The next pair takes its place, {number} were skipped so far"
+        for reason in reasons:
+            self.num_skipped_pairs += 1
+            message = f"{reason}. The next pair takes its place, {self.num_skipped_pairs} were skipped so far"
             logger.warning(message, main_process_only=False)
-        self.num_skipped_pairs += len(reasons)
 
     def record(self, tables, grad_norm, learning_rate):
         """Gathers the tables of a step's batches from all processes, and logs the step before."""
@@ -1512,23 +1387,21 @@ class Monitor:
         values = values.to("cpu", non_blocking=True)
         copied = torch.accelerator.current_stream().record_event() if grad_norm.device.type != "cpu" else None
         self.flush()
-        self.pending = self.state["global_step"], learning_rate, list(columns), values, copied
+        self.pending = self.state["global_step"], learning_rate, dict(zip(columns, values.T)), copied
 
     def flush(self):
         """Logs what waits; a `RuntimeError` if one step too many in a row is not finite."""
         if self.pending is None:
             return
-        (step, learning_rate, names, values, copied), self.pending = self.pending, None
+        (step, learning_rate, table, copied), self.pending = self.pending, None
         if copied is not None:
             copied.synchronize()
-        table = dict(zip(names, values.T))
         metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
         self.check_finite(step, metrics, table["rows"].int().tolist())
         for bucket, part in split_by_timestep(table, self.timesteps):
-            kept = {"implicit_accuracy", "margin", "drift_w", "drift_l"}
-            metrics.update(
-                (f"{name}/{bucket}", value) for name, value in summarize(self.args, part).items() if name in kept
-            )
+            summary = summarize(self.args, part)
+            kept = summary.keys() & {"implicit_accuracy", "margin", "drift_w", "drift_l"}
+            metrics.update({f"{name}/{bucket}": summary[name] for name in kept})
         shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
         self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.progress_bar.update()
@@ -1538,30 +1411,24 @@ class Monitor:
             effect = f"--beta_dpo {self.args.beta_dpo} does nothing, nothing holds the policy near the reference"
             logger.warning(f"The logits' spread was below 0.01 for 100 steps: {effect}. Raise it.")
 
-    def is_finite(self, metrics):
+    def check_finite(self, step, metrics, rows):
         # In fp16 the gradient overflows now and then, which the loss scaler sees to, but for ever is not now and then.
         scaled = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
-        return math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled)
-
-    def check_finite(self, step, metrics, rows):
-        if self.is_finite(metrics):
+        if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or scaled):
             self.skipped_steps = 0
             return
         self.skipped_steps += 1
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
-        message = f"Step {step} is not finite: {what}."
         if self.skipped_steps > self.args.max_skipped_steps:
             limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more"
-            raise RuntimeError(f"{message} {limit}; checkpoints are intact.")
-        logger.warning(f"{message} It is skipped.")
+            raise RuntimeError(f"Step {step} is not finite: {what}. {limit}; checkpoints are intact.")
+        logger.warning(f"Step {step} is not finite: {what}. It is skipped.")
 
 
 @torch.no_grad()
 def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, weights, global_step):
-    """
-    Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and `eval.csv`,
-    of which it replaces what is there from this step on.
-    """
+    """Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and
+    `eval.csv`, of which it replaces what is there from this step on."""
     spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
     tables, metrics, lines = {space: [] for space in spaces}, {}, []
     with accelerator.split_between_processes(pairs.rows) as rows:
@@ -1583,15 +1450,17 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
     logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
-        path = Path(args.output_dir, "eval.csv")
+        path, head = (
+            Path(args.output_dir, "eval.csv"),
+            ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS]),
+        )
         earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
         earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
-        head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
         path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
 
 
 def launch_command(args, accelerator, name=str):
-    """The command that this run is of, with all that is not default, less its checkpoint and secrets; paths by `name`."""
+    """The command of this run, with all that is not default, less its checkpoint and secrets; paths by `name`."""
     parser, words = create_parser(), [name(sys.argv[0])]
     for flag, value in vars(args).items():
         if flag not in ("resume_from_checkpoint", "hub_token", "local_rank") and value != parser.get_default(flag):
@@ -1601,82 +1470,79 @@ def launch_command(args, accelerator, name=str):
 
 
 def finish(args, accelerator, policy, state):
-    """Writes the LoRA for other programs and the model card, which says what it was trained on and how, and uploads all."""
+    """Writes the LoRA for other programs and the model card, of what it was trained on and how, and uploads all."""
+    about, output_dir = describe_run(state), Path(args.output_dir)
     if not args.no_kohya:
-        lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
-        layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
-        alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
-        save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
-    base_model, about = args.pretrained_model_name_or_path, describe_run(state)
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    rows = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
-    rows["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    rows.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
-    table = [("setting", "value"), ("---", "---"), *rows.items()]
-    if args.num_eval_pairs is not None:
-        lines = Path(args.output_dir, "eval.csv").read_text(encoding="utf-8").splitlines()
-        head, *measured = [line.split(",") for line in lines]
-        measured = [line for line in measured if line[1:3] == [args.loss_space, "all"]]
-        table += [(), head, ["---"] * len(head), *measured]
-    rows = [f"| {' | '.join(map(str, row))} |" if row else "\nOn held-out pairs:\n" for row in table]
-    table = "\n".join(rows)
-    description = f"""# {repo_id}
+        lora = get_peft_model_state_dict(policy)
+        alphas = {name.partition(".lora_")[0]: args.lora_alpha or args.rank for name in lora}
+        lora = {f"unet.{name}": value for name, value in lora.items()}
+        save_kohya_lora(output_dir / KOHYA_WEIGHTS_NAME, lora, alphas, about)
 
-A LoRA for `{public_name(base_model)}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
+    def table(head, *rows):
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+    settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
+    settings["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    settings.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
+    held_out = ""
+    if args.num_eval_pairs is not None:
+        head, *rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
+        held_out = (
+            f"On held-out pairs:\n\n{table(head, *(row for row in rows if row[1:3] == [args.loss_space, 'all']))}"
+        )
+    base_model = public_name(args.pretrained_model_name_or_path)
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
+    card_data = ModelCardData(library_name="diffusers", base_model=on_hub, tags=tags)
+    card = f"""---
+{card_data.to_yaml()}
+---
+
+# {repo_id}
+
+A LoRA for `{base_model}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
 [Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
 
 {f"![{args.validation_prompt}, before and after](validation/before_after.png)" if args.run_validation else ""}
 
-{table}
+{table(("setting", "value"), *settings.items())}
 
-`DiffusionPipeline.from_pretrained("{public_name(base_model)}").load_lora_weights("{repo_id}")` loads it.
+{held_out}
+
+`DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")` loads it.
 
     {launch_command(args, accelerator, public_name)}
 
 trains it.
 """
-    card_data = ModelCardData(library_name="diffusers", base_model=None if os.path.exists(base_model) else base_model)
-    card = ModelCard.from_template(card_data, MODEL_CARD_TEMPLATE_PATH, model_description=description)
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
-    populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
     if args.push_to_hub:
         # Less the checkpoints, and whatever else lies there.
-        patterns = [
-            WEIGHTS_NAME,
-            KOHYA_WEIGHTS_NAME,
-            "README.md",
-            "*.csv",
-            "validation/*.png",
-            f"{args.logging_dir}/**",
-        ]
-        options = {"allow_patterns": patterns, "commit_message": "End of training", "token": args.hub_token}
+        files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "*.csv", "validation/*.png", f"{args.logging_dir}/**"]
+        options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
         upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
 
 
 @torch.no_grad()
 def log_validation(args, accelerator, pipeline, global_step):
-    """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, always from the same noise."""
+    """Draws `validation/step-N.png` and, below step 0, the base model, `before_after.png`, all from the same noise."""
     folder = Path(args.output_dir, "validation")
     path, vae = folder / f"step-{global_step}.png", pipeline.vae
     if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
         return
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
-    options.update(zip(names, embeds))
     images = []
     # While latents to train on come from whole images, nothing needs as much memory as to draw them so.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        latents = pipeline(generator=generator, **options).images
+        latents = pipeline(args.validation_prompt, generator=generator, **options).images
         # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
     vae.disable_tiling()
-
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
@@ -1718,22 +1584,20 @@ def main(args):
     # Whatever can be wrong is found before a model is loaded.
     noise_scheduler, vae_config, timesteps = check_checkpoint(args)
     checkpoints = Checkpoints(args, accelerator)
-    checkpoint, saved = checkpoints.open()
-    set_run_seed(args, saved)
+    set_run_seed(args, checkpoints.saved)
     pairs, eval_pairs = open_pairs(args, accelerator, timesteps, vae_config)
     dataloader = create_dataloader(args, pairs)
     train_dataloader = accelerator.prepare(dataloader)
     state = create_state(args, accelerator, pairs, len(train_dataloader))
-    checkpoints.check(checkpoint, saved, state)
+    checkpoints.check(state)
 
     pipeline = load_pipeline(args, accelerator)
     policy = create_policy(args, pipeline.unet)
     optimizer, lr_scheduler = create_optimizer(args, accelerator, policy)
-    # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder as well.
+    # `unet` is what gradients are averaged through; `policy`, the model in it, is the reference and the encoder too.
     unet, optimizer, lr_scheduler = accelerator.prepare(policy, optimizer, lr_scheduler)
-    checkpoints.register_hooks(policy)
-    checkpoints.load(checkpoint, state)
-    models = policy, pipeline, noise_scheduler
+    checkpoints.load(policy, state)
+    models, saved = (policy, pipeline, noise_scheduler), checkpoints.saved
     perception, weights = create_perception(args, accelerator, train_dataloader, *models, timesteps, saved, state)
     monitor = Monitor(args, accelerator, state, timesteps)
     evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *models, perception, weights)
@@ -1784,12 +1648,12 @@ def main(args):
             draw_images(state["global_step"])
 
     accelerator.wait_for_everyone()
-    # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads may want.
+    # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads want.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if stops:
         signals.stop(args, accelerator)
     if accelerator.is_main_process:
-        checkpoints.save_lora(policy, args.output_dir)
+        checkpoints.save_lora(args.output_dir)
         draw_images(args.max_train_steps)
         finish(args, accelerator, policy, state)
     accelerator.end_training()

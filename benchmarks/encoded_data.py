@@ -137,7 +137,7 @@ def measure_sdxl_loader(folder, num_workers, epochs=3):
     names += ("pretrained_vae_model_name_or_path", "mixed_precision", "no_hflip")
     encoding = {**{name: getattr(args, name, 0.13) for name in names}, "num_pairs_shards": 1, "num_prompts_shards": 1}
     (folder / "encoding.json").write_text(json.dumps(encoding))
-    pairs = train_ncp_dpo_sdxl.EncodedPairs.open(args, {"scaling_factor": 0.13}, (4, 128, 128), torch.arange(1000))
+    pairs = train_ncp_dpo_sdxl.EncodedPairs(args, {"scaling_factor": 0.13}, (4, 128, 128), torch.arange(1000))
     loader = train_ncp_dpo_sdxl.create_dataloader(args, pairs)
     for _ in loader:
         pass

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_ncp_dpo_sd15
+from accelerate.state import PartialState
 from conftest import ROOT, Run, run_on_two_processes
 from datasets import Dataset
 from experiment import ASSETS, encode_png, to_pil
@@ -451,9 +452,16 @@ def test_full_disk(run_sd15):
 
 @pytest.mark.parametrize("scale, finite", [(65536, True), (1, True), (0.5, False)])
 def test_overflow_is_no_fault_while_the_loss_scale_can_fall(scale, finite):
-    monitor = SimpleNamespace(accelerator=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale)))
-    assert train_ncp_dpo_sd15.Monitor.is_finite(monitor, {"loss": 1.0, "grad_norm": math.inf}) == finite
-    assert not train_ncp_dpo_sd15.Monitor.is_finite(monitor, {"loss": math.nan, "grad_norm": 1.0})
+    PartialState()  # what the scripts log through
+    accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale))
+
+    def skipped_steps(**metrics):
+        monitor = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(max_skipped_steps=1), skipped_steps=0)
+        train_ncp_dpo_sd15.Monitor.check_finite(monitor, 1, metrics, [0])
+        return monitor.skipped_steps
+
+    assert skipped_steps(loss=1.0, grad_norm=math.inf) == (not finite)
+    assert skipped_steps(loss=math.nan, grad_norm=1.0) == 1
 
 
 def fail_at(monkeypatch, *steps):

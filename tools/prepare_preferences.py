@@ -278,7 +278,7 @@ ONE_SIDED = 0.9
 def check(args):
     """Read every row once, print a report, and return 1 if training would stop on the dataset, else 0."""
     check_source(args)
-    from train_ncp_dpo_sd15 import caption_problem, label_problem, load_dataset, probability_problem
+    from train_ncp_dpo_sd15 import find_problem, load_dataset
 
     tokenizer, max_tokens = load_tokenizer(args)
     image_columns = (args.image_0_column, args.image_1_column)
@@ -292,8 +292,8 @@ def check(args):
     if column is not None:
         probabilities = dataset[column]
     for row, ((label, caption, images), probability) in enumerate(zip(inspected, probabilities)):
-        problems = [("bad labels", label_problem(label)), ("bad captions", caption_problem(caption))]
-        problems.append(("bad probabilities", probability_problem(probability)))
+        problems = [("bad labels", find_problem(label=label)), ("bad captions", find_problem(caption=caption))]
+        problems.append(("bad probabilities", find_problem(probability=probability)))
         for column, (size, _, problem) in zip(image_columns, images):
             problems.append(("unreadable images", problem and f"{column}: {problem}"))
             if size is not None:
@@ -580,14 +580,14 @@ def convert(args):
 
 def read_images(args, candidates, skipped):
     """Turn (item, pair with images as `encoded_bytes` takes them) into pairs with encoded images, or skip them."""
-    from train_ncp_dpo_sd15 import caption_problem, label_problem
+    from train_ncp_dpo_sd15 import find_problem
 
     source = find_image_source(args)
     for item, pair in candidates:
-        if problem := label_problem(pair["label_0"]):
+        if problem := find_problem(label=pair["label_0"]):
             skipped.add(item, "no label", problem)
             continue
-        if problem := caption_problem(pair["caption"]):
+        if problem := find_problem(caption=pair["caption"]):
             skipped.add(item, "no caption", problem)
             continue
         try:

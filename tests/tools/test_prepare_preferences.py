@@ -354,11 +354,11 @@ def test_inspect_image_says_what_training_says(tmp_path, pixels, problem):
         if problem is None:
             assert (size, found) == ((8, 8), None)
             assert digest == inspect_image((tmp_path / "grey.tiff").read_bytes())[1]
-            train_ncp_dpo_sd15.read_image(value)
+            train_ncp_dpo_sd15.read_image(tmp_path / "grey.tiff")
         else:
             assert size is digest is None and problem in found
             with pytest.raises(ValueError, match=problem):
-                train_ncp_dpo_sd15.read_image(value)
+                train_ncp_dpo_sd15.read_image(tmp_path / "grey.tiff")
 
 
 # What check and training say of the same data
