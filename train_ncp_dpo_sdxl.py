@@ -63,7 +63,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
-from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,6 +83,7 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
     make_image_grid,
 )
+from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -1572,12 +1573,7 @@ def finish(args, accelerator, policy, state):
     repo_id = args.hub_model_id or output_dir.resolve().name
     on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
-    card_data = ModelCardData(library_name="diffusers", base_model=on_hub, tags=tags)
-    card = f"""---
-{card_data.to_yaml()}
----
-
-# {repo_id}
+    description = f"""# {repo_id}
 
 A LoRA for `{base_model}`, trained on the preference pairs of `{about["ncp_dataset"]}` with
 [Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636).
@@ -1594,7 +1590,9 @@ A LoRA for `{base_model}`, trained on the preference pairs of `{about["ncp_datas
 
 trains it.
 """
-    (output_dir / "README.md").write_text(card, encoding="utf-8")
+    data = ModelCardData(library_name="diffusers", base_model=on_hub)
+    card = ModelCard.from_template(data, MODEL_CARD_TEMPLATE_PATH, model_description=description)
+    populate_model_card(card, tags=tags).save(output_dir / "README.md")
     if args.push_to_hub:
         # Less the checkpoints, and whatever else lies there.
         files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "*.csv", "validation/*.png", f"{args.logging_dir}/**"]
@@ -1611,13 +1609,18 @@ def log_validation(args, accelerator, pipeline, global_step):
     if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
         return
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
+    # Once for all images, and in both pipelines' order.
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
+    options.update(zip(names, embeds))
     images = []
     # While latents to train on come from whole images, nothing needs as much memory as to draw them so.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        latents = pipeline(args.validation_prompt, generator=generator, **options).images
+        latents = pipeline(generator=generator, **options).images
         # Decoded here, since pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)

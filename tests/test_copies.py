@@ -1,6 +1,7 @@
 """Keeps what the two scripts share word for word equal: `python tests/test_copies.py` copies it anew."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ SOURCE, COPY = ROOT / "train_ncp_dpo_sd15.py", ROOT / "train_ncp_dpo_sdxl.py"
 MARKER = f"# Copied from {SOURCE.stem}."
 
 
+@functools.cache
 def definitions(path):
     """Top-level functions and classes by name, as (first line, last line), decorators included, counted from 0."""
     return {
@@ -47,3 +49,4 @@ if __name__ == "__main__":
         lines = COPY.read_text().splitlines()
         lines[start:end] = text(SOURCE, name).splitlines()
         COPY.write_text("\n".join(lines) + "\n")
+        definitions.cache_clear()
