@@ -19,24 +19,35 @@
 Round 1 trains a LoRA on pairs of pictures by the base. Round 2 draws the same captions with it, from other noise, has them
 compared by the same judge and trains a second LoRA on top of the first. The control trains its second LoRA in the same way for
 as many steps, on the pairs of round 1 again. The loss is DPO's in latent space: it gains as much here as in feature space, in
-half the time. Writes `results/rounds.md` and what it is computed from, `rounds.json`.
+less time. Writes `results/rounds.md` and what it is computed from, `rounds.json`.
 """
 
 import argparse
 import json
 import math
-import shlex
+import os
+import signal
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import experiment
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from scenes import Explanations, reward
 from tqdm.auto import tqdm
 
 
-STEPS = 300
-LEARNING_RATE = 3e-4
-PICTURES_PER_CAPTION = 4
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import encode_preferences  # noqa: E402
+import train_ncp_dpo_sd15  # noqa: E402
+
+
+# Of the captions to train on: enough pairs for the steps, and half the time to draw and encode them
+NUM_SCENES = 80
+STEPS, LEARNING_RATE, BETA_DPO = 200, 3e-4, 200
+PICTURES_PER_CAPTION = 2
 # The first seed of the noise that round 2's pictures are drawn from; those of other seeds come 1,000 later.
 ROUND_NOISE = 50_000
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -44,18 +55,38 @@ LORAS = {"base": [], "round 1": ["round-1"], "round 2": ["round-1", "round-2"], 
 DUELS = (("round 1", "base"), ("round 2", "round 1"), ("control", "round 1"), ("round 2", "control"))
 
 
-def training_words(pairs, output_dir, seed, first=None):
-    """What trains a LoRA on pairs, on top of a first one if that is given, as words after `python`."""
+def run_script(module, options):
+    """Runs one of this repository's scripts in this process, which afterwards can be interrupted as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     options = {
-        "pretrained_model_name_or_path": experiment.ASSETS,
-        "dataset_name": pairs,
+        "pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS),
         "resolution": experiment.RESOLUTION,
-        "no_hflip": None,
+        "mixed_precision": "no",
+        **options,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    module.main(module.parse_args([*words, "--no_hflip"]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def encode(folder):
+    """Encodes the pairs in a folder, as far as they are not."""
+    run_script(encode_preferences, {"dataset_name": folder / "pairs", "output_dir": folder / "encoded-pairs"})
+
+
+def train(folder, output_dir, seed, first=None):
+    """Trains a LoRA on the pairs in a folder, on top of a first LoRA if that is given, as far as it is not trained."""
+    options = {
+        "encoded_data_dir": folder / "encoded-pairs",
+        **({"pretrained_lora_path": first} if first else {}),
         "rank": 16,
         "train_batch_size": 8,
         "loss_type": "dpo",
         "loss_space": "latent",
-        "beta_dpo": experiment.BETA_DPO,
+        "beta_dpo": BETA_DPO,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
@@ -65,9 +96,7 @@ def training_words(pairs, output_dir, seed, first=None):
         "output_dir": output_dir,
         "resume_from_checkpoint": "latest",
     }
-    if first is not None:
-        options["pretrained_lora_path"] = first
-    return experiment.script_words("train_ncp_dpo_sd15.py", options)
+    run_script(train_ncp_dpo_sd15, options)
 
 
 def load_loras(pipeline, folders):
@@ -87,37 +116,31 @@ def measure(pipeline, explanations, seed):
 
 def run(folder, seed):
     """Both rounds and the control; the result is kept in a file and not computed again."""
-    runs, old = folder / f"seed-{seed}", folder / "pairs"
-    first, new = runs / "round-1", runs / "pairs"
-    # Of another seed than round 1, or else the control would see its pairs with the same noise again.
-    training = {
-        "round-1": training_words(old, first, seed),
-        "round-2": training_words(new, runs / "round-2", 100 + seed, first),
-        "control": training_words(old, runs / "control", 100 + seed, first),
-    }
-    commands = [shlex.join(["python", *words]) for words in training.values()]
-    file = runs / "result.json"
+    runs, settings = folder / f"seed-{seed}", [NUM_SCENES, STEPS, LEARNING_RATE, BETA_DPO, PICTURES_PER_CAPTION]
+    file, first = runs / "result.json", runs / "round-1"
     if file.is_file():
         result = json.loads(file.read_text())
-        if result["commands"] != commands:
-            raise ValueError(f"{file} is of other commands. Remove {runs}, or give another --folder.")
+        if result["settings"] != settings:
+            raise ValueError(f"{file} has the settings {result['settings']}, not {settings}. Remove {runs}.")
         return result
 
     pipeline, explanations = experiment.load_pipeline(experiment.ASSETS), Explanations()
-    experiment.run_script(training["round-1"])
-    if not (new / "train.parquet").is_file():
+    train(folder, first, seed)
+    if not (runs / "pairs" / "train.parquet").is_file():
         load_loras(pipeline, [first])
-        scenes = experiment.split_scenes()[0]
-        experiment.write_pairs(pipeline, explanations, scenes, ROUND_NOISE + 1_000 * seed, new)
+        scenes = experiment.split_scenes()[0][:NUM_SCENES]
+        experiment.write_pairs(pipeline, explanations, scenes, ROUND_NOISE + 1_000 * seed, runs / "pairs")
         pipeline.unload_lora_weights()
-    for name in ("round-2", "control"):
-        experiment.run_script(training[name])
+    encode(runs)
+    # Of another seed than round 1, or else the control would see its pairs with the same noise again.
+    train(runs, runs / "round-2", 100 + seed, first)
+    train(folder, runs / "control", 100 + seed, first)
     rewards = {}
     for name, loras in LORAS.items():
         load_loras(pipeline, [runs / lora for lora in loras])
         rewards[name] = measure(pipeline, explanations, seed)
         pipeline.unload_lora_weights()
-    result = {"seed": seed, "commands": commands, "rewards": rewards}
+    result = {"seed": seed, "settings": settings, "rewards": rewards}
     file.write_text(json.dumps(result))
     return result
 
@@ -144,7 +167,8 @@ def describe(results):
     table, number = "\n".join(lines), len(results[0]["rewards"]["base"]["reward"])
     return f"""# Two rounds in the small world
 
-`python small_world/rounds.py`. Latent DPO, {STEPS} steps of 8 pairs for every LoRA, rank 16, β {experiment.BETA_DPO}, learning rate {LEARNING_RATE:g}.
+`python small_world/rounds.py`: {NUM_SCENES} captions, {experiment.PICTURES_PER_SCENE} pictures of each and every two of these a pair in each round; latent DPO, {STEPS} steps
+of 8 pairs for every LoRA, rank 16, β {BETA_DPO}, learning rate {LEARNING_RATE:g}.
 
 {table}
 
@@ -160,10 +184,11 @@ def describe(results):
 def main(args):
     world = args.folder / experiment.WORLD_NAME
     if not world.is_file():
-        pipeline, (training, _, _) = experiment.load_pipeline(experiment.ASSETS), experiment.split_scenes()
-        experiment.write_pairs(pipeline, Explanations(), training, experiment.PAIRS_NOISE, args.folder / "pairs")
+        pipeline, scenes = experiment.load_pipeline(experiment.ASSETS), experiment.split_scenes()[0][:NUM_SCENES]
+        experiment.write_pairs(pipeline, Explanations(), scenes, experiment.PAIRS_NOISE, args.folder / "pairs")
         world.write_text(experiment.digest_of_world())
     experiment.check_world(args.folder)
+    encode(args.folder)
     results = [run(args.folder, seed) for seed in tqdm(args.seed, desc="Seeds")]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "rounds.json").write_text(json.dumps(results) + "\n")

@@ -19,18 +19,18 @@ from statistics import fmean, stdev
 import experiment
 import pytest
 import rounds
-import train_ncp_dpo_sd15
-from conftest import ROOT, reset_accelerate
+from conftest import ROOT
 from datasets import Dataset
 from scenes import SCENES
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A world with fewer pictures and shorter runs, in this process; returns the commands that it runs."""
+    """A world with fewer pictures and shorter runs; returns the options of the trainings that are run."""
     for module, name, value in [
         (experiment, "SCENES", SCENES[::24]),
         (experiment, "NUM_TRAINING_SCENES", 8),
+        (rounds, "NUM_SCENES", 8),
         (experiment, "PICTURES_PER_SCENE", 2),
         (experiment, "NUM_INFERENCE_STEPS", 2),
         (rounds, "PICTURES_PER_CAPTION", 1),
@@ -38,19 +38,19 @@ def quick(monkeypatch):
         (rounds, "LEARNING_RATE", 0.1),
     ]:
         monkeypatch.setattr(module, name, value)
-    launched = []
-
-    def run_here(words):
-        reset_accelerate()
-        launched.append(words)
-        train_ncp_dpo_sd15.main(train_ncp_dpo_sd15.parse_args(words[1:]))
-
-    monkeypatch.setattr(experiment, "run_script", run_here)
     monkeypatch.chdir(ROOT)
-    return launched
+    run_script, trained = rounds.run_script, []
+
+    def run(module, options):
+        if module is rounds.train_ncp_dpo_sd15:
+            trained.append(options)
+        run_script(module, options)
+
+    monkeypatch.setattr(rounds, "run_script", run)
+    return trained
 
 
-def test_two_rounds(quick, tmp_path):
+def test_two_rounds(quick, tmp_path, monkeypatch):
     folder, output_dir = tmp_path / "world", tmp_path / "results"
     arguments = ["--folder", str(folder), "--output_dir", str(output_dir)]
     rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
@@ -61,9 +61,9 @@ def test_two_rounds(quick, tmp_path):
 
     # Both second LoRAs start from the first, one with the first one's pictures of the same captions.
     first, second, control = quick
-    assert "--pretrained_lora_path" not in first
-    for words in (second, control):
-        assert words[words.index("--pretrained_lora_path") + 1].endswith("round-1")
+    assert "pretrained_lora_path" not in first
+    assert second["pretrained_lora_path"] == control["pretrained_lora_path"] == first["output_dir"]
+    assert first["encoded_data_dir"] == control["encoded_data_dir"] != second["encoded_data_dir"]
     old, new = (Dataset.from_parquet(str(path / "pairs/train.parquet")) for path in (folder, folder / "seed-0"))
     assert old["caption"] == new["caption"] and set(old["jpg_0"]).isdisjoint(new["jpg_0"])
 
@@ -73,8 +73,8 @@ def test_two_rounds(quick, tmp_path):
         rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
         assert json.loads((output_dir / "rounds.json").read_text()) == [result] and len(quick) == number
 
-    rounds.LEARNING_RATE = 0.2
-    with pytest.raises(ValueError, match="seed-0/result.json is of other commands"):
+    monkeypatch.setattr(rounds, "LEARNING_RATE", 0.2)
+    with pytest.raises(ValueError, match="seed-0/result.json has the settings .*0.1.*, not .*0.2"):
         rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
 
 
