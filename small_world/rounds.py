@@ -23,6 +23,7 @@ less time. Writes `results/rounds.md` and what it is computed from, `rounds.json
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -60,14 +61,9 @@ def run_script(module, options):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    options = {
-        "pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS),
-        "resolution": experiment.RESOLUTION,
-        "mixed_precision": "no",
-        **options,
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    module.main(module.parse_args([*words, "--no_hflip"]))
+    options = {"pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS), **experiment.ENCODING, **options}
+    words = [[f"--{name}"] if value is None else [f"--{name}", str(value)] for name, value in options.items()]
+    module.main(module.parse_args(list(itertools.chain(*words))))
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -199,9 +195,7 @@ def main(args):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--folder", type=Path, default=Path("small-world/rounds"), help="where pairs and runs are kept"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("small-world/rounds"), help="of pairs and runs")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("results"))
     return parser.parse_args(input_args)
 
