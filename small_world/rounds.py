@@ -14,7 +14,7 @@
 
 """Two rounds of preference training in the small world, judged by its true reward: does the second one gain?
 
-    python small_world/rounds.py    # three seeds, 20 minutes on one core; what is there is not run again
+    python small_world/rounds.py    # three seeds, 7 minutes each on one core; what is there is not run again
 
 Round 1 trains a LoRA on pairs of pictures by the base. Round 2 draws the same captions with it, from other noise, has them
 compared by the same judge and trains a second LoRA on top of the first. The control trains its second LoRA in the same way for
