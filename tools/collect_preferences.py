@@ -105,7 +105,7 @@ def parse_args(input_args=None):
     add("--pretrained_model_name_or_path", nargs="+", required=True, help="One, or several that take turns.")
     add("--variant", default=None, help="Of the models' files, for example fp16.")
     add("--revision", default=None, help="Of the models on the hub.")
-    help = "A folder, .safetensors file or hub id: one, or several that take turns; none is the model alone."
+    help = "A folder, .safetensors file or hub id: one, or several that take turns; none is the model alone, and a+b loads both."
     add("--lora_weights", nargs="+", default=["none"], help=help)
     add("--num_images", type=number_argument(int, 2), default=4, help="Of every prompt. Default: %(default)s.")
     add_prompt_arguments(command)
@@ -162,7 +162,7 @@ def draw(args):
     if accelerator.is_main_process:
         names = "pretrained_model_name_or_path variant revision lora_weights scheduler seed num_inference_steps"
         names = f"{names} guidance_scale resolution mixed_precision".split()
-        digests = {source: source.lora and digest_of_files(source.lora) for source in sources}
+        digests = {source: source.digest_of_loras() for source in sources}
         models = [digest_of_files(source.model) for source in sources]
         weights = {"pretrained_model_name_or_path": models, "lora_weights": list(digests.values())}
         save_settings(folder, {name: getattr(args, name) for name in names}, weights, prompts)

@@ -69,7 +69,8 @@ def parse_args(input_args=None):
     models.add_argument("--pretrained_model_name_or_path", type=str, required=True)
     models.add_argument("--variant", type=str, default=None, help="Of the model's files, for example fp16.")
     models.add_argument("--revision", type=str, default=None, help="Of the model on the hub.")
-    models.add_argument("--lora_weights", type=str, default=None, help="A folder, .safetensors file or hub id.")
+    help = "A folder, .safetensors file or hub id, or several joined by +, which are all loaded: round-1+round-2."
+    models.add_argument("--lora_weights", type=str, default=None, help=help)
     models.add_argument("--baseline_model_name_or_path", type=str, default=None, help="Default: the same model.")
     for name in ("variant", "revision"):
         models.add_argument(f"--baseline_{name}", type=str, default=None, help="Default: the same of the same model.")
@@ -98,7 +99,7 @@ def describe_side(args, side, source):
     settings = {**named, "scheduler": source.scheduler, **{name: getattr(args, name) for name in DRAWING_ARGUMENTS}}
     weights = {
         SIDES[side][0]: digest_of_files(source.model),
-        SIDES[side][3]: source.lora and digest_of_files(source.lora),
+        SIDES[side][3]: source.digest_of_loras(),
     }
     return settings, weights
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
@@ -183,16 +184,20 @@ def check_column(args, columns):
 
 class Source(NamedTuple):
     """
-    What draws pictures: a model, the file of a LoRA or `None`, and the name of the scheduler's class; and the flags that
-    model, variant and LoRA were given by.
+    What draws pictures: a model, the files of its LoRAs, all at weight 1, and the name of the scheduler's class; and the flags
+    that model, variant and LoRAs were given by.
     """
 
     model: str
     variant: str | None
     revision: str | None
-    lora: Path | None
+    loras: tuple
     scheduler: str
     flags: tuple
+
+    def digest_of_loras(self):
+        """The LoRAs' digests, joined as their names are, or `None` without any."""
+        return "+".join(map(digest_of_files, self.loras)) or None
 
 
 class Picture(NamedTuple):
@@ -209,7 +214,7 @@ class Picture(NamedTuple):
 def open_source(args, flags, model, variant, revision, lora):
     """
     A `Source`, or a `ValueError` for what is wrong with it as far as that shows before its weights are loaded; `flags` are
-    the names of those of model, variant and LoRA.
+    the names of those of model, variant and LoRA, which may be several joined by +.
     """
     named = f"--{flags[0]} {model}"
     if Path(model).is_file():
@@ -229,8 +234,9 @@ def open_source(args, flags, model, variant, revision, lora):
         names = [name for name in names if name.startswith("EDM") == own.startswith("EDM")]
         if args.scheduler not in names:
             raise ValueError(f"--scheduler {shorten(args.scheduler)} does not suit {model}. Give {', '.join(names)}.")
-    lora = None if lora is None else find_lora_file(f"--{flags[2]} {lora}", lora)
-    return Source(model, variant, revision, lora, args.scheduler or own, flags)
+    names = [lora] if lora is None or Path(lora).exists() else lora.split("+")
+    loras = tuple(find_lora_file(f"--{flags[2]} {name}", name) for name in names if name is not None)
+    return Source(model, variant, revision, loras, args.scheduler or own, flags)
 
 
 def check_variant(named, flag, model, variant, revision, index):
@@ -310,8 +316,8 @@ def choose_precision(args, accelerator):
 
 
 def load_pipeline(args, source):
-    """A source's pipeline on the CPU, or a `ValueError` if it or its LoRA cannot be loaded whole."""
-    model, variant, revision, lora, scheduler, flags = source
+    """A source's pipeline on the CPU, or a `ValueError` if it or its LoRAs cannot be loaded whole."""
+    model, variant, revision, loras, scheduler, flags = source
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, variant=variant, revision=revision, dtype=dtype)
@@ -323,18 +329,20 @@ def load_pipeline(args, source):
         pipeline.safety_checker = None
     if args.scheduler is not None:
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
-    if lora is not None:
-        load_lora(pipeline, f"--{flags[2]} {lora}", lora)
+    for number, lora in enumerate(loras):
+        load_lora(pipeline, f"--{flags[2]} {lora}", lora, f"lora_{number}")
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))])
     return pipeline
 
 
-def load_lora(pipeline, named, file):
+def load_lora(pipeline, named, file, adapter_name):
     """Adds a LoRA to a pipeline, which by itself passes over layers that it does not have; here they are a `ValueError`."""
     try:
         with safe_open(file, "pt") as tensors:
             layers = [LORA_UP.split(name)[0] for name in tensors.keys() if LORA_UP.search(name)]
         # Without the file's name, older versions of diffusers ask the hub.
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter_name)
     except Exception as error:
         raise ValueError(f"{named} does not fit {type(pipeline).__name__}: {shorten(error)}") from error
     fitting = {
@@ -342,7 +350,8 @@ def load_lora(pipeline, named, file):
         for component, part in pipeline.components.items()
         if isinstance(part, torch.nn.Module)
         for name, module in part.named_modules()
-        if hasattr(module, "lora_B") and not any(weight.is_meta for weight in module.parameters())
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        if not any(weight.is_meta for weight in module.parameters())
     }
     if len(fitting) < max(len(layers), 1):
         stranger = shorten(next((layer for layer in layers if layer not in fitting), None))

@@ -169,6 +169,14 @@ def test_from_prompts_to_a_win_rate(collect, run_sd15, checkpoints, clip, tmp_pa
     rows = read_record(tmp_path / "round-2")
     assert [row["lora_weights"] for row in rows] == [None, str(run_sd15.output_dir)] * 2
     assert all((row["lora_digest"] is None) == (row["lora_weights"] is None) for row in rows)
+    # And the one after it, of which all LoRAs are on the record.
+    for name, code in ((str(tmp_path / "nowhere"), 2), (lora[1], 0)):
+        options = {"lora_weights": [lora[1], f"{lora[1]}+{name}"], "num_images": 2}
+        assert collect("draw", **options, output_dir=tmp_path / "round-3") == code
+    assert f"--lora_weights {tmp_path / 'nowhere'} exists neither here" in capsys.readouterr().err
+    first, both = read_record(tmp_path / "round-3")[:2]
+    assert both["lora_weights"] == options["lora_weights"][1]
+    assert both["lora_digest"] == f"{first['lora_digest']}+{first['lora_digest']}"
     reset_accelerate()
     words = ["--pretrained_model_name_or_path", checkpoints["sd15"], "--lora_weights", lora[1], "--prompts", *PROMPTS]
     words += ["--num_inference_steps", "2", "--resolution", "32", "--scorers", "clipscore"]

@@ -229,6 +229,42 @@ def test_local_loras_are_loaded_by_their_name(evaluate, checkpoints, tmp_path, m
         assert np.array_equal(picture(folder, "model", 0), picture(folders[0], "model", 0))
 
 
+def test_loras_joined_by_a_plus_are_both_loaded(evaluate, checkpoints, tmp_path):
+    model = checkpoints["sd15"]
+    files = [save_lora(model, tmp_path / name, seed) for seed, name in enumerate(("round-1", "round-2"))]
+    # As the trainers leave it; nor does it matter which part of a model a LoRA is of.
+    (tmp_path / "round-1" / "pytorch_lora_weights_kohya.safetensors").touch()
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    state = get_peft_model_state_dict(pipeline.text_encoder)
+    pipeline.save_lora_weights(tmp_path / "text", text_encoder_lora_layers=state)
+    files.append(tmp_path / "text" / pictures.LORA_NAME)
+
+    merged = DiffusionPipeline.from_pretrained(model)
+    for file in files:
+        merged.load_lora_weights(file.parent, weight_name=file.name)
+        merged.fuse_lora()
+        merged.unload_lora_weights()
+    merged.save_pretrained(tmp_path / "merged")
+    joined = "+".join(str(file.parent) for file in files)
+    folder = evaluate(lora_weights=joined, baseline_model_name_or_path=tmp_path / "merged")
+    assert np.abs(picture(folder, "model", 0) - picture(folder, "baseline", 0)).max() <= 1
+    settings = json.loads((folder / "model" / "settings.json").read_text())
+    assert settings["lora_weights"] == joined
+    assert settings["weights"]["lora_weights"] == "+".join(map(pictures.digest_of_files, files))
+
+    # All count, wherever they stand; and a name with a plus that exists is one.
+    shutil.copytree(files[0].parent, tmp_path / "a+b")
+    options = {"lora_weights": f"{tmp_path / 'a+b'}", "baseline_lora_weights": files[0].parent}
+    folder = evaluate(output_dir=tmp_path / "one", **options)
+    assert np.array_equal(picture(folder, "model", 0), picture(folder, "baseline", 0))
+    options = {"lora_weights": f"{files[0].parent}+{files[1]}", "baseline_lora_weights": f"{files[1]}+{files[0]}"}
+    folder = evaluate(output_dir=tmp_path / "two", **options)
+    assert np.abs(picture(folder, "model", 0) - picture(folder, "baseline", 0)).max() <= 1
+    for other in ("one/model", "evaluation/model"):
+        assert np.abs(picture(folder, "model", 0) - picture(tmp_path, other, 0)).max() > 1
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize("flag", ["lora_weights", "baseline_lora_weights"])
 def test_loras_that_do_not_fit_are_errors(evaluate, checkpoints, flag, tmp_path):
@@ -256,8 +292,9 @@ def test_loras_that_do_not_fit_are_errors(evaluate, checkpoints, flag, tmp_path)
         (tmp_path / name).mkdir(exist_ok=True)
         file = tmp_path / name / pictures.LORA_NAME
         safetensors.torch.save_file(tensors, file)
-        with pytest.raises(ValueError, match=f"--{flag} {file}{message}"):
-            evaluate(**{flag: tmp_path / name})
+        for first in ("", f"{tmp_path / 'lora'}+"):
+            with pytest.raises(ValueError, match=f"--{flag} {file}{message}"):
+                evaluate(**{flag: f"{first}{tmp_path / name}"})
     assert not list(tmp_path.glob("evaluation/*/*.png")), "neither side is drawn"
 
 
@@ -272,8 +309,9 @@ def test_loras_that_are_not_there_are_errors_at_once(evaluate, tmp_path, monkeyp
     with pytest.raises(ValueError, match="--baseline_lora_weights .*/two holds 2 .safetensors files"):
         evaluate(baseline_lora_weights=tmp_path / "two")
     for lora in (tmp_path / "nowhere", "someone/nothing"):
-        with pytest.raises(ValueError, match=f"--lora_weights {lora} exists neither here nor on the hub"):
-            evaluate(lora_weights=lora)
+        for first in ("", f"{tmp_path / 'two/a.safetensors'}+"):
+            with pytest.raises(ValueError, match=f"--lora_weights {lora} exists neither here nor on the hub"):
+                evaluate(lora_weights=f"{first}{lora}")
 
 
 def test_every_prompt_has_noise_of_its_own(evaluate):

@@ -234,6 +234,29 @@ def test_check_of_labels_and_captions(tmp_path, capsys):
     assert "Not fit for training: 3 bad labels, 1 bad captions." in output
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("source", ["dataset_name", "train_data_dir"])
+def test_check_of_probabilities(tmp_path, capsys, source):
+    def check(folder, values, column="sure"):
+        if source == "dataset_name":
+            write_parquet(tmp_path / folder, pair_columns(len(values), sure=values))
+        else:
+            rows = [{**row, "sure": value} for row, value in zip(good_rows(len(values)), values)]
+            write_image_folder(tmp_path / folder, rows)
+        flags = ["--preference_probability_column", column, "--num_proc", 1]
+        return run("check", f"--{source}", tmp_path / folder, *flags), capsys.readouterr()
+
+    code, output = check("good", [0.0, 0.5, 1.0])
+    assert code == 0 and table_row(output.out, "bad probabilities").startswith("0 ")
+    code, output = check("bad", [0.5, -0.1, 1.1, None])
+    assert code == 1 and "Not fit for training: 3 bad probabilities." in output.out
+    assert table_row(output.out, "bad probabilities").startswith("3  not from 0 to 1; training stops at one")
+    assert "row 1, the preference probability is -0.1, but must be from 0 to 1" in output.out
+    assert "row 3, the preference probability is None" in output.out
+    code, output = check("other", [0.5], "nothing")
+    assert code == 2 and re.search("has no (column )?'nothing'", output.err)
+
+
 def test_empty_and_long_captions_alone_do_not_stop_training(tmp_path, capsys):
     folder = write_parquet(tmp_path / "data", pair_columns(3, caption=["", "  ", "x" * 10_000]))
     assert run("check", "--dataset_name", folder, "--num_proc", 1) == 0
