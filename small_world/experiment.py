@@ -58,8 +58,10 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import encode_preferences  # noqa: E402
+import prepare_preferences  # noqa: E402
 import train_ncp_dpo_sd15 as trainer  # noqa: E402
 
 
@@ -209,16 +211,11 @@ def make_training_pairs(pipeline, explanations, folder):
     """Writes the pairs, and those of absolute winners alone."""
     training, _, _ = split_scenes()
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
-    tool = [sys.executable, str(ROOT / "tools" / "prepare_preferences.py")]
-    source = ["--dataset_name", str(folder / "pairs")]
-    kept = folder / "kept.parquet"
+    pairs, kept = {"dataset_name": folder / "pairs"}, folder / "kept.parquet"
     kept.unlink(missing_ok=True)
     shutil.rmtree(folder / "filtered", ignore_errors=True)
-    subprocess.run([*tool, "filter", *source, "--output_file", str(kept)], check=True)
-    subprocess.run(
-        [*tool, "convert", "rows", "--rows_file", str(kept), *source, "--output_dir", str(folder / "filtered")],
-        check=True,
-    )
+    run_script(prepare_preferences, {**pairs, "output_file": kept}, "filter")
+    run_script(prepare_preferences, {"rows_file": kept, **pairs, "output_dir": folder / "filtered"}, "convert", "rows")
 
 
 def encode_pairs(folder, name):
@@ -231,7 +228,7 @@ def encode_pairs(folder, name):
         **ENCODING,
         "output_dir": folder / f"encoded-{name}",
     }
-    run_script("tools/encode_preferences.py", options)
+    run_script(encode_preferences, options)
 
 
 def digest_of_world():
@@ -271,8 +268,15 @@ def script_words(options):
     return words
 
 
-def run_script(script, options):
-    subprocess.run([sys.executable, str(ROOT / script), *script_words(options)], check=True)
+def run_script(module, options, *words):
+    """Runs one of this repository's scripts in this process, which has no trace of it afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    if module.main(module.parse_args([*words, *script_words(options)])):
+        raise RuntimeError(f"{Path(module.__file__).name} has failed, see above.")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def training_options(folder, output_dir, method, learning_rate, beta, seed, steps):
@@ -311,13 +315,8 @@ def training_command(options):
 
 
 def train(options):
-    """Trains in this process, which has no trace of it afterwards. Returns what was logged."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    trainer.main(trainer.parse_args(script_words(options)))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """Trains by options of the trainer. Returns what was logged."""
+    run_script(trainer, options)
     (logs,) = (path for path in (Path(options["output_dir"]) / "logs").iterdir() if path.is_dir())
     return EventAccumulator(str(logs)).Reload()
 
@@ -438,6 +437,10 @@ def choosing_reward(result, step):
     return fmean(result["choosing"][str(step)]["total"])
 
 
+def first_beta(method):
+    return BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)
+
+
 def climb(values, score):
     """The first value, or as long as the next is better, that."""
     best = values[0]
@@ -462,11 +465,11 @@ def choose(method, load):
     def score(*setting):
         return choosing_reward(load(*setting), best_step(*setting))
 
-    beta = first_beta = BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)
+    beta = first_beta(method)
     rate = climb(LEARNING_RATES, lambda rate: score(rate, beta))
     for factor in (2, 1 / 2):
         # Downwards only if upwards did not help.
-        if beta is not None and beta == first_beta:
+        if beta is not None and beta == first_beta(method):
             beta = climb([beta, beta * factor, beta * factor**2], lambda beta: score(rate, beta))
     return rate, beta, best_step(rate, beta)
 
