@@ -79,7 +79,7 @@ class Row:
         self.learning_rate, self.beta, self.step = experiment.choose(method, lambda *setting: settings[setting])
         chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
         self.tested = {run["seed"]: run for run in chosen if "test" in run}
-        self.seconds_per_step = min(run["seconds_per_step"] for run in runs)
+        self.seconds_per_step = np.median([run["seconds_per_step"] for run in runs if "seconds_per_step" in run])
 
     def rewards(self, seed, step=None):
         """Of pictures, after a step or that which was chosen."""
@@ -305,7 +305,7 @@ def main(args):
   latent DPO's number of steps; and at the time that these take ({few} pictures, between steps by interpolation). *beats*: share of
   pictures with the higher reward, with its 95 % interval over captions and trainings.
 - ± is the standard error over trainings. Those of two or three trainings are themselves known to a factor of two.
-- *seconds per step*: the fastest tenth, on one core.
+- *seconds per step*: of one core, the fastest tenth of a run's, and of these the median.
 
 ## What NCP is made of
 
