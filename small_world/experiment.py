@@ -86,7 +86,7 @@ PAIRS_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 30_000, 40_000
 ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 RESULTS = Path(__file__).with_name("results")
 # Steps after which pictures are measured
-STEPS = (50, 100, 150)
+STEPS = (75, 150, 225)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 # The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. For losses
 # whose beta is not that of a likelihood, what is tried first.

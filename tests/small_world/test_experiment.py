@@ -16,6 +16,7 @@
 import itertools
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import experiment
 import numpy as np
@@ -86,11 +87,11 @@ def tried(table):
 
 def test_settings_are_chosen_one_after_the_other():
     # The best step counts. Learning rates are tried as long as they get better, then beta, downwards if upwards is worse.
-    table = {(3e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (3e-3, 200): (0.4, 0.1, 0.1)}
+    table = {(5e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (2e-3, 200): (0.4, 0.1, 0.1)}
     table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5}
     assert tried(table) == ((1e-3, 100, experiment.STEPS[0]), table.keys())
-    table = {(3e-4, 200): 0.3, (1e-3, 200): 0.2, (3e-4, 400): 0.4, (3e-4, 800): 0.5}
-    assert tried(table) == ((3e-4, 800, experiment.STEPS[0]), table.keys())
+    table = {(5e-4, 200): 0.3, (1e-3, 200): 0.2, (5e-4, 400): 0.4, (5e-4, 800): 0.5}
+    assert tried(table) == ((5e-4, 800, experiment.STEPS[0]), table.keys())
 
 
 def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
@@ -152,11 +153,26 @@ def test_pairs_and_runs_are_of_one_world(world, monkeypatch):
         experiment.main(experiment.parse_args(["run", "dpo-ncp", "--folder", str(world)]))
 
 
-def test_all_runs_what_it_can_and_names_what_failed(tmp_path):
-    (tmp_path / experiment.WORLD_NAME).write_text(experiment.digest_of_world())
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(experiment, "METHODS", {"dpo-ncp": {}})
-        monkeypatch.setattr(experiment, "load_references", lambda results: None)
-        # There are no pairs.
-        with pytest.raises(RuntimeError, match=r"Rows failed; .*dpo-ncp.*encoded-pairs"):
-            experiment.run_all(tmp_path, tmp_path / "results", 1)
+def test_all_runs_what_it_can_and_names_what_failed(tmp_path, monkeypatch):
+    seen = []
+
+    def run_row(folder, results, method, num_seeds):
+        seen.append((method, num_seeds))
+        if method == "dpo-ncp":
+            raise ValueError("there are no pairs")
+
+    for name, value in {
+        "METHODS": {"dpo-latent": {}, "dpo-ncp": {}, "dpo-ncp-down": {}},
+        "load_references": lambda results: None,
+        "ProcessPoolExecutor": lambda num_workers, *options: ThreadPoolExecutor(num_workers),
+        "run_row": run_row,
+    }.items():
+        monkeypatch.setattr(experiment, name, value)
+    with pytest.raises(RuntimeError, match="Rows failed; .*dpo-ncp.*there are no pairs"):
+        experiment.run_all(tmp_path, tmp_path, 1)
+    # All rows with a few seeds come before any with more.
+    assert seen == [("dpo-latent", 3), ("dpo-ncp", 3), ("dpo-ncp-down", 3)] + [
+        ("dpo-latent", 5),
+        ("dpo-ncp", 5),
+        ("dpo-ncp-down", 3),
+    ]

@@ -22,14 +22,14 @@ import report
 def run(method, seed, rewards, seconds_per_step):
     """A result with the same reward of both pictures of one caption."""
     test = {str(step): {"total": [reward, reward]} for step, reward in zip(experiment.STEPS, rewards)}
-    result = {"method": method, "seed": seed, "learning_rate": 3e-4, "beta": 200}
+    result = {"method": method, "seed": seed, "learning_rate": 5e-4, "beta": 200}
     return {**result, "seconds_per_step": seconds_per_step, "test": test}
 
 
 @pytest.fixture
 def rows(monkeypatch):
     """Two trainings of each; the second step is latent DPO's best, the third NCP's."""
-    monkeypatch.setattr(experiment, "choose", lambda method, load: (3e-4, 200, 300 if method == "dpo-ncp" else 200))
+    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, 225 if method == "dpo-ncp" else 150))
     latent = [run("dpo-latent", seed, (0.3, 0.4, 0.2), 1) for seed in (0, 1)]
     ncp = [run("dpo-ncp", seed, (0.3, 0.5, last), 2) for seed, last in ((0, 0.6), (1, 0.8))]
     return report.Row("dpo-latent", latent), report.Row("dpo-ncp", ncp)
@@ -40,10 +40,10 @@ def test_differences_at_the_best_at_equal_steps_and_at_equal_time(rows):
     base = {"total": [0.2, 0.2]}
     assert report.difference(ncp, latent) == pytest.approx([0.2, 0.4])
     assert report.mean_and_error(report.difference(ncp, latent), "+") == "+0.300 ± 0.100"
-    assert report.difference(ncp, latent, 200, 200) == pytest.approx([0.1, 0.1])
-    # While latent DPO makes 200 steps, NCP makes 100.
+    assert report.difference(ncp, latent, 150, 150) == pytest.approx([0.1, 0.1])
+    # While latent DPO makes 150 steps, NCP makes 75.
     assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([-0.1, -0.1])
-    # While NCP made 150 it would have made 300, and the other way round, between 100 and 200.
+    # Or 112.5, between 75 and 150.
     ncp.seconds_per_step = 4 / 3
     assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([0.0, 0.0])
 
