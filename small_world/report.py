@@ -64,8 +64,12 @@ DUELS = (
 )
 # What errors are measured in, and how much each timestep weighs
 PARTS_OF_NCP = {
-    "latent space": {"latent's": "dpo-latent", "balanced": "dpo-latent-balanced", "NCP's": "dpo-latent-profile"},
-    "feature space": {"balanced": "dpo-ncp-balanced", "NCP's": "dpo-ncp"},
+    "latent space": {
+        "as in latent DPO": "dpo-latent",
+        "balanced": "dpo-latent-balanced",
+        "as in NCP": "dpo-latent-profile",
+    },
+    "feature space": {"balanced": "dpo-ncp-balanced", "as in NCP": "dpo-ncp"},
 }
 
 
@@ -202,7 +206,7 @@ def table(rows, references):
 
 
 def parts_table(rows):
-    weights = ("latent's", "balanced", "NCP's")
+    weights = ("as in latent DPO", "balanced", "as in NCP")
     lines = [
         [
             space,
@@ -215,7 +219,7 @@ def parts_table(rows):
         ]
         for space, methods in PARTS_OF_NCP.items()
     ]
-    return markdown(["errors in", *(f"timesteps weigh as {weight}" for weight in weights)], lines)
+    return markdown(["errors in", *(f"timesteps {weight}" for weight in weights)], lines)
 
 
 def duels(rows):
