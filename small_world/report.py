@@ -83,7 +83,17 @@ class Row:
         self.learning_rate, self.beta, self.step = experiment.choose(method, lambda *setting: settings[setting])
         chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
         self.tested = {run["seed"]: run for run in chosen if "test" in run}
-        self.seconds_per_step = np.median([run["seconds_per_step"] for run in runs if "seconds_per_step" in run])
+        self.seconds = [run["seconds_per_step"] for run in runs if "seconds_per_step" in run]
+
+    @property
+    def seconds_per_step(self):
+        return np.median(self.seconds)
+
+    @property
+    def costs(self):
+        """What decides how long a step takes."""
+        names = ("loss_type", "loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
+        return [name in experiment.METHODS[self.method] and experiment.METHODS[self.method][name] for name in names]
 
     def rewards(self, seed, step=None):
         """Of pictures, after a step or that which was chosen."""
@@ -110,6 +120,11 @@ def load_rows(folder):
             continue  # a setting has not been tried yet
         if row.tested:
             rows[method] = row
+    for _, alike in itertools.groupby(sorted(rows.values(), key=lambda row: str(row.costs)), lambda row: row.costs):
+        alike = list(alike)
+        seconds = [value for row in alike for value in row.seconds]
+        for row in alike:
+            row.seconds = seconds
     return rows
 
 
@@ -309,7 +324,8 @@ def main(args):
   latent DPO's number of steps; and at the time that these take ({few} pictures, between steps by interpolation). *beats*: share of
   pictures with the higher reward, with its 95 % interval over captions and trainings.
 - ± is the standard error over trainings. Those of two or three trainings are themselves known to a factor of two.
-- *seconds per step*: of one core, the fastest tenth of a run's, and of these the median.
+- *seconds per step*: of one core of a machine that did other work as well, the fastest tenth of a run's, and of these the median over
+  all runs whose steps do the same.
 
 ## What NCP is made of
 

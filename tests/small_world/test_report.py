@@ -44,7 +44,7 @@ def test_differences_at_the_best_at_equal_steps_and_at_equal_time(rows):
     # While latent DPO makes 150 steps, NCP makes 75.
     assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([-0.1, -0.1])
     # Or 112.5, between 75 and 150.
-    ncp.seconds_per_step = 4 / 3
+    ncp.seconds = [4 / 3]
     assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([0.0, 0.0])
 
 
