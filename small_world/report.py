@@ -221,17 +221,12 @@ def table(rows, references):
 
 
 def parts_table(rows):
+    def cell(method):
+        return mean_and_error(difference(rows[method], rows[BASELINE]), "+") if method in rows else ""
+
     weights = ("as in latent DPO", "balanced", "as in NCP")
     lines = [
-        [
-            space,
-            *(
-                mean_and_error([rows[method].rewards(seed).mean() for seed in rows[method].tested])
-                if (method := methods.get(weight)) in rows
-                else ""
-                for weight in weights
-            ),
-        ]
+        [space, *("0" if methods.get(weight) == BASELINE else cell(methods.get(weight)) for weight in weights)]
         for space, methods in PARTS_OF_NCP.items()
     ]
     return markdown(["errors in", *(f"timesteps {weight}" for weight in weights)], lines)
@@ -329,7 +324,7 @@ def main(args):
 
 ## What NCP is made of
 
-Reward of DPO at its best:
+Reward of DPO over latent DPO's, each at its best:
 
 {parts_table(rows)}
 
