@@ -273,11 +273,10 @@ def choosing_table(rows):
 def plot(rows, base, path):
     """Rewards by steps, DPO's variants and the other losses."""
     steps = [0, *experiment.STEPS]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    groups = itertools.groupby(sorted(rows, key=lambda method: not method.startswith("dpo")), lambda m: m[:3] == "dpo")
-    shown = [list(methods) for _, methods in groups]
-    shown[1:] = [[m for m in rows if m.count("-") == 1]]
-    for axis, methods in zip(axes, shown):
+    shown = [[method for method in rows if method.startswith("dpo")], [m for m in rows if m.count("-") == 1]]
+    shown = shown if set(shown[1]) - set(shown[0]) else shown[:1]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown) + 1, 4), sharey=True, squeeze=False)
+    for axis, methods in zip(axes[0], shown):
         for method in methods:
             curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
             (line,) = axis.plot(steps, curves.mean(axis=0), "--" if "latent" in method else "-", label=method)
@@ -286,7 +285,7 @@ def plot(rows, base, path):
             axis.fill_between(steps, *band, color=line.get_color(), alpha=0.12)
         axis.set(xlabel="steps")
         axis.legend(fontsize=7)
-    axes[0].set(ylabel="true reward on held-out captions")
+    axes[0, 0].set(ylabel="true reward on held-out captions")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -334,7 +333,7 @@ Reward of DPO over latent DPO's, each at its best:
 
 ## Reward by steps
 
-The mean of {few} pictures at the chosen learning rate and β; the base's is {np.mean(references["base"]["total"]):.3f}.
+The mean of {few} pictures at the chosen learning rate and β; the base's is {np.mean(references["base"]["total"][:few]):.3f}.
 
 {steps_table(rows, references["base"])}
 
