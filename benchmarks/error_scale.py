@@ -58,7 +58,7 @@ def train(folder, name, **options):
         "output_dir": output_dir,
         **options,
     }
-    events = experiment.train(experiment.script_words("train_ncp_dpo_sd15.py", options), output_dir)
+    events = experiment.train(options)
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
 
 

@@ -80,7 +80,8 @@ def main(output_dir):
     say("4/5 A LoRA is trained on them")
     # Or else that of an earlier demo would be taken up.
     shutil.rmtree(lora, ignore_errors=True)
-    experiment.train(experiment.training_command(output_dir, lora, METHOD, LEARNING_RATE, 0, STEPS), lora)
+    settings = METHOD, LEARNING_RATE, experiment.BETA_DPO, experiment.SEED
+    experiment.train(experiment.training_options(output_dir, lora, *settings, STEPS))
 
     say("5/5 The other captions again, from the same noise")
     for step in STEPS:

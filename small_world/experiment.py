@@ -14,86 +14,114 @@
 
 """What preference training makes of a small world in which the truth is known.
 
-    python small_world/experiment.py pairs    # what the base draws, labelled by a hidden preference, and encoded
-    python small_world/experiment.py run dpo-ncp --learning_rate 1e-3 --seed 0 1 2     # a row of the table: some minutes
-    python small_world/experiment.py all      # all runs, two at a time, and the report; what is there is not run again
+    python small_world/experiment.py pairs          # what the base draws, labelled by a hidden preference, and encoded
+    python small_world/experiment.py run dpo-ncp    # a row of the table: its learning rate, its beta, its trainings
+    python small_world/experiment.py all            # all rows, two at a time, and the report
 
 What pictures show and how good they are is in `scenes.py`; `base.py` trains the model that draws them. Pairs are labelled
 as people do it, the better picture winning only more often (Bradley-Terry), encoded once by `tools/encode_preferences.py`
-and trained on through the command line of `train_ncp_dpo_sd15.py`. How good pictures of other captions then are is known
-exactly.
+and trained on by `train_ncp_dpo_sd15.py`, in this process. How good pictures of other captions then are is known exactly.
+
+A row's learning rate and beta are chosen one after the other with the first seed: from the first of either on, as long as
+the next one draws a set of captions of its own better at its best checkpoint. Every run's numbers are a file in
+`results/runs`; what is there is not run again.
 """
 
 import argparse
+import copy
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, quantiles
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from base import ASSETS, encode
 from datasets import Dataset
-from PIL import Image
-from scenes import RESOLUTION, SCENES, Explanations, reward
+from scenes import RESOLUTION, SCENES, Explanations, render, reward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from ncp_loss import (  # noqa: E402
-    NoiseConditionedPerception,
-    adapters_disabled,
-    latent_error,
-    preference_loss,
-)
+import encode_preferences  # noqa: E402
+import prepare_preferences  # noqa: E402
+import train_ncp_dpo_sd15 as trainer  # noqa: E402
 
 
 SEED = 0
-# Prompts to train on; the others are halved into those that choose the learning rate and those that the results are from.
+# Prompts to train on; the others are halved into those that choose settings and those that the results are from.
 NUM_TRAINING_SCENES = 160
 PICTURES_PER_SCENE = 6
 TEMPERATURE = 0.05  # of the choice: a difference in reward of 0.05 decides 73 % of the time
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 20
-TEST_PICTURES_PER_SCENE = 2
+# What is measured is drawn by a solver that needs fewer steps.
+MEASURED_INFERENCE_STEPS = 8
+# Of every caption: at all steps, and at the one that was chosen
+PICTURES_PER_CAPTION, TEST_PICTURES_PER_CAPTION = 2, 8
 WORLD_NAME = "world.sha256"
 # The first seed of the noise that pictures are drawn from
-PAIRS_NOISE, HELDOUT_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 20_000, 30_000, 40_000
+PAIRS_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 30_000, 40_000
 # Training in bf16 reads the same tensors.
 ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
-# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576.
-BETA_DPO = 200
-STEPS = (100, 200, 300)
-# In feature space the same steps take longer. Latent runs go on, to be compared at equal time.
-LATENT_STEPS = (*STEPS, 450)
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).with_name("results")
+# Steps after which pictures are measured
+STEPS = (75, 150, 225)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. For losses
+# whose beta is not that of a likelihood, what is tried first.
+BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
+LATENT, BALANCED, LATE = {"loss_space": "latent"}, {"timestep_weighting": "balanced"}, {"min_timestep": 400}
+FILTERED, BF16 = {"encoded_data_dir": "encoded-filtered"}, {"mixed_precision": "bf16"}
+# What each row of the table adds to the command, the most important first
 METHODS = {
-    "sft-latent": {"loss_type": "sft", "loss_space": "latent"},
-    "sft-ncp": {"loss_type": "sft"},
-    "dpo-latent": {"loss_type": "dpo", "loss_space": "latent"},
-    "dpo-ncp": {"loss_type": "dpo"},
-    "cpo-latent": {"loss_type": "cpo", "loss_space": "latent"},
+    "dpo-latent": LATENT,
+    "dpo-ncp": {},
+    "dpo-latent-balanced": {**LATENT, **BALANCED},
+    "dpo-ncp-balanced": BALANCED,
+    "dpo-latent-profile": {**LATENT, "timestep_weighting": "ncp"},
+    "dpo-ncp-down": {"ncp_layer": "down"},
+    "cpo-latent": {"loss_type": "cpo", **LATENT},
     "cpo-ncp": {"loss_type": "cpo"},
-    "dpo-ncp-bf16-literal": {"loss_type": "dpo", "mixed_precision": "bf16", "ncp_probe_rms": 0},
-    "dpo-ncp-bf16-probe": {"loss_type": "dpo", "mixed_precision": "bf16"},
-    "dpo-ncp-scale-1": {"loss_type": "dpo", "ncp_error_scale": 1},
-    "dpo-latent-filtered": {"loss_type": "dpo", "loss_space": "latent", "encoded_data_dir": "encoded-filtered"},
-    "dpo-ncp-filtered": {"loss_type": "dpo", "encoded_data_dir": "encoded-filtered"},
+    "sft-latent": {"loss_type": "sft", **LATENT},
+    "sft-ncp": {"loss_type": "sft"},
+    "dpo-latent-late": {**LATENT, **LATE},
+    "dpo-ncp-late": LATE,
+    "dpo-ncp-scale-1": {"ncp_error_scale": 1},
+    "dpo-latent-filtered": {**LATENT, **FILTERED},
+    "dpo-ncp-filtered": FILTERED,
+    "dpo-latent-safeguard": {**LATENT, "sdpo_safeguard": None},
+    "dpo-ncp-safeguard": {"sdpo_safeguard": None},
+    **{
+        f"{loss}-{space}": {"loss_type": loss, "loss_space": space}
+        for loss in ("simpo", "mapo", "dmpo", "linear")
+        for space in ("latent", "ncp")
+    },
+    "dpo-ncp-bf16-literal": {**BF16, "ncp_probe_rms": 0},
+    "dpo-ncp-bf16-probe": BF16,
+}
+NUM_SEEDS = {
+    method: 5 if index < 4 or method.startswith(("cpo", "sft")) else 3 for index, method in enumerate(METHODS)
 }
 
 
@@ -101,7 +129,7 @@ METHODS = {
 
 
 def split_scenes():
-    """Scenes to train on, to choose learning rates with, and to measure with."""
+    """Scenes to train on, to choose settings with, and to measure with."""
     scenes = random.Random(SEED).sample(SCENES, len(SCENES))
     middle = (NUM_TRAINING_SCENES + len(scenes)) // 2
     return scenes[:NUM_TRAINING_SCENES], scenes[NUM_TRAINING_SCENES:middle], scenes[middle:]
@@ -113,7 +141,7 @@ def load_pipeline(folder):
     return pipeline
 
 
-def draw(pipeline, scenes, first_seed):
+def draw(pipeline, scenes, first_seed, num_inference_steps=NUM_INFERENCE_STEPS):
     """Pictures `(N, 3, H, W)` in [0, 1], each from its own noise: `first_seed`, `first_seed + 1` and so on."""
     pictures = []
     for start in tqdm(range(0, len(scenes), 40), desc="Drawing", leave=False):
@@ -124,7 +152,7 @@ def draw(pipeline, scenes, first_seed):
                 [scene.caption for scene in batch],
                 height=RESOLUTION,
                 width=RESOLUTION,
-                num_inference_steps=NUM_INFERENCE_STEPS,
+                num_inference_steps=num_inference_steps,
                 guidance_scale=GUIDANCE_SCALE,
                 generator=generators,
                 output_type="pt",
@@ -186,16 +214,11 @@ def make_training_pairs(pipeline, explanations, folder):
     """Writes the pairs, and those of absolute winners alone."""
     training, _, _ = split_scenes()
     write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
-    tool = [sys.executable, str(ROOT / "tools" / "prepare_preferences.py")]
-    source = ["--dataset_name", str(folder / "pairs")]
-    kept = folder / "kept.parquet"
+    pairs, kept = {"dataset_name": folder / "pairs"}, folder / "kept.parquet"
     kept.unlink(missing_ok=True)
     shutil.rmtree(folder / "filtered", ignore_errors=True)
-    subprocess.run([*tool, "filter", *source, "--output_file", str(kept)], check=True)
-    subprocess.run(
-        [*tool, "convert", "rows", "--rows_file", str(kept), *source, "--output_dir", str(folder / "filtered")],
-        check=True,
-    )
+    run_script(prepare_preferences, {**pairs, "output_file": kept}, "filter")
+    run_script(prepare_preferences, {"rows_file": kept, **pairs, "output_dir": folder / "filtered"}, "convert", "rows")
 
 
 def encode_pairs(folder, name):
@@ -208,20 +231,13 @@ def encode_pairs(folder, name):
         **ENCODING,
         "output_dir": folder / f"encoded-{name}",
     }
-    run_script(script_words("tools/encode_preferences.py", options))
+    run_script(encode_preferences, options)
 
 
 def digest_of_world():
     """Of what pairs and results depend on: the base model, how it draws, how its pictures are judged, and how encoded."""
     files = [*sorted(ASSETS.rglob("*.safetensors")), Path(__file__).with_name("scenes.py")]
-    drawing = (
-        SEED,
-        NUM_TRAINING_SCENES,
-        PICTURES_PER_SCENE,
-        TEST_PICTURES_PER_SCENE,
-        GUIDANCE_SCALE,
-        NUM_INFERENCE_STEPS,
-    )
+    drawing = (SEED, NUM_TRAINING_SCENES, PICTURES_PER_SCENE, GUIDANCE_SCALE, NUM_INFERENCE_STEPS)
     contents = [file.read_bytes() for file in files] + [repr((*drawing, TEMPERATURE, ENCODING)).encode()]
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
@@ -235,41 +251,39 @@ def check_world(folder):
 
 
 def make_pairs(folder):
-    """Writes the pairs to train on, encoded as well, and others of captions that are not trained on."""
+    """Writes the pairs to train on, encoded as well."""
     if (folder / "runs").exists():
         raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
-    pipeline, explanations = load_pipeline(ASSETS), Explanations()
-    _, _, test = split_scenes()
-    make_training_pairs(pipeline, explanations, folder)
+    make_training_pairs(load_pipeline(ASSETS), Explanations(), folder)
     encode_pairs(folder, "pairs")
     encode_pairs(folder, "filtered")
-    write_pairs(pipeline, explanations, test, HELDOUT_NOISE, folder / "heldout")
     (folder / WORLD_NAME).write_text(digest_of_world())
 
 
-# The experiment
+# Training
 
 
-def script_words(script, options):
-    """
-    One of this repository's scripts with options, as words after `python` in the repository's root. Paths are made relative to
-    it; options that are `None` are flags.
-    """
-    words = [script]
+def script_words(options):
+    """Options of one of this repository's scripts as words of its command line; those that are `None` are flags."""
+    words = []
     for name, value in options.items():
-        value = os.path.relpath(value, ROOT) if isinstance(value, Path) else value
         words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
     return words
 
 
-def run_script(words):
-    """Runs `script_words` on one core."""
-    print(shlex.join(["python", *words]), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run_script(module, options, *words):
+    """Runs one of this repository's scripts in this process, which has no trace of it afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    if module.main(module.parse_args([*words, *script_words(options)])):
+        raise RuntimeError(f"{Path(module.__file__).name} has failed, see above.")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def training_command(folder, output_dir, method, learning_rate, seed, steps):
-    """What a user would run in the repository's root, as words after `python`, with checkpoints at all `steps`."""
+def training_options(folder, output_dir, method, learning_rate, beta, seed, steps):
+    """Options of the trainer, with checkpoints at all `steps`."""
     options = {
         "pretrained_model_name_or_path": ASSETS,
         "encoded_data_dir": "encoded-pairs",
@@ -277,7 +291,8 @@ def training_command(folder, output_dir, method, learning_rate, seed, steps):
         "no_hflip": None,
         "rank": 16,
         "train_batch_size": 8,
-        "beta_dpo": BETA_DPO,
+        "loss_type": "dpo",
+        "beta_dpo": beta,
         "learning_rate": learning_rate,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
@@ -289,14 +304,36 @@ def training_command(folder, output_dir, method, learning_rate, seed, steps):
         **METHODS[method],
     }
     options["encoded_data_dir"] = folder / options["encoded_data_dir"]
-    return script_words("train_ncp_dpo_sd15.py", options)
+    if beta is None:
+        del options["beta_dpo"]
+    return options
 
 
-def train(words, output_dir):
-    """Trains by a `training_command`. Returns what was logged."""
-    run_script(words)
-    (logs,) = (path for path in (output_dir / "logs").iterdir() if path.is_dir())
+def training_command(options):
+    """What a user would run in the repository's root."""
+    relative = {
+        name: os.path.relpath(value, ROOT) if isinstance(value, Path) else value for name, value in options.items()
+    }
+    return shlex.join(["python", Path(trainer.__file__).name, *script_words(relative)])
+
+
+def train(options):
+    """Trains by options of the trainer. Returns what was logged."""
+    run_script(trainer, options)
+    (logs,) = (path for path in (Path(options["output_dir"]) / "logs").iterdir() if path.is_dir())
     return EventAccumulator(str(logs)).Reload()
+
+
+# Measuring
+
+
+@functools.cache
+def load_measuring():
+    """The base in a pipeline that draws what is measured, and what judges it."""
+    pipeline = load_pipeline(ASSETS)
+    options = {"timestep_spacing": "trailing"}
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **options)
+    return pipeline, Explanations()
 
 
 def test_noise(seed):
@@ -304,156 +341,175 @@ def test_noise(seed):
     return TEST_NOISE + 1_000 * seed
 
 
-def measure(pipeline, scenes, first_seed, explanations):
-    """Rewards of pictures, by name, as lists."""
-    scenes = [scene for scene in scenes for _ in range(TEST_PICTURES_PER_SCENE)]
-    rewards = reward(draw(pipeline, scenes, first_seed), scenes, explanations)
-    return {name: value.tolist() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
+def summarize(rewards):
+    """Means by part, and of all pictures the total, rounded."""
+    parts = {name: round(values.mean().item(), 4) for name, values in rewards._asdict().items()}
+    return {**parts, "total": [round(value, 4) for value in rewards.total.tolist()]}
 
 
-def measure_base(seed):
-    """What `measure` gives of the base, to compare the runs of a seed with."""
-    _, _, test = split_scenes()
-    return measure(load_pipeline(ASSETS), test, test_noise(seed), Explanations())
+def measure(name, seed, lora=None, repeats=None):
+    """
+    What `summarize` gives of pictures of the captions that choose (`"choosing"`) or that results are from (`"test"`): all
+    captions once, all once more, and so on, so that the first pictures are the same whatever `repeats` is.
+    """
+    pipeline, explanations = load_measuring()
+    _, choosing, test = split_scenes()
+    scenes, noise = {"choosing": (choosing, CHOOSING_NOISE), "test": (test, test_noise(seed))}[name]
+    scenes = scenes * (repeats or PICTURES_PER_CAPTION)
+    base, pipeline.unet = pipeline.unet, copy.deepcopy(pipeline.unet)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+        pipeline.fuse_lora()
+    pictures = draw(pipeline, scenes, noise, MEASURED_INFERENCE_STEPS)
+    pipeline.unet = base
+    return summarize(reward(pictures, scenes, explanations))
 
 
 @torch.no_grad()
-def implicit_accuracy(pipeline, rows):
+def measure_best():
+    """Of pictures that nothing is wrong with, outlined, as the base's VAE passes them on: no policy draws better ones."""
+    pipeline, explanations = load_measuring()
+    scenes = split_scenes()[2] * 4
+    pictures = render(scenes, torch.Generator().manual_seed(SEED), well_drawn=1.0)
+    outlined = reward(pictures, scenes, explanations).style > 0.5
+    scenes, pictures = [scene for scene, has in zip(scenes, outlined) if has], pictures[outlined]
+    decoded = pipeline.vae.decode(encode(pipeline.vae, 2 * pictures - 1)).sample
+    return summarize(reward((decoded / 2 + 0.5).clamp(0, 1), scenes, explanations))
+
+
+def save(result, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = file.with_suffix(f".{os.getpid()}")
+    incomplete.write_text(json.dumps(result) + "\n")
+    incomplete.replace(file)
+    return result
+
+
+def load_references(results):
+    """What `summarize` gives of the best pictures and, with the first seed's noise, of the base's."""
+    measured = {
+        "best": measure_best,
+        "base": lambda: measure("test", SEED, repeats=TEST_PICTURES_PER_CAPTION),
+        "base-choosing": lambda: measure("choosing", SEED),
+    }
+    files = {name: results / f"{name}.json" for name in measured}
+    return {
+        name: json.loads(file.read_text()) if file.is_file() else save(measured[name](), file)
+        for name, file in files.items()
+    }
+
+
+# The experiment
+
+
+def run_name(method, learning_rate, beta, seed):
+    return f"{method}-{learning_rate:g}-{seed}" if beta is None else f"{method}-{learning_rate:g}-{beta:g}-{seed}"
+
+
+def run(folder, results, method, learning_rate, beta, seed, best_step=None):
     """
-    The share of pairs of which the policy improves the winner's error more than the loser's, in latent space and in feature
-    space. Timesteps, spread over all there are, and noise are the same in every call.
+    One run: what it gives after all `STEPS` on the captions that choose, for the first seed, and on those of the results, with
+    more pictures after the `best_step`, if that is given. What its file holds is not measured again.
     """
-    unet, noise_scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
-    generator = torch.Generator().manual_seed(SEED)
-    swapped = [("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0") for row in rows]
-    images = [row[names[side]] for side in (0, 1) for row, names in zip(rows, swapped)]
-    pixel_values = pipeline.image_processor.preprocess([Image.open(io.BytesIO(image)) for image in images])
-    latents = encode(pipeline.vae, pixel_values) * pipeline.vae.config.scaling_factor
-    noise = torch.randn(latents[: len(rows)].shape, generator=generator)
-    timesteps = torch.linspace(0, 999, len(rows)).long()[torch.randperm(len(rows), generator=generator)]
-    encoder_hidden_states, _ = pipeline.encode_prompt([row["caption"] for row in rows], "cpu", 1, False)
-
-    accuracies = {"latent": [], "ncp": []}
-    perception = NoiseConditionedPerception(unet, noise_scheduler)
-    for index in torch.arange(len(rows)).split(40):
-        pair = torch.cat([index, index + len(rows)])
-        target, t, condition = (torch.cat([values[index]] * 2) for values in (noise, timesteps, encoder_hidden_states))
-        noisy_latents = noise_scheduler.add_noise(latents[pair], target, t)
-        with adapters_disabled(unet):
-            ref_pred = unet(noisy_latents, t, condition).sample
-        model_pred = unet(noisy_latents, t, condition).sample
-        anchor = perception.anchor(noisy_latents, t, target, condition, ref_pred=ref_pred)
-        for space, errors, ref_errors in [
-            ("latent", latent_error(model_pred, target), latent_error(ref_pred, target)),
-            ("ncp", perception.error(model_pred, anchor), anchor.ref_errors),
-        ]:
-            accuracies[space] += [preference_loss(errors, ref_errors).implicit_accuracy.item()] * len(index)
-    return {space: fmean(values) for space, values in accuracies.items()}
-
-
-def run_folder(folder, method, learning_rate, seed):
-    return folder / "runs" / f"{method}-{learning_rate:g}-{seed}"
-
-
-def result_file(folder, method, learning_rate, seed):
-    return run_folder(folder, method, learning_rate, seed) / "result.json"
+    name = run_name(method, learning_rate, beta, seed)
+    file, output_dir = results / f"{name}.json", folder / "runs" / name
+    options = training_options(folder, output_dir, method, learning_rate, beta, seed, STEPS)
+    command = training_command(options)
+    settings = {"method": method, "learning_rate": learning_rate, "beta": beta, "seed": seed, "command": command}
+    result = json.loads(file.read_text()) if file.is_file() else settings
+    if result["command"] != command:
+        raise ValueError(f"{file} is of another command: {result['command']}. Remove it, or give other folders.")
+    repeats = {}
+    if seed == SEED:
+        repeats["choosing"] = dict.fromkeys(STEPS, PICTURES_PER_CAPTION)
+    if best_step is not None:
+        repeats["test"] = {**dict.fromkeys(STEPS, PICTURES_PER_CAPTION), best_step: TEST_PICTURES_PER_CAPTION}
+    missing = repeats.keys() - result.keys()
+    if missing:
+        times = []
+        hook = register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+        train(options)
+        hook.remove()
+        if len(times) > 2:
+            # The fastest tenth: whatever else the machine did, and checkpoints, are in others.
+            seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
+            result["seconds_per_step"] = round(quantiles(seconds, n=10)[0], 4)
+        for name in sorted(missing):
+            result[name] = {
+                str(step): measure(name, seed, output_dir / f"checkpoint-{step}", number)
+                for step, number in repeats[name].items()
+            }
+        save(result, file)
+    return result
 
 
-def steps_of(method):
-    """Steps after which pictures are measured."""
-    return LATENT_STEPS if METHODS[method].get("loss_space") == "latent" else STEPS
+def choosing_reward(result, step):
+    return fmean(result["choosing"][str(step)]["total"])
 
 
-def run(folder, method, learning_rate, seed):
-    """One run; its result is kept in a file and not computed again."""
-    file, steps = result_file(folder, method, learning_rate, seed), steps_of(method)
-    words = training_command(folder, file.parent, method, learning_rate, seed, steps)
-    command = shlex.join(["python", *words])
-    if file.is_file():
-        result = json.loads(file.read_text())
-        if result["command"] != command:
-            raise ValueError(
-                f"{file} is of another command: {result['command']}. Remove it, or give another --folder."
-            )
-        return result
-    result = {"method": method, "learning_rate": learning_rate, "seed": seed, "command": command}
-    times = [event.wall_time for event in train(words, file.parent).Scalars("loss")]
-    # Whatever else the machine did, and checkpoints, are not in the median.
-    seconds_per_step = median(later - earlier for earlier, later in itertools.pairwise(times))
-    result["seconds"] = {step: step * seconds_per_step for step in steps}
-    result["test"] = {}
-    pipeline, explanations = load_pipeline(ASSETS), Explanations()
-    _, choosing, test = split_scenes()
-    for step in steps:
-        pipeline.load_lora_weights(file.parent / f"checkpoint-{step}")
-        result["test"][step] = measure(pipeline, test, test_noise(seed), explanations)
-        if step == STEPS[-1]:  # of latent runs as of all others
-            result["choosing"] = measure(pipeline, choosing, CHOOSING_NOISE, explanations)
-            heldout = Dataset.from_parquet(str(folder / "heldout" / "train.parquet"))
-            result["implicit_accuracy"] = implicit_accuracy(pipeline, list(heldout))
-        pipeline.unload_lora_weights()
-    incomplete = file.with_suffix(".incomplete")
-    incomplete.write_text(json.dumps(result))
-    incomplete.rename(file)
-    return json.loads(file.read_text())
+def first_beta(method):
+    return BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)
 
 
-def print_result(result):
-    """Rewards of a run from the base on."""
-    by_step = {0: measure_base(result["seed"]), **result["test"]}
-    for step, rewards in by_step.items():
-        wins = fmean(ours > base for ours, base in zip(rewards["total"], by_step[0]["total"]))
-        means = ", ".join(f"{name} {fmean(values):.3f}" for name, values in rewards.items())
-        print(
-            f"seed {result['seed']}, step {step}, {result['seconds'].get(step, 0):.0f} s: {means}, beats base {wins:.0%}"
-        )
-    print(
-        "implicit accuracy:", ", ".join(f"{space} {value:.2f}" for space, value in result["implicit_accuracy"].items())
-    )
+def climb(values, score):
+    """The first value, or as long as the next is better, that."""
+    best = values[0]
+    for value in values[1:]:
+        if score(value) <= score(best):
+            break
+        best = value
+    return best
 
 
-def best_learning_rate(results):
-    """Of one method's runs with the first seed, the learning rate that its choosing captions come out best with."""
-    runs = [result for result in results if result["seed"] == SEEDS[0]]
-    return max(runs, key=lambda result: fmean(result["choosing"]["total"]))["learning_rate"]
+def choose(method, load):
+    """
+    Learning rate, beta and step of a method: the best step of every run, of these the learning rate, then beta.
+
+    Args:
+        load (`callable`): gives the result of a learning rate and a beta with the first seed.
+    """
+
+    def best_step(*setting):
+        return max(STEPS, key=functools.partial(choosing_reward, load(*setting)))
+
+    def score(*setting):
+        return choosing_reward(load(*setting), best_step(*setting))
+
+    beta = first_beta(method)
+    rate = climb(LEARNING_RATES, lambda rate: score(rate, beta))
+    for factor in (2, 1 / 2):
+        # Downwards only if upwards did not help.
+        if beta is not None and beta == first_beta(method):
+            beta = climb([beta, beta * factor, beta * factor**2], lambda beta: score(rate, beta))
+    return rate, beta, best_step(rate, beta)
 
 
-def best_learning_rates(results):
-    """Of every method that has results, in the order of `METHODS`."""
-    by_method = {method: [result for result in results if result["method"] == method] for method in METHODS}
-    return {method: best_learning_rate(runs) for method, runs in by_method.items() if runs}
+def run_row(folder, results, method, num_seeds):
+    """Chooses a method's settings, and trains and tests with as many seeds."""
+    rate, beta, step = choose(method, lambda *setting: run(folder, results, method, *setting, SEED))
+    for seed in range(num_seeds):
+        run(folder, results, method, rate, beta, seed, step)
 
 
-def run_all(folder):
-    """Every method with every learning rate, and with the best one the other seeds. Two runs at a time, a core each."""
-
-    def run_apart(arguments):
-        method, learning_rate, seed = arguments
-        log = folder / "logs" / f"{run_folder(folder, *arguments).name}.log"
-        if not result_file(folder, *arguments).is_file():
-            command = [sys.executable, __file__, "run", method, "--learning_rate", str(learning_rate)]
-            command += ["--seed", str(seed), "--folder", str(folder)]
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "a") as output:
-                subprocess.run(
-                    command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-        progress_bar.update()
-        return run(folder, *arguments) if result_file(folder, *arguments).is_file() else log
-
-    def run_two_at_a_time(all_arguments):
-        with ThreadPoolExecutor(2) as executor:
-            results = list(executor.map(run_apart, all_arguments))
-        failed = [str(result) for result in results if isinstance(result, Path)]
-        if failed:
-            raise RuntimeError(f"Runs failed, see {', '.join(failed)}. `all` takes up those that are missing.")
-        return results
-
-    num_runs = len(METHODS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
-    with tqdm(total=num_runs, desc="Runs") as progress_bar:
-        results = run_two_at_a_time(itertools.product(METHODS, LEARNING_RATES, SEEDS[:1]))
-        best = best_learning_rates(results).items()
-        run_two_at_a_time((method, rate, seed) for method, rate in best for seed in SEEDS[1:])
+def run_all(folder, results, num_workers):
+    """All rows, each in one of some processes of one core: with three seeds, and then with all they are to have."""
+    load_references(results)
+    context, failed = multiprocessing.get_context("spawn"), {}
+    with (
+        ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as executor,
+        tqdm(total=2 * len(METHODS), desc="Rows") as progress_bar,
+    ):
+        for at_most in (3, 5):
+            rows = {
+                method: executor.submit(run_row, folder, results, method, min(at_most, NUM_SEEDS[method]))
+                for method in METHODS
+            }
+            for method, row in rows.items():
+                if row.exception() is not None:
+                    failed[method] = row.exception()
+                progress_bar.update()
+    if failed:
+        raise RuntimeError(f"Rows failed; `all` takes up what is missing: {failed}")
 
 
 def parse_args(input_args=None):
@@ -461,12 +517,13 @@ def parse_args(input_args=None):
     commands = parser.add_subparsers(dest="command", required=True)
     pairs = commands.add_parser("pairs", help="draw with the base, label and encode")
     everything = commands.add_parser("all", help="the whole experiment")
-    one = commands.add_parser("run", help="train and measure one method")
-    one.add_argument("method", choices=list(METHODS))
-    one.add_argument("--learning_rate", type=float, default=1e-3)
-    one.add_argument("--seed", type=int, nargs="+", default=[0])
-    for command in (pairs, everything, one):
-        command.add_argument("--folder", type=Path, default=Path("small-world"), help="where pairs and runs are kept")
+    everything.add_argument("--num_workers", type=int, default=2, help="rows at a time, a core each")
+    some = commands.add_parser("run", help="train and measure some methods")
+    some.add_argument("methods", metavar="METHOD", choices=list(METHODS), nargs="+", help=", ".join(METHODS))
+    for command in (pairs, everything, some):
+        command.add_argument("--folder", type=Path, default=Path("small-world"), help="where pairs and LoRAs are kept")
+    for command in (everything, some):
+        command.add_argument("--output_dir", type=Path, default=RESULTS, help="where results are written")
     return parser.parse_args(input_args)
 
 
@@ -475,12 +532,14 @@ def main(args):
         make_pairs(args.folder)
     check_world(args.folder)
     if args.command == "all":
-        run_all(args.folder)
-        report = [str(Path(__file__).with_name("report.py")), "--folder", str(args.folder)]
-        subprocess.run([sys.executable, *report], check=True)
+        run_all(args.folder, args.output_dir / "runs", args.num_workers)
     elif args.command == "run":
-        for seed in args.seed:
-            print_result(run(args.folder, args.method, args.learning_rate, seed))
+        torch.set_num_threads(1)
+        for method in args.methods:
+            run_row(args.folder, args.output_dir / "runs", method, NUM_SEEDS[method])
+    if args.command != "pairs":
+        report = [str(Path(__file__).with_name("report.py")), "--output_dir", str(args.output_dir)]
+        subprocess.run([sys.executable, *report], check=True)
 
 
 if __name__ == "__main__":

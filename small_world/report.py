@@ -12,16 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What came out of `experiment.py all`, which calls this: a table, plots and pictures.
 
-`python small_world/report.py` reads `small-world/runs` and writes `small_world/results`.
+"""Tables and a plot of what `experiment.py` has measured: `python small_world/report.py` reads `small_world/results/runs` and
+writes beside it. Rows that are not complete yet are left out.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
-import platform
 import sys
 from pathlib import Path
 
@@ -29,10 +27,6 @@ import experiment
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from base import encode
-from PIL import Image
-from scenes import Explanations, render, reward
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -43,66 +37,125 @@ from eval_win_rate import compare  # noqa: E402
 matplotlib.use("Agg")
 
 
-LATENT_TWINS = {
-    "sft-ncp": "sft-latent",
-    "dpo-ncp": "dpo-latent",
-    "cpo-ncp": "cpo-latent",
-    "dpo-ncp-bf16-literal": "dpo-latent",
-    "dpo-ncp-bf16-probe": "dpo-latent",
-    "dpo-ncp-scale-1": "dpo-latent",
-    "dpo-ncp-filtered": "dpo-latent-filtered",
-}
-# What a variant is for, in pictures won
+BASELINE = "dpo-latent"
+# Methods that differ in one thing
 DUELS = (
+    ("dpo-latent-balanced", "dpo-latent"),
+    ("dpo-latent-profile", "dpo-latent"),
+    ("dpo-ncp", "dpo-latent"),
+    ("dpo-ncp", "dpo-latent-profile"),
+    ("dpo-ncp-balanced", "dpo-ncp"),
+    ("dpo-ncp-balanced", "dpo-latent-balanced"),
+    ("dpo-ncp-down", "dpo-ncp"),
+    ("dpo-ncp-scale-1", "dpo-ncp"),
+    ("cpo-ncp", "cpo-latent"),
+    ("sft-ncp", "sft-latent"),
+    ("dpo-latent-late", "dpo-latent"),
+    ("dpo-ncp-late", "dpo-ncp"),
+    ("dpo-ncp-late", "dpo-latent-late"),
+    ("dpo-latent-filtered", "dpo-latent"),
+    ("dpo-ncp-filtered", "dpo-ncp"),
+    ("dpo-ncp-filtered", "dpo-latent-filtered"),
+    ("dpo-latent-safeguard", "dpo-latent"),
+    ("dpo-ncp-safeguard", "dpo-ncp"),
     ("dpo-ncp-bf16-probe", "dpo-ncp-bf16-literal"),
     ("dpo-ncp-bf16-probe", "dpo-ncp"),
-    ("dpo-ncp", "dpo-ncp-scale-1"),
-    ("dpo-ncp-filtered", "dpo-ncp"),
-    ("dpo-latent-filtered", "dpo-latent"),
+    *((f"{loss}-ncp", f"{loss}-latent") for loss in ("simpo", "mapo", "dmpo", "linear")),
 )
-PARTS = ("total", "quality", "match", "style")
-PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
-NUM_SHOWN = 8
+# What errors are measured in, and how much each timestep weighs
+PARTS_OF_NCP = {
+    "latent space": {
+        "as in latent DPO": "dpo-latent",
+        "balanced": "dpo-latent-balanced",
+        "as in NCP": "dpo-latent-profile",
+    },
+    "feature space": {"balanced": "dpo-ncp-balanced", "as in NCP": "dpo-ncp"},
+}
 
 
-def load_results(folder):
-    """
-    The runs of each method at the learning rate that its choosing captions preferred, in the order of seeds, and those that
-    it was chosen by. A `FileNotFoundError` if one is missing.
-    """
+class Row:
+    """A method's runs: `tried` with the first seed, and those `tested` at the settings that were chosen, by seed."""
 
-    def load(*arguments):
-        return json.loads(experiment.result_file(folder, *arguments).read_text())
+    def __init__(self, method, runs):
+        self.method = method
+        self.tried = [run for run in runs if "choosing" in run]
+        settings = {(run["learning_rate"], run["beta"]): run for run in self.tried}
+        self.learning_rate, self.beta, self.step = experiment.choose(method, lambda *setting: settings[setting])
+        chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
+        self.tested = {run["seed"]: run for run in chosen if "test" in run}
+        self.seconds = [run["seconds_per_step"] for run in runs if "seconds_per_step" in run]
 
-    methods, rates, seeds = experiment.METHODS, experiment.LEARNING_RATES, experiment.SEEDS
-    tried = [load(method, rate, seeds[0]) for method, rate in itertools.product(methods, rates)]
-    best = experiment.best_learning_rates(tried).items()
-    return {method: [load(method, rate, seed) for seed in seeds] for method, rate in best}, tried
+    @property
+    def seconds_per_step(self):
+        return np.median(self.seconds)
+
+    @property
+    def costs(self):
+        """What decides how long a step takes."""
+        names = ("loss_type", "loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
+        return [name in experiment.METHODS[self.method] and experiment.METHODS[self.method][name] for name in names]
+
+    def rewards(self, seed, step=None):
+        """Of pictures, after a step or that which was chosen."""
+        return np.array(self.tested[seed]["test"][str(step or self.step)]["total"])
+
+    def curve(self, seed, base):
+        """Mean rewards from the base on, always of the same pictures."""
+        number = min(len(self.rewards(seed, step)) for step in experiment.STEPS)
+        rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in experiment.STEPS)]
+        return np.array([values[:number].mean() for values in rewards])
+
+    def part(self, name):
+        return np.mean([run["test"][str(self.step)][name] for run in self.tested.values()])
 
 
-@torch.no_grad()
-def measure_best():
-    """Rewards of pictures that nothing is wrong with, outlined, as the base's VAE passes them on: no policy draws better ones."""
-    scenes = experiment.split_scenes()[2] * 4
-    pictures = render(scenes, torch.Generator().manual_seed(experiment.SEED), well_drawn=1.0)
-    explanations = Explanations()
-    outlined = reward(pictures, scenes, explanations).style > 0.5
-    scenes, pictures = [scene for scene, has in zip(scenes, outlined) if has], pictures[outlined]
-    vae = experiment.load_pipeline(experiment.ASSETS).vae
-    decoded = vae.decode(encode(vae, 2 * pictures - 1)).sample
-    rewards = reward((decoded / 2 + 0.5).clamp(0, 1), scenes, explanations)
-    return {name: value.numpy() for name, value in {**rewards._asdict(), "total": rewards.total}.items()}
+def load_rows(folder):
+    """Of all methods that have been chosen for and tested, by name."""
+    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    rows = {}
+    for method in experiment.METHODS:
+        try:
+            row = Row(method, [run for run in runs if run.get("method") == method])
+        except KeyError:
+            continue  # a setting has not been tried yet
+        if row.tested:
+            rows[method] = row
+    for _, alike in itertools.groupby(sorted(rows.values(), key=lambda row: str(row.costs)), lambda row: row.costs):
+        alike = list(alike)
+        seconds = [value for row in alike for value in row.seconds]
+        for row in alike:
+            row.seconds = seconds
+    return rows
 
 
-def final(result, part="total"):
-    return np.array(result["test"][str(experiment.STEPS[-1])][part])
+def mean_and_error(values, sign=""):
+    """Of one value for each training: their mean and its standard error."""
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.3f}{error}"
 
 
-def curve(result, base):
-    """Steps, seconds and mean reward of a run, from the base on."""
-    steps = result["test"].keys()
-    rewards = [np.mean(base[result["seed"]]["total"]), *(np.mean(result["test"][step]["total"]) for step in steps)]
-    return [0, *map(int, steps)], [0, *(result["seconds"][step] for step in steps)], rewards
+def common_seeds(ours, theirs):
+    return sorted(ours.tested.keys() & theirs.tested.keys())
+
+
+def difference(ours, theirs, step=None, their_step=None):
+    """Mean difference of pictures from the same noise, a value for each seed that both have."""
+    differences = []
+    for seed in common_seeds(ours, theirs):
+        a, b = ours.rewards(seed, step), theirs.rewards(seed, their_step)
+        number = min(len(a), len(b))
+        differences.append((a[:number] - b[:number]).mean())
+    return differences
+
+
+def difference_at_equal_time(ours, theirs, base):
+    """The same at the time that their chosen step takes them, between our steps by interpolation."""
+    steps = [0, *experiment.STEPS]
+    our_step = theirs.step * theirs.seconds_per_step / ours.seconds_per_step
+    return [
+        np.interp(our_step, steps, ours.curve(seed, base)) - theirs.curve(seed, base)[steps.index(theirs.step)]
+        for seed in common_seeds(ours, theirs)
+    ]
 
 
 def win_rate(ours, theirs):
@@ -111,11 +164,10 @@ def win_rate(ours, theirs):
     independent: for the 95 % confidence interval both captions and trainings are drawn anew (bootstrap).
 
     Args:
-        ours, theirs (`list` of `np.ndarray` of shape `(N,)`): by training, rewards of pictures of the same captions from the
-            same noise, those of one caption together.
+        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): by training, rewards of pictures from
+            the same noise.
     """
-    ours, theirs = (np.reshape(side, (len(side), -1, experiment.TEST_PICTURES_PER_SCENE)) for side in (ours, theirs))
-    wins = np.array([[compare(a, b).win_rate for a, b in zip(*training)] for training in zip(ours, theirs)])
+    wins = np.array([[compare(a, b).win_rate for a, b in zip(x.T, y.T)] for x, y in zip(ours, theirs)])
     rng = np.random.default_rng(0)
     trainings, captions = (rng.integers(size, size=(10_000, size)) for size in wins.shape)
     resampled = wins[trainings[:, :, None], captions[:, None, :]].mean(axis=(1, 2))
@@ -123,173 +175,175 @@ def win_rate(ours, theirs):
     return f"{wins.mean():.0%} ({low:.0%} – {high:.0%})"
 
 
-def run_win_rate(ours, theirs):
-    return win_rate(*([final(run) for run in runs] for runs in (ours, theirs)))
+def row_win_rate(ours, theirs):
+    seeds, captions = common_seeds(ours, theirs), len(experiment.split_scenes()[2])
+    return win_rate(*([row.rewards(seed).reshape(-1, captions) for seed in seeds] for row in (ours, theirs)))
 
 
-def mean_and_spread(values):
-    """Of one value for each seed."""
-    return f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f}"
+def markdown(columns, lines):
+    cells = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
 
 
-def table(chosen, base, best):
-    columns = ["method", "learning rate", "reward", *PARTS[1:], "over base", "beats base", "over twin", "beats twin"]
-    columns += ["over twin at equal time", "implicit accuracy, latent", "ncp", "seconds"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    of_base = {part: [np.mean(rewards[part]) for rewards in base.values()] for part in PARTS}
-    for name, rewards in {"best possible": best, "base": of_base}.items():
-        lines.append(f"| {name} | | {' | '.join(f'{np.mean(rewards[part]):.3f}' for part in PARTS)} |" + " |" * 8)
-    for method, runs in chosen.items():
-        rate = runs[0]["learning_rate"]
-        at_edge = rate in (experiment.LEARNING_RATES[0], experiment.LEARNING_RATES[-1])
-        cells = [method, f"{rate:g}" + " (edge)" * at_edge]
-        cells += [f"{np.mean([final(run, part) for run in runs]):.3f}" for part in PARTS]
-        of_base = [np.array(base[run["seed"]]["total"]) for run in runs]
-        cells += [mean_and_spread([(final(run) - rewards).mean() for run, rewards in zip(runs, of_base)])]
-        cells += [win_rate([final(run) for run in runs], of_base)]
-        if method in LATENT_TWINS:
-            twins = chosen[LATENT_TWINS[method]]
-            cells += [mean_and_spread([(final(run) - final(twin)).mean() for run, twin in zip(runs, twins)])]
-            cells += [run_win_rate(runs, twins)]
-            over_twin_in_time = []
-            for run, twin in zip(runs, twins):
-                _, seconds, rewards = curve(run, base)
-                over_twin_in_time.append(rewards[-1] - np.interp(seconds[-1], *curve(twin, base)[1:]))
-            cells += [mean_and_spread(over_twin_in_time)]
+def starred(value, ends):
+    return f"{value:g}" + "\\*" * (value in ends)
+
+
+def settings(row):
+    """Learning rate, β and steps, with a star at the ends of what may be tried."""
+    rates, steps, beta = experiment.LEARNING_RATES, experiment.STEPS, experiment.first_beta(row.method)
+    shown_beta = "" if beta is None else starred(row.beta, (beta / 4, beta * 4))
+    return [starred(row.learning_rate, (rates[0], rates[-1])), shown_beta, starred(row.step, steps[-1:])]
+
+
+def table(rows, references):
+    baseline, lines = rows[BASELINE], []
+    columns = ["method", "trainings", "learning rate", "β", "steps", "reward", "quality", "match", "style"]
+    columns += ["over latent DPO", "at equal steps", "at equal time", "beats latent DPO", "seconds per step"]
+    parts = ("quality", "match", "style")
+    for name in ("best", "base"):
+        means = [np.mean(references[name]["total"]), *(references[name][part] for part in parts)]
+        title = {"best": "best possible"}.get(name, name)
+        lines.append([title, *4 * [""], *(f"{mean:.3f}" for mean in means), *5 * [""]])
+    for row in rows.values():
+        line = [row.method, len(row.tested), *settings(row)]
+        line += [mean_and_error([row.rewards(seed).mean() for seed in row.tested])]
+        line += [f"{row.part(part):.3f}" for part in parts]
+        if row is baseline:
+            line += 4 * [""]
         else:
-            cells += 3 * [""]
-        cells += [f"{np.mean([run['implicit_accuracy'][space] for run in runs]):.2f}" for space in ("latent", "ncp")]
-        cells += [f"{np.mean([run['seconds'][str(experiment.STEPS[-1])] for run in runs]):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            line += [mean_and_error(difference(row, baseline), "+")]
+            line += [mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")]
+            line += [mean_and_error(difference_at_equal_time(row, baseline, references["base"]), "+")]
+            line += [row_win_rate(row, baseline)]
+        lines.append([*line, f"{row.seconds_per_step:.3f}"])
+    return markdown(columns, lines)
 
 
-def duels(chosen):
-    """Win rates between methods that differ in one thing."""
-    lines = ["| | against | wins |", "|---|---|---|"]
-    lines += [f"| {ours} | {theirs} | {run_win_rate(chosen[ours], chosen[theirs])} |" for ours, theirs in DUELS]
-    return "\n".join(lines)
+def parts_table(rows):
+    def cell(method):
+        return mean_and_error(difference(rows[method], rows[BASELINE]), "+") if method in rows else ""
+
+    weights = ("as in latent DPO", "balanced", "as in NCP")
+    lines = [
+        [space, *("0" if methods.get(weight) == BASELINE else cell(methods.get(weight)) for weight in weights)]
+        for space, methods in PARTS_OF_NCP.items()
+    ]
+    return markdown(["errors in", *(f"timesteps {weight}" for weight in weights)], lines)
 
 
-def steps_table(chosen, base):
-    """Mean rewards after all steps."""
-    lines = [f"| method | {' | '.join(map(str, experiment.LATENT_STEPS))} |"]
-    lines += ["|---" * (len(experiment.LATENT_STEPS) + 1) + "|"]
-    for method, runs in chosen.items():
-        _, *means = np.mean([curve(run, base)[2] for run in runs], axis=0)
-        means += [None] * (len(experiment.LATENT_STEPS) - len(means))
-        lines.append(f"| {method} | {' | '.join('' if mean is None else f'{mean:.3f}' for mean in means)} |")
-    return "\n".join(lines)
+def duels(rows):
+    """Methods that differ in one thing, each at its best."""
+    lines = [
+        [
+            ours,
+            theirs,
+            mean_and_error(difference(rows[ours], rows[theirs]), "+"),
+            row_win_rate(rows[ours], rows[theirs]),
+        ]
+        for ours, theirs in DUELS
+        if ours in rows and theirs in rows
+    ]
+    return markdown(["", "against", "reward", "wins"], lines)
 
 
-def learning_rate_table(tried):
-    """What learning rates were chosen by: the mean reward on captions that are in no other table."""
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in experiment.LEARNING_RATES)} |"]
-    lines += ["|---" * (len(experiment.LEARNING_RATES) + 1) + "|"]
-    for method, results in itertools.groupby(tried, key=lambda result: result["method"]):
-        means = [f"{np.mean(result['choosing']['total']):.3f}" for result in results]
-        lines.append(f"| {method} | {' | '.join(means)} |")
-    return "\n".join(lines)
+def steps_table(rows, base):
+    lines = [
+        [method, *(f"{mean:.3f}" for mean in np.mean([row.curve(seed, base) for seed in row.tested], axis=0)[1:])]
+        for method, row in rows.items()
+    ]
+    return markdown(["method", *experiment.STEPS], lines)
 
 
-def plot(chosen, base, path):
-    """Reward against steps and against seconds."""
-    losses_and_spaces = [method for method in chosen if method.count("-") == 1]
-    variants = [method for method in chosen if method.startswith("dpo")]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharey=True)
-    for row, methods in zip(axes, (losses_and_spaces, variants)):
+def choosing_table(rows):
+    lines = [
+        [
+            row.method,
+            f"{run['learning_rate']:g}",
+            "" if run["beta"] is None else f"{run['beta']:g}",
+            *(f"{experiment.choosing_reward(run, step):.3f}" for step in experiment.STEPS),
+            "✓" if (run["learning_rate"], run["beta"]) == (row.learning_rate, row.beta) else "",
+        ]
+        for row in rows.values()
+        for run in sorted(row.tried, key=lambda run: (run["learning_rate"], run["beta"] or 0))
+    ]
+    return markdown(["method", "learning rate", "β", *experiment.STEPS, "chosen"], lines)
+
+
+def plot(rows, base, path):
+    """Rewards by steps, DPO's variants and the other losses."""
+    steps = [0, *experiment.STEPS]
+    shown = [[method for method in rows if method.startswith("dpo")], [m for m in rows if m.count("-") == 1]]
+    shown = shown if set(shown[1]) - set(shown[0]) else shown[:1]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown) + 1, 4), sharey=True, squeeze=False)
+    for axis, methods in zip(axes[0], shown):
         for method in methods:
-            curves = [curve(run, base) for run in chosen[method]]
-            steps, seconds, rewards = (np.array(values) for values in zip(*curves))
-            for axis, x in zip(row, (steps.mean(axis=0), seconds.mean(axis=0))):
-                style = "--" if "latent" in method else "-"
-                (line,) = axis.plot(x, rewards.mean(axis=0), style, marker=".", label=method)
-                axis.fill_between(x, rewards.min(axis=0), rewards.max(axis=0), color=line.get_color(), alpha=0.12)
-        row[0].set(ylabel="true reward on held-out captions", xlabel="steps")
-        row[1].set(xlabel="seconds of training on one core")
-        row[1].legend(fontsize=8)
+            curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
+            (line,) = axis.plot(steps, curves.mean(axis=0), "--" if "latent" in method else "-", label=method)
+            errors = curves.std(axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
+            band = curves.mean(axis=0) - errors, curves.mean(axis=0) + errors
+            axis.fill_between(steps, *band, color=line.get_color(), alpha=0.12)
+        axis.set(xlabel="steps")
+        axis.legend(fontsize=7)
+    axes[0, 0].set(ylabel="true reward on held-out captions")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def save_pictures(folder, chosen, path):
-    """A row per method: the first test captions, the first picture of each that was measured with the first seed."""
-    pipeline = experiment.load_pipeline(experiment.ASSETS)
-    scenes = experiment.split_scenes()[2][:NUM_SHOWN]
-    repeated = [scene for scene in scenes for _ in range(experiment.TEST_PICTURES_PER_SCENE)]
-    rows = [("base", None)] + [(method, runs[0]) for method, runs in chosen.items()]
-    figure, axes = plt.subplots(len(rows), NUM_SHOWN, figsize=(1.3 * NUM_SHOWN, 1.35 * len(rows)), squeeze=False)
-    for (method, run), row in zip(rows, axes):
-        if run is not None:
-            pipeline.load_lora_weights(experiment.run_folder(folder, method, run["learning_rate"], run["seed"]))
-        pictures = experiment.draw(pipeline, repeated, experiment.test_noise(experiment.SEEDS[0]))
-        pictures = pictures[:: experiment.TEST_PICTURES_PER_SCENE]
-        for axis, scene, image in zip(row, scenes, experiment.to_pil(pictures)):
-            axis.imshow(image.resize((144, 144), Image.Resampling.NEAREST))
-            axis.set(xticks=[], yticks=[])
-            if run is None:
-                axis.set_title(scene.caption.replace(" on", "\non"), fontsize=5.5)
-        row[0].set_ylabel(method, fontsize=6)
-        pipeline.unload_lora_weights()
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=130)
-
-
 def main(args):
-    experiment.check_world(args.folder)
-    chosen, tried = load_results(args.folder)
-    base = {seed: experiment.measure_base(seed) for seed in experiment.SEEDS}
-    choosing_base = experiment.measure(
-        experiment.load_pipeline(experiment.ASSETS),
-        experiment.split_scenes()[1],
-        experiment.CHOOSING_NOISE,
-        Explanations(),
+    references = experiment.load_references(args.output_dir / "runs")
+    rows = load_rows(args.output_dir / "runs")
+    plot(rows, references["base"], args.output_dir / "rewards.png")
+    missing = [method for method in experiment.METHODS if method not in rows]
+    num_runs = len({run["command"] for row in rows.values() for run in [*row.tried, *row.tested.values()]})
+    few, many = (
+        n * len(experiment.split_scenes()[2])
+        for n in (experiment.PICTURES_PER_CAPTION, experiment.TEST_PICTURES_PER_CAPTION)
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    plot(chosen, base, args.output_dir / "rewards.png")
-    save_pictures(args.folder, chosen, args.output_dir / "pictures.png")
-    commands = [result["command"] for result in [*tried, *(run for runs in chosen.values() for run in runs[1:])]]
-    (args.output_dir / "commands.txt").write_text("\n".join(commands) + "\n")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    num_pictures = len(base[experiment.SEEDS[0]]["total"])
     report = f"""# Small world
 
-`python small_world/experiment.py all`; Python {platform.python_version()}, {versions}. The commands of all {len(commands)} runs are in
-[`commands.txt`](commands.txt).
+`python small_world/experiment.py all` made this from {num_runs} runs, whose numbers and commands are in [`runs`](runs), and
+`python small_world/report.py` makes it again. {f"Not run yet: {', '.join(missing)}." if missing else ""}
 
-{table(chosen, base, measure_best())}
+{table(rows, references)}
 
-![Reward against steps and seconds](rewards.png)
+![Reward against steps](rewards.png)
 
-- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], after
-  {experiment.STEPS[-1]} steps, of {num_pictures} pictures for each of {len(experiment.SEEDS)} seeds. Captions are held out.
-  *best possible*: well-drawn, outlined pictures, encoded and decoded by the base's VAE.
-- *over*, *beats*: difference in reward, and share of pictures with the higher one, to the picture from the same noise by the base,
-  or by the twin: the same method in latent space (for variants of NCP-DPO: latent DPO), trained for as many steps.
-  ± is the standard deviation between trainings with different seeds; 95 % confidence intervals are over captions and trainings.
-- *over twin at equal time*: the twin was trained on, for {experiment.LATENT_STEPS[-1]} steps; its reward is interpolated at the seconds that the method took.
-- *implicit accuracy*: share of held-out pairs whose winner's error improves more than the loser's, measured in either space.
-- *seconds* for {experiment.STEPS[-1]} steps on one core, two runs at a time; loading, encoding and measuring the error scale (8 batches) come
-  before.
-- *(edge)*: no lower, or no higher, learning rate was tried than the one chosen.
+- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], of {many}
+  pictures of held-out captions after the *steps* that were chosen. *best possible*: well-drawn, outlined pictures, encoded and
+  decoded by the base's VAE.
+- *learning rate*, *β*, *steps* are chosen per method with the first seed, on captions of their own ([below](#how-settings-were-chosen)).
+  \\*: the end of what is tried.
+- *over latent DPO*: mean difference to the picture from the same noise by latent DPO trained with the same seed, each at its best; at
+  latent DPO's number of steps; and at the time that these take ({few} pictures, between steps by interpolation). *beats*: share of
+  pictures with the higher reward, with its 95 % interval over captions and trainings.
+- ± is the standard error over trainings. Those of two or three trainings are themselves known to a factor of two.
+- *seconds per step*: of one core of a machine that did other work as well, the fastest tenth of a run's, and of these the median over
+  all runs whose steps do the same.
+
+## What NCP is made of
+
+Reward of DPO over latent DPO's, each at its best:
+
+{parts_table(rows)}
 
 ## One thing apart
 
-{duels(chosen)}
-
-## The same captions from the same noise
-
-![A row of pictures per method](pictures.png)
+{duels(rows)}
 
 ## Reward by steps
 
-{steps_table(chosen, base)}
+The mean of {few} pictures at the chosen learning rate and β; the base's is {np.mean(references["base"]["total"][:few]):.3f}.
 
-## Learning rates
+{steps_table(rows, references["base"])}
 
-By the mean reward on captions of their own, after {experiment.STEPS[-1]} steps with seed {experiment.SEEDS[0]}. The base's is {np.mean(choosing_base["total"]):.3f}.
+## How settings were chosen
 
-{learning_rate_table(tried)}
+Every run with the first seed is measured after {", ".join(map(str, experiment.STEPS))} steps on captions of their own ({few} pictures; the base's reward is
+{np.mean(references["base-choosing"]["total"]):.3f}), and its best counts. From the lowest learning rate on the next is tried as long as it is better; at the best one
+β is doubled, or else halved, as long as that is better, twice at most.
+
+{choosing_table(rows)}
 """
     (args.output_dir / "README.md").write_text(report)
     print(report)
@@ -297,8 +351,7 @@ By the mean reward on captions of their own, after {experiment.STEPS[-1]} steps 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("small-world"))
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--output_dir", type=Path, default=experiment.RESULTS)
     return parser.parse_args(input_args)
 
 

@@ -16,29 +16,42 @@
 import itertools
 import json
 import random
-import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import experiment
 import numpy as np
 import pytest
 import report
 import torch
-from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 from scenes import SCENES
 
 
-@pytest.fixture
-def quick(monkeypatch):
+@pytest.fixture(scope="module")
+def quick():
     """A world with fewer pictures and shorter runs."""
-    monkeypatch.setattr(experiment, "SCENES", SCENES[::12])
-    monkeypatch.setattr(experiment, "NUM_TRAINING_SCENES", 16)
-    monkeypatch.setattr(experiment, "PICTURES_PER_SCENE", 2)
-    monkeypatch.setattr(experiment, "TEST_PICTURES_PER_SCENE", 1)
-    monkeypatch.setattr(experiment, "NUM_INFERENCE_STEPS", 2)
-    monkeypatch.setattr(experiment, "STEPS", (2, 4))
-    monkeypatch.setattr(experiment, "LATENT_STEPS", (2, 4, 6))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {
+            "SCENES": SCENES[::12],
+            "NUM_TRAINING_SCENES": 16,
+            "PICTURES_PER_SCENE": 2,
+            "NUM_INFERENCE_STEPS": 2,
+            "MEASURED_INFERENCE_STEPS": 2,
+            "PICTURES_PER_CAPTION": 1,
+            "TEST_PICTURES_PER_CAPTION": 2,
+            "STEPS": (1, 3),
+            "LEARNING_RATES": (1e-3,),
+        }.items():
+            monkeypatch.setattr(experiment, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(quick, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    experiment.make_pairs(folder)
+    return folder
 
 
 def test_scenes_are_split():
@@ -60,96 +73,106 @@ def test_better_pictures_win_as_often_as_they_should():
         assert np.mean(labels) == pytest.approx(expected, abs=0.05)
 
 
-def test_from_pairs_to_a_result(quick, tmp_path, capsys, monkeypatch):
-    arguments = ["run", "dpo-ncp", "--learning_rate", "1e-3", "--folder", str(tmp_path)]
-    experiment.main(experiment.parse_args(arguments))
-    file = tmp_path / "runs" / "dpo-ncp-0.001-0" / "result.json"
-    result = json.loads(file.read_text())
-    assert result["test"].keys() == result["seconds"].keys() == {"2", "4"}
-    assert len(result["test"]["4"]["total"]) == 2
+def tried(table):
+    """`choose` for DPO where runs are as good as `table` says, and the settings that it tried."""
+    seen = []
 
-    pipeline = experiment.load_pipeline(experiment.ASSETS)
-    rows = list(Dataset.from_parquet(str(tmp_path / "heldout" / "train.parquet")))
-    turned = [{**row, "label_0": 1 - row["label_0"]} for row in rows]
-    assert set(experiment.implicit_accuracy(pipeline, rows).values()) == {0.5}
-    pipeline.load_lora_weights(file.parent)
-    accuracies = experiment.implicit_accuracy(pipeline, rows)
-    assert accuracies == pytest.approx(result["implicit_accuracy"])
-    for space, accuracy in experiment.implicit_accuracy(pipeline, turned).items():
-        assert accuracy == pytest.approx(1 - accuracies[space])
+    def load(*setting):
+        seen.append(setting)
+        rewards = np.broadcast_to(table[setting], len(experiment.STEPS))
+        return {"choosing": {str(step): {"total": [value]} for step, value in zip(experiment.STEPS, rewards)}}
 
-    # A result is not computed again, nor taken for that of another command.
-    file.write_text(json.dumps({**result, "seconds": {"2": 7, "4": 7}}))
-    experiment.main(experiment.parse_args(arguments))
-    output = capsys.readouterr().out
-    assert "seed 0, step 0, 0 s" in output and "seed 0, step 4, 7 s" in output
-    file.write_text(json.dumps({**result, "command": "another"}))
+    return experiment.choose("dpo-latent", load), set(seen)
+
+
+def test_settings_are_chosen_one_after_the_other():
+    # The best step counts. Learning rates are tried as long as they get better, then beta, downwards if upwards is worse.
+    table = {(5e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (2e-3, 200): (0.4, 0.1, 0.1)}
+    table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5}
+    assert tried(table) == ((1e-3, 100, experiment.STEPS[0]), table.keys())
+    table = {(5e-4, 200): 0.3, (1e-3, 200): 0.2, (5e-4, 400): 0.4, (5e-4, 800): 0.5}
+    assert tried(table) == ((5e-4, 800, experiment.STEPS[0]), table.keys())
+
+
+def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
+    for name, value in [
+        ("METHODS", {name: experiment.METHODS[name] for name in ("dpo-latent", "sft-ncp", "dpo-ncp")}),
+        ("NUM_SEEDS", {"dpo-latent": 2, "sft-ncp": 1}),
+    ]:
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setitem(experiment.METHODS, "sft-ncp", {**experiment.METHODS["sft-ncp"], "ncp_error_scale": 1000})
+    runs = tmp_path / "runs"
+    for method in ("dpo-latent", "sft-ncp"):
+        experiment.run_row(world, runs, method, experiment.NUM_SEEDS[method])
+    results = {file.name: json.loads(file.read_text()) for file in runs.iterdir()}
+    tested = [result for result in results.values() if "test" in result]
+    # Two betas beside the first one, or as many more as got better.
+    assert 1 + 2 <= sum("choosing" in run for run in results.values() if run["method"] == "dpo-latent") <= 1 + 3
+    assert "sft-ncp-0.001-0.json" in results and len(tested) == 3
+    for result in tested:
+        assert sorted(len(rewards["total"]) for rewards in result["test"].values()) == [2, 4]
+
+    # What is there is not measured again, even if its LoRA has gone, nor taken for that of another command.
+    before = {file: file.stat().st_mtime_ns for file in runs.iterdir()}
+    (world / "runs").rename(tmp_path / "away")
+    experiment.run_row(world, runs, "dpo-latent", 2)
+    assert before == {file: file.stat().st_mtime_ns for file in runs.iterdir()}
+    (tmp_path / "away").rename(world / "runs")
+
+    report.main(report.parse_args(["--output_dir", str(tmp_path)]))
+    text = (tmp_path / "README.md").read_text()
+    assert capsys.readouterr().out == text + "\n" and "Not run yet: dpo-ncp." in text
+    rewards = [np.mean(max(run["test"].values(), key=lambda r: len(r["total"]))["total"]) for run in tested]
+    chosen = [run["method"] == "dpo-latent" for run in tested]
+    line = next(line for line in text.splitlines() if line.startswith("| dpo-latent | 2 |"))
+    assert f"| {np.mean(np.array(rewards)[chosen]):.3f} ± " in line
+    assert Image.open(tmp_path / "rewards.png").size > (500, 200)
+
+    file = next(file for file in runs.iterdir() if file.name.startswith("sft-ncp"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "command": "another"}))
     with pytest.raises(ValueError, match="is of another command: another"):
-        experiment.main(experiment.parse_args(arguments))
+        experiment.run_row(world, runs, "sft-ncp", 1)
+
+
+def test_training_leaves_no_trace(world, tmp_path):
+    first, again = (tmp_path / name for name in ("first", "again"))
+    for output_dir in (first, again):
+        settings = "dpo-latent", 1e-3, 200, 0, (1,)
+        events = experiment.train(experiment.training_options(world, output_dir, *settings))
+        assert len(events.Scalars("loss")) == 1
+    first, again = (load_file(folder / experiment.trainer.WEIGHTS_NAME) for folder in (first, again))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_pairs_and_runs_are_of_one_world(world, monkeypatch):
+    (world / "runs").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="holds runs on its pairs"):
-        experiment.main(experiment.parse_args(["pairs", "--folder", str(tmp_path)]))
-    # Nor are pairs and runs of another base or reward taken for those of this one.
+        experiment.main(experiment.parse_args(["pairs", "--folder", str(world)]))
     monkeypatch.setattr(experiment, "TEMPERATURE", 1.0)
     with pytest.raises(ValueError, match="holds pairs of another base model, reward or encoding"):
-        experiment.main(experiment.parse_args(arguments))
+        experiment.main(experiment.parse_args(["run", "dpo-ncp", "--folder", str(world)]))
 
 
-def test_pairs_that_were_interrupted_are_made_again(quick, tmp_path):
-    experiment.make_pairs(tmp_path)
-    first = (tmp_path / "heldout" / "train.parquet").read_bytes()
-    (tmp_path / "heldout" / "train.parquet").unlink()
-    experiment.make_pairs(tmp_path)
-    assert (tmp_path / "heldout" / "train.parquet").read_bytes() == first
+def test_all_runs_what_it_can_and_names_what_failed(tmp_path, monkeypatch):
+    seen = []
 
+    def run_row(folder, results, method, num_seeds):
+        seen.append((method, num_seeds))
+        if method == "dpo-ncp":
+            raise ValueError("there are no pairs")
 
-def test_learning_rate_is_chosen_on_other_captions_with_the_first_seed():
-    runs = [
-        {"seed": seed, "learning_rate": learning_rate, "choosing": {"total": [total, total]}}
-        for seed, learning_rate, total in ((0, 1e-3, 0.4), (0, 3e-3, 0.5), (1, 1e-3, 0.9))
+    for name, value in {
+        "METHODS": {"dpo-latent": {}, "dpo-ncp": {}, "dpo-ncp-down": {}},
+        "load_references": lambda results: None,
+        "ProcessPoolExecutor": lambda num_workers, *options: ThreadPoolExecutor(num_workers),
+        "run_row": run_row,
+    }.items():
+        monkeypatch.setattr(experiment, name, value)
+    with pytest.raises(RuntimeError, match="Rows failed; .*dpo-ncp.*there are no pairs"):
+        experiment.run_all(tmp_path, tmp_path, 1)
+    # All rows with a few seeds come before any with more.
+    assert seen == [("dpo-latent", 3), ("dpo-ncp", 3), ("dpo-ncp-down", 3)] + [
+        ("dpo-latent", 5),
+        ("dpo-ncp", 5),
+        ("dpo-ncp-down", 3),
     ]
-    assert experiment.best_learning_rate(runs) == 3e-3
-
-
-def test_all_runs_what_is_missing_and_reports(quick, tmp_path, monkeypatch):
-    folder, output_dir = tmp_path / "world", tmp_path / "report"
-    for module, name, value in [
-        (experiment, "METHODS", {name: experiment.METHODS[name] for name in ("dpo-latent", "dpo-ncp")}),
-        (experiment, "LEARNING_RATES", (1e-3,)),
-        (experiment, "SEEDS", (0, 1)),
-        (report, "DUELS", (("dpo-ncp", "dpo-latent"),)),
-    ]:
-        monkeypatch.setattr(module, name, value)
-    run_process, launched, failing, lock = subprocess.run, [], ["dpo-ncp"], threading.Lock()
-
-    def run_here(command, **options):
-        """Of the world's own commands, so that the world is the quick one."""
-        if command[1] == report.__file__:
-            report.main(report.parse_args([*command[2:], "--output_dir", str(output_dir)]))
-        elif command[1] != experiment.__file__:
-            run_process(command, **options)
-        elif command[3] not in failing:
-            # Models cannot be loaded by two threads.
-            with lock:
-                launched.append(command[3])
-                experiment.main(experiment.parse_args(command[2:]))
-
-    monkeypatch.setattr(subprocess, "run", run_here)
-    arguments = experiment.parse_args(["all", "--folder", str(folder)])
-    with pytest.raises(RuntimeError, match=r"Runs failed, see .*dpo-ncp-0.001-0.log"):
-        experiment.main(arguments)
-    # Learning rates are not compared until all are there.
-    assert launched == ["dpo-latent"]
-    failing.clear()
-    experiment.main(arguments)
-    assert len(launched) == 4
-
-    chosen, _ = report.load_results(folder)
-    lines = (output_dir / "README.md").read_text().splitlines()
-    for method, runs in chosen.items():
-        mean = np.mean([run["test"]["4"]["total"] for run in runs])
-        line = next(line for line in lines if line.startswith(f"| {method} |"))
-        assert f"| {runs[0]['learning_rate']:g} (edge) | {mean:.3f} |" in line
-    commands = (output_dir / "commands.txt").read_text().splitlines()
-    assert len(commands) == 4 and sum("--loss_space latent" in command for command in commands) == 2
-    for name in ("rewards.png", "pictures.png"):
-        assert Image.open(output_dir / name).size > (500, 200)

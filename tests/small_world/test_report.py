@@ -15,40 +15,42 @@
 
 import experiment
 import numpy as np
+import pytest
 import report
 
 
-def outcome(method, seed, rewards, seconds):
-    """A result with the same rewards of every part, two pictures of one caption; `seconds` are those of a hundred steps."""
-    steps = experiment.steps_of(method)
-    return {
-        "method": method,
-        "seed": seed,
-        "learning_rate": 1e-3,
-        "seconds": {str(step): seconds * step / 100 for step in steps},
-        "test": {str(step): dict.fromkeys(report.PARTS, [reward, reward]) for step, reward in zip(steps, rewards)},
-        "implicit_accuracy": {"latent": 1, "ncp": 1},
-    }
+def run(method, seed, rewards, seconds_per_step):
+    """A result with the same reward of both pictures of one caption."""
+    test = {str(step): {"total": [reward, reward]} for step, reward in zip(experiment.STEPS, rewards)}
+    result = {"method": method, "seed": seed, "learning_rate": 5e-4, "beta": 200}
+    return {**result, "seconds_per_step": seconds_per_step, "test": test}
 
 
-def test_over_base_and_twin_at_equal_steps_and_time():
-    base = {seed: dict.fromkeys(report.PARTS, [reward, reward]) for seed, reward in ((0, 0.4), (1, 0.2))}
-    best = dict.fromkeys(report.PARTS, np.array([1.0]))
-    chosen = {
-        "dpo-latent": [outcome("dpo-latent", seed, (0.3, 0.4, 0.5, 0.7), seconds=5) for seed in (0, 1)],
-        "dpo-ncp": [outcome("dpo-ncp", seed, (0.5, 0.5, last), seconds=7) for seed, last in ((0, 0.6), (1, 0.8))],
-    }
-    row = report.table(chosen, base, best).splitlines()[-1].split(" | ")
-    assert row[2] == "0.700"
-    assert row[6] == "+0.400 ± 0.283"  # 0.6 - 0.4 and 0.8 - 0.2
-    assert row[8] == "+0.200 ± 0.141"  # 0.6 - 0.5 and 0.8 - 0.5
-    # After 21 seconds the twin has made 420 steps: 0.66
-    assert row[10] == "+0.040 ± 0.141"
+@pytest.fixture
+def rows(monkeypatch):
+    """Two trainings of each; the second step is latent DPO's best, the third NCP's."""
+    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, 225 if method == "dpo-ncp" else 150))
+    latent = [run("dpo-latent", seed, (0.3, 0.4, 0.2), 1) for seed in (0, 1)]
+    ncp = [run("dpo-ncp", seed, (0.3, 0.5, last), 2) for seed, last in ((0, 0.6), (1, 0.8))]
+    return report.Row("dpo-latent", latent), report.Row("dpo-ncp", ncp)
+
+
+def test_differences_at_the_best_at_equal_steps_and_at_equal_time(rows):
+    latent, ncp = rows
+    base = {"total": [0.2, 0.2]}
+    assert report.difference(ncp, latent) == pytest.approx([0.2, 0.4])
+    assert report.mean_and_error(report.difference(ncp, latent), "+") == "+0.300 ± 0.100"
+    assert report.difference(ncp, latent, 150, 150) == pytest.approx([0.1, 0.1])
+    # While latent DPO makes 150 steps, NCP makes 75.
+    assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([-0.1, -0.1])
+    # Or 112.5, between 75 and 150.
+    ncp.seconds = [4 / 3]
+    assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([0.0, 0.0])
 
 
 def test_win_rate():
     # Two captions with two pictures each: 1 and a half of two are won. Drawing captions anew, both may be either.
-    ours, theirs = [np.array([1.0, 2, 3, 4])], [np.array([0.0, 1, 3, 5])]
+    ours, theirs = [np.array([[1.0, 3], [2, 4]])], [np.array([[0.0, 3], [1, 5]])]
     assert report.win_rate(ours, theirs) == "62% (25% – 100%)"
     # As many captions with more pictures are no surer, nor are trainings that come out the same.
     assert report.win_rate(3 * ours, 3 * theirs) == "62% (25% – 100%)"
@@ -56,5 +58,5 @@ def test_win_rate():
 
 def test_win_rate_knows_that_trainings_differ():
     # Every caption is won by the pictures of one training, and lost by those of the other.
-    ours, theirs = [np.ones(200), np.zeros(200)], [np.zeros(200), np.ones(200)]
+    ours, theirs = [np.ones((1, 200)), np.zeros((1, 200))], [np.zeros((1, 200)), np.ones((1, 200))]
     assert report.win_rate(ours, theirs) == "50% (0% – 100%)"
