@@ -141,7 +141,7 @@ def load_pipeline(folder):
     return pipeline
 
 
-def draw(pipeline, scenes, first_seed, num_inference_steps=NUM_INFERENCE_STEPS):
+def draw(pipeline, scenes, first_seed, num_inference_steps=None):
     """Pictures `(N, 3, H, W)` in [0, 1], each from its own noise: `first_seed`, `first_seed + 1` and so on."""
     pictures = []
     for start in tqdm(range(0, len(scenes), 40), desc="Drawing", leave=False):
@@ -152,7 +152,7 @@ def draw(pipeline, scenes, first_seed, num_inference_steps=NUM_INFERENCE_STEPS):
                 [scene.caption for scene in batch],
                 height=RESOLUTION,
                 width=RESOLUTION,
-                num_inference_steps=num_inference_steps,
+                num_inference_steps=num_inference_steps or NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 generator=generators,
                 output_type="pt",

@@ -23,17 +23,14 @@ less time. Writes `results/rounds.md` and what it is computed from, `rounds.json
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import experiment
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from scenes import Explanations, reward
 from tqdm.auto import tqdm
 
@@ -51,31 +48,22 @@ STEPS, LEARNING_RATE, BETA_DPO = 200, 3e-4, 200
 PICTURES_PER_CAPTION = 2
 # The first seed of the noise that round 2's pictures are drawn from; those of other seeds come 1,000 later.
 ROUND_NOISE = 50_000
+BASE = {"pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS), **experiment.ENCODING}
 LORA_NAME = "pytorch_lora_weights.safetensors"
 LORAS = {"base": [], "round 1": ["round-1"], "round 2": ["round-1", "round-2"], "control": ["round-1", "control"]}
 DUELS = (("round 1", "base"), ("round 2", "round 1"), ("control", "round 1"), ("round 2", "control"))
 
 
-def run_script(module, options):
-    """Runs one of this repository's scripts in this process, which afterwards can be interrupted as before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    options = {"pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS), **experiment.ENCODING, **options}
-    words = [[f"--{name}"] if value is None else [f"--{name}", str(value)] for name, value in options.items()]
-    module.main(module.parse_args(list(itertools.chain(*words))))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def encode(folder):
     """Encodes the pairs in a folder, as far as they are not."""
-    run_script(encode_preferences, {"dataset_name": folder / "pairs", "output_dir": folder / "encoded-pairs"})
+    options = {"dataset_name": folder / "pairs", "output_dir": folder / "encoded-pairs"}
+    experiment.run_script(encode_preferences, {**BASE, **options})
 
 
 def train(folder, output_dir, seed, first=None):
     """Trains a LoRA on the pairs in a folder, on top of a first LoRA if that is given, as far as it is not trained."""
     options = {
+        **BASE,
         "encoded_data_dir": folder / "encoded-pairs",
         **({"pretrained_lora_path": first} if first else {}),
         "rank": 16,
@@ -92,7 +80,7 @@ def train(folder, output_dir, seed, first=None):
         "output_dir": output_dir,
         "resume_from_checkpoint": "latest",
     }
-    run_script(train_ncp_dpo_sd15, options)
+    experiment.run_script(train_ncp_dpo_sd15, options)
 
 
 def load_loras(pipeline, folders):

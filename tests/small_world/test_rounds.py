@@ -39,14 +39,14 @@ def quick(monkeypatch):
     ]:
         monkeypatch.setattr(module, name, value)
     monkeypatch.chdir(ROOT)
-    run_script, trained = rounds.run_script, []
+    run_script, trained = experiment.run_script, []
 
     def run(module, options):
         if module is rounds.train_ncp_dpo_sd15:
             trained.append(options)
         run_script(module, options)
 
-    monkeypatch.setattr(rounds, "run_script", run)
+    monkeypatch.setattr(experiment, "run_script", run)
     return trained
 
 
