@@ -319,7 +319,7 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
         ]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         command += [str(tmp_path / "machine"), *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
     # Averaging a LoRA that goes on with one that starts anew would ruin it.
     result = launch(max_train_steps=3, resume_from_checkpoint="latest")
