@@ -283,7 +283,10 @@ def write_pairs(output_dir, pairs, features):
                 row |= {f"{name}_{side}": picture.get(name) for name in PROVENANCE}
             yield row
 
-    write_shards(rows(), Features({**SCHEMA, **features, **provenance}), output_dir, SHARD_BYTES)
+    try:
+        write_shards(rows(), Features({**SCHEMA, **features, **provenance}), output_dir, SHARD_BYTES)
+    except OSError as error:
+        raise OSError(f"--output_dir {output_dir} cannot be written, and holds no pairs: {error}") from error
     return warning
 
 

@@ -365,6 +365,18 @@ def test_a_full_disk_while_drawing_is_named(tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.bad_input
+def test_a_full_disk_while_judging_is_named(collect, tmp_path, capsys):
+    save_pictures(tmp_path / "drawn")
+    with full_disk(1000):
+        assert collect("judge") == 2
+    assert f"--output_dir {tmp_path / 'pairs'} cannot be written, and holds no pairs" in capsys.readouterr().err
+    assert not list((tmp_path / "pairs").iterdir())
+    # With room again, the same command does it.
+    assert collect("judge") == 0
+    assert list((tmp_path / "pairs").glob("*.parquet"))
+
+
 class Rating:
     """A page without a browser: what it would show to raters who press these keys."""
 
