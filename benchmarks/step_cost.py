@@ -237,8 +237,7 @@ class Step:
                 target_timestep=variant.target_timestep,
                 probe_rms=variant.probe_rms,
             )
-        self.components = {} if variant.encoded else self.create_components()
-        self.pipeline = SimpleNamespace(**self.components)
+        self.pipeline = SimpleNamespace(**({} if variant.encoded else self.create_components()))
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
         self.weights = torch.ones(1000, device=device)
@@ -315,7 +314,7 @@ class Step:
         return {"LoRA": lora, "U-Nets": unets, "VAE": self._size_of("vae"), "text": self._size_of("text_encoder")}
 
     def _size_of(self, prefix):
-        components = [component for name, component in self.components.items() if name.startswith(prefix)]
+        components = [component for name, component in vars(self.pipeline).items() if name.startswith(prefix)]
         return sum(parameter.numel() for component in components for parameter in component.parameters())
 
 

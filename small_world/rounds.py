@@ -49,7 +49,6 @@ PICTURES_PER_CAPTION = 2
 # The first seed of the noise that round 2's pictures are drawn from; those of other seeds come 1,000 later.
 ROUND_NOISE = 50_000
 BASE = {"pretrained_model_name_or_path": os.path.relpath(experiment.ASSETS), **experiment.ENCODING}
-LORA_NAME = "pytorch_lora_weights.safetensors"
 LORAS = {"base": [], "round 1": ["round-1"], "round 2": ["round-1", "round-2"], "control": ["round-1", "control"]}
 DUELS = (("round 1", "base"), ("round 2", "round 1"), ("control", "round 1"), ("round 2", "control"))
 
@@ -62,30 +61,16 @@ def encode(folder):
 
 def train(folder, output_dir, seed, first=None):
     """Trains a LoRA on the pairs in a folder, on top of a first LoRA if that is given, as far as it is not trained."""
-    options = {
-        **BASE,
-        "encoded_data_dir": folder / "encoded-pairs",
-        **({"pretrained_lora_path": first} if first else {}),
-        "rank": 16,
-        "train_batch_size": 8,
-        "loss_type": "dpo",
-        "loss_space": "latent",
-        "beta_dpo": BETA_DPO,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler": "constant_with_warmup",
-        "lr_warmup_steps": 20,
-        "max_train_steps": STEPS,
-        "checkpointing_steps": 100,
-        "seed": seed,
-        "output_dir": output_dir,
-        "resume_from_checkpoint": "latest",
-    }
-    experiment.run_script(train_ncp_dpo_sd15, options)
+    settings = LEARNING_RATE, BETA_DPO, seed, (STEPS // 2, STEPS)
+    options = experiment.training_options(folder, output_dir, "dpo-latent", *settings)
+    if first is not None:
+        options["pretrained_lora_path"] = first
+    experiment.run_script(train_ncp_dpo_sd15, {**options, **BASE})
 
 
 def load_loras(pipeline, folders):
     for folder in folders:
-        pipeline.load_lora_weights(folder, weight_name=LORA_NAME, adapter_name=folder.name)
+        pipeline.load_lora_weights(folder, weight_name=train_ncp_dpo_sd15.WEIGHTS_NAME, adapter_name=folder.name)
     if folders:
         pipeline.set_adapters([folder.name for folder in folders])
 
@@ -93,7 +78,7 @@ def load_loras(pipeline, folders):
 def measure(pipeline, explanations, seed):
     """Rewards of pictures of the test captions, by name, from the same noise for all models of a seed."""
     scenes = [scene for scene in experiment.split_scenes()[2] for _ in range(PICTURES_PER_CAPTION)]
-    rewards = reward(experiment.draw(pipeline, scenes, experiment.TEST_NOISE + 1_000 * seed), scenes, explanations)
+    rewards = reward(experiment.draw(pipeline, scenes, experiment.test_noise(seed)), scenes, explanations)
     parts = {"reward": rewards.total, **rewards._asdict()}
     return {name: [round(value, 4) for value in values.tolist()] for name, values in parts.items()}
 

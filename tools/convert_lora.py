@@ -100,12 +100,11 @@ def find_alphas(lora, config):
     return alphas
 
 
-def find_state(path):
+def find_state(path, lora):
     """The `training_state.json` of the checkpoint that holds this very LoRA, in its folder or beside it; or `None`."""
-    lora = safetensors.torch.load_file(path)
     for folder in (path.parent, *path.parent.glob("checkpoint-*")):
         if (folder / STATE_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
-            saved = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+            saved = convert_unet_state_dict_to_peft(safetensors.torch.load_file(folder / WEIGHTS_NAME))
             if saved.keys() == lora.keys() and all(torch.equal(saved[name], lora[name]) for name in lora):
                 return Checkpoints.read_state(folder)
     return None
@@ -113,7 +112,7 @@ def find_state(path):
 
 def main(args):
     lora, config = load_lora(args.lora_weights)
-    state = find_state(args.lora_weights)
+    state = find_state(args.lora_weights, lora)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     description = {} if state is None else describe_run(state)
     metadata = save_kohya_lora(args.output_file, lora, find_alphas(lora, config), description)
