@@ -23,11 +23,12 @@ as people do it, the better picture winning only more often (Bradley-Terry), enc
 and trained on by `train_ncp_dpo_sd15.py`, in this process. How good pictures of other captions then are is known exactly.
 
 A row's learning rate and beta are chosen one after the other with the first seed: from the first of either on, as long as
-the next one draws a set of captions of its own better at its best checkpoint. Every run's numbers are a file in
-`results/runs`; what is there is not run again.
+the next one draws a set of captions of its own better at its best checkpoint. With these it is trained on as long as its
+last checkpoint is its best. Every run's numbers are a file in `results/runs`; what is there is not run again.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -38,6 +39,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -79,19 +81,21 @@ NUM_INFERENCE_STEPS = 20
 MEASURED_INFERENCE_STEPS = 8
 # Of every caption: at all steps, and at the one that was chosen
 PICTURES_PER_CAPTION, TEST_PICTURES_PER_CAPTION = 2, 8
+NUM_INVERSION_STEPS = 5
 WORLD_NAME = "world.sha256"
 # The first seed of the noise that pictures are drawn from
 PAIRS_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 30_000, 40_000
 # Training in bf16 reads the same tensors.
 ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 RESULTS = Path(__file__).with_name("results")
-# Steps after which pictures are measured
-STEPS = (75, 150, 225)
+# Steps after which pictures are measured; if the last is the best, more follow, as far apart as the first is from 0.
+STEPS, MAX_STEPS = (75, 150, 225), 450
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 # The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. For losses
 # whose beta is not that of a likelihood, what is tried first.
 BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
 LATENT, BALANCED, LATE = {"loss_space": "latent"}, {"timestep_weighting": "balanced"}, {"min_timestep": 400}
+TYPICAL_SCALE = 1300  # of errors in feature space: what `auto` measures, about
 FILTERED, BF16 = {"encoded_data_dir": "encoded-filtered"}, {"mixed_precision": "bf16"}
 # What each row of the table adds to the command, the most important first
 METHODS = {
@@ -117,9 +121,18 @@ METHODS = {
         for loss in ("simpo", "mapo", "dmpo", "linear")
         for space in ("latent", "ncp")
     },
+    "dpo-sum": {"ncp_error_scale": TYPICAL_SCALE},
+    "dpo-latent-inverted": LATENT,
+    **{
+        f"dpo-{space}-by-{part}": {"loss_space": space, "encoded_data_dir": f"encoded-{part}"}
+        for part in ("match", "drawing")
+        for space in ("latent", "ncp")
+    },
     "dpo-ncp-bf16-literal": {**BF16, "ncp_probe_rms": 0},
     "dpo-ncp-bf16-probe": BF16,
 }
+# Of pairs labelled by one part of the reward, the chosen settings of pairs that are labelled by all of it
+SETTINGS_OF = {method: method.partition("-by-")[0] for method in METHODS if "-by-" in method}
 NUM_SEEDS = {
     method: 5 if index < 4 or method.startswith(("cpo", "sft")) else 3 for index, method in enumerate(METHODS)
 }
@@ -211,14 +224,28 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
 
 
 def make_training_pairs(pipeline, explanations, folder):
-    """Writes the pairs, and those of absolute winners alone."""
+    """Writes the pairs, and those of absolute winners alone. Returns `Reward` of the pictures."""
     training, _, _ = split_scenes()
-    write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
+    rewards = write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
     pairs, kept = {"dataset_name": folder / "pairs"}, folder / "kept.parquet"
     kept.unlink(missing_ok=True)
     shutil.rmtree(folder / "filtered", ignore_errors=True)
     run_script(prepare_preferences, {**pairs, "output_file": kept}, "filter")
     run_script(prepare_preferences, {"rows_file": kept, **pairs, "output_dir": folder / "filtered"}, "convert", "rows")
+    return rewards
+
+
+def label_anew(folder, name, rewards):
+    """Writes the same pairs, the one of the higher of these rewards the winner more often, to `folder / name`."""
+    rng = random.Random(SEED)
+
+    def label(row):
+        first, second = (rewards[int(row[f"image_{side}_uid"])].item() for side in (0, 1))
+        return {**row, "label_0": float(rng.random() < 1 / (1 + math.exp((second - first) / TEMPERATURE)))}
+
+    (folder / name).mkdir()
+    pairs = Dataset.from_parquet(str(folder / "pairs" / "train.parquet"), cache_dir=str(folder / "cache"))
+    Dataset.from_list(list(map(label, pairs))).to_parquet(str(folder / name / "train.parquet"))
 
 
 def encode_pairs(folder, name):
@@ -254,9 +281,11 @@ def make_pairs(folder):
     """Writes the pairs to train on, encoded as well."""
     if (folder / "runs").exists():
         raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
-    make_training_pairs(load_pipeline(ASSETS), Explanations(), folder)
-    encode_pairs(folder, "pairs")
-    encode_pairs(folder, "filtered")
+    rewards = make_training_pairs(load_pipeline(ASSETS), Explanations(), folder)
+    label_anew(folder, "match", rewards.match)
+    label_anew(folder, "drawing", (rewards.quality + rewards.style) / 2)
+    for name in ("pairs", "filtered", "match", "drawing"):
+        encode_pairs(folder, name)
     (folder / WORLD_NAME).write_text(digest_of_world())
 
 
@@ -317,6 +346,50 @@ def training_command(options):
     return shlex.join(["python", Path(trainer.__file__).name, *script_words(relative)])
 
 
+def measure_sum(measure_errors, args, denoising, unet, policy, perception, *others, **options):
+    """Of both errors, half and half, where the trainer measures one."""
+    latent, both = (measure_errors(args, denoising, unet, policy, p, *others, **options) for p in (None, perception))
+    means = (None if own is None else (other + own) / 2 for other, own in zip(latent, both))
+    return trainer.Errors(*means)
+
+
+@torch.no_grad()
+def invert(noise_batch, args, batch, pipeline, noise_scheduler):
+    """
+    Noisy latents on the reference's own way to the picture, by DDIM inversion as in InPO (arXiv:2503.18454), instead of the
+    picture under any noise.
+    """
+    denoising, x_t = noise_batch(args, batch, pipeline, noise_scheduler), batch["latents"].float()
+    alphas_cumprod, seen, abar = noise_scheduler.alphas_cumprod.view(-1, 1, 1, 1), 0 * denoising.timesteps, 1.0
+    for index in range(1, NUM_INVERSION_STEPS + 1):
+        noise = denoising._replace(noisy_latents=x_t, timesteps=seen).predict_reference(pipeline.unet)
+        x_0 = (x_t - (1 - abar) ** 0.5 * noise) / abar**0.5
+        seen = denoising.timesteps * index // NUM_INVERSION_STEPS
+        abar = alphas_cumprod[seen]
+        x_t = abar**0.5 * x_0 + (1 - abar) ** 0.5 * noise
+    # The noise that takes the picture there at once.
+    target = (x_t - abar**0.5 * batch["latents"].float()) / (1 - abar) ** 0.5
+    return denoising._replace(noisy_latents=x_t, target=target)
+
+
+# Functions of the trainer that rows of the table replace: what it does not offer
+REPLACED = {"dpo-sum": ("measure_errors", measure_sum), "dpo-latent-inverted": ("noise_batch", invert)}
+
+
+@contextlib.contextmanager
+def replaced(method):
+    if method not in REPLACED:
+        yield
+        return
+    name, function = REPLACED[method]
+    original = getattr(trainer, name)
+    setattr(trainer, name, functools.partial(function, original))
+    try:
+        yield
+    finally:
+        setattr(trainer, name, original)
+
+
 def train(options):
     """Trains by options of the trainer. Returns what was logged."""
     run_script(trainer, options)
@@ -341,6 +414,10 @@ def test_noise(seed):
     return TEST_NOISE + 1_000 * seed
 
 
+def measured_scenes(name):
+    return dict(zip(("choosing", "test"), split_scenes()[1:]))[name]
+
+
 def summarize(rewards):
     """Means by part, and of all pictures the total, rounded."""
     parts = {name: round(values.mean().item(), 4) for name, values in rewards._asdict().items()}
@@ -353,9 +430,8 @@ def measure(name, seed, lora=None, repeats=None):
     captions once, all once more, and so on, so that the first pictures are the same whatever `repeats` is.
     """
     pipeline, explanations = load_measuring()
-    _, choosing, test = split_scenes()
-    scenes, noise = {"choosing": (choosing, CHOOSING_NOISE), "test": (test, test_noise(seed))}[name]
-    scenes = scenes * (repeats or PICTURES_PER_CAPTION)
+    noise = {"choosing": CHOOSING_NOISE, "test": test_noise(seed)}[name]
+    scenes = measured_scenes(name) * (repeats or PICTURES_PER_CAPTION)
     base, pipeline.unet = pipeline.unet, copy.deepcopy(pipeline.unet)
     if lora is not None:
         pipeline.load_lora_weights(lora)
@@ -406,40 +482,47 @@ def run_name(method, learning_rate, beta, seed):
     return f"{method}-{learning_rate:g}-{seed}" if beta is None else f"{method}-{learning_rate:g}-{beta:g}-{seed}"
 
 
-def run(folder, results, method, learning_rate, beta, seed, best_step=None):
+def run(folder, results, method, learning_rate, beta, seed, steps, best_step=None):
     """
-    One run: what it gives after all `STEPS` on the captions that choose, for the first seed, and on those of the results, with
+    One run: what it gives after all `steps` on the captions that choose, for the first seed, and on those of the results, with
     more pictures after the `best_step`, if that is given. What its file holds is not measured again.
     """
     name = run_name(method, learning_rate, beta, seed)
     file, output_dir = results / f"{name}.json", folder / "runs" / name
-    options = training_options(folder, output_dir, method, learning_rate, beta, seed, STEPS)
+    result = {"method": method, "learning_rate": learning_rate, "beta": beta, "seed": seed}
+    if file.is_file():
+        result = json.loads(file.read_text())
+        # That with the most steps.
+        steps = tuple(sorted({*steps, *(int(step) for step in result.get("choosing", result.get("test")))}))
+    options = training_options(folder, output_dir, method, learning_rate, beta, seed, steps)
     command = training_command(options)
-    settings = {"method": method, "learning_rate": learning_rate, "beta": beta, "seed": seed, "command": command}
-    result = json.loads(file.read_text()) if file.is_file() else settings
-    if result["command"] != command:
+    if len({re.sub(r" --max_train_steps \d+", "", text) for text in (command, result.get("command", command))}) > 1:
         raise ValueError(f"{file} is of another command: {result['command']}. Remove it, or give other folders.")
     repeats = {}
-    if seed == SEED:
-        repeats["choosing"] = dict.fromkeys(STEPS, PICTURES_PER_CAPTION)
+    if seed == SEED and method not in SETTINGS_OF:
+        repeats["choosing"] = dict.fromkeys(steps, PICTURES_PER_CAPTION)
     if best_step is not None:
-        repeats["test"] = {**dict.fromkeys(STEPS, PICTURES_PER_CAPTION), best_step: TEST_PICTURES_PER_CAPTION}
-    missing = repeats.keys() - result.keys()
+        repeats["test"] = {**dict.fromkeys(steps, PICTURES_PER_CAPTION), best_step: TEST_PICTURES_PER_CAPTION}
+    missing = [
+        (name, step, number)
+        for name, numbers in sorted(repeats.items())
+        for step, number in numbers.items()
+        if len(result.get(name, {}).get(str(step), {"total": []})["total"]) < number * len(measured_scenes(name))
+    ]
     if missing:
         times = []
         hook = register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
-        train(options)
+        with replaced(method):
+            train(options)
         hook.remove()
         if len(times) > 2:
             # The fastest tenth: whatever else the machine did, and checkpoints, are in others.
             seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
             result["seconds_per_step"] = round(quantiles(seconds, n=10)[0], 4)
-        for name in sorted(missing):
-            result[name] = {
-                str(step): measure(name, seed, output_dir / f"checkpoint-{step}", number)
-                for step, number in repeats[name].items()
-            }
-        save(result, file)
+        for name, step, number in missing:
+            measured = measure(name, seed, output_dir / f"checkpoint-{step}", number)
+            result[name] = {**result.get(name, {}), str(step): measured}
+        save({**result, "command": command}, file)
     return result
 
 
@@ -463,32 +546,44 @@ def climb(values, score):
 
 def choose(method, load):
     """
-    Learning rate, beta and step of a method: the best step of every run, of these the learning rate, then beta.
+    Learning rate, beta and step of a method: the best step of every run, of these the learning rate, then beta, and of these
+    the best step of a longer run.
 
     Args:
-        load (`callable`): gives the result of a learning rate and a beta with the first seed.
+        load (`callable`): gives the result of a learning rate, a beta and steps with the first seed.
+
+    Returns:
+        `tuple`: learning rate, beta, the steps that were measured, and of these the best.
     """
 
-    def best_step(*setting):
-        return max(STEPS, key=functools.partial(choosing_reward, load(*setting)))
+    def best_step(rate, beta, steps):
+        return max(steps, key=functools.partial(choosing_reward, load(rate, beta, steps)))
 
-    def score(*setting):
-        return choosing_reward(load(*setting), best_step(*setting))
+    def score(rate, beta):
+        return choosing_reward(load(rate, beta, STEPS), best_step(rate, beta, STEPS))
 
-    beta = first_beta(method)
+    beta, steps = first_beta(method), STEPS
     rate = climb(LEARNING_RATES, lambda rate: score(rate, beta))
     for factor in (2, 1 / 2):
         # Downwards only if upwards did not help.
         if beta is not None and beta == first_beta(method):
             beta = climb([beta, beta * factor, beta * factor**2], lambda beta: score(rate, beta))
-    return rate, beta, best_step(rate, beta)
+    while steps[-1] < MAX_STEPS and best_step(rate, beta, steps) == steps[-1]:
+        steps = (*steps, steps[-1] + STEPS[0])
+    return rate, beta, steps, best_step(rate, beta, steps)
 
 
 def run_row(folder, results, method, num_seeds):
     """Chooses a method's settings, and trains and tests with as many seeds."""
-    rate, beta, step = choose(method, lambda *setting: run(folder, results, method, *setting, SEED))
+
+    chosen = SETTINGS_OF.get(method, method)
+
+    def load(rate, beta, steps):
+        return run(folder, results, chosen, rate, beta, SEED, steps)
+
+    rate, beta, steps, best_step = choose(chosen, load)
     for seed in range(num_seeds):
-        run(folder, results, method, rate, beta, seed, step)
+        run(folder, results, method, rate, beta, seed, steps, best_step)
 
 
 def run_all(folder, results, num_workers):

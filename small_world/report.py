@@ -58,6 +58,9 @@ DUELS = (
     ("dpo-ncp-filtered", "dpo-latent-filtered"),
     ("dpo-latent-safeguard", "dpo-latent"),
     ("dpo-ncp-safeguard", "dpo-ncp"),
+    ("dpo-sum", "dpo-latent"),
+    ("dpo-sum", "dpo-ncp"),
+    ("dpo-latent-inverted", "dpo-latent"),
     ("dpo-ncp-bf16-probe", "dpo-ncp-bf16-literal"),
     ("dpo-ncp-bf16-probe", "dpo-ncp"),
     *((f"{loss}-ncp", f"{loss}-latent") for loss in ("simpo", "mapo", "dmpo", "linear")),
@@ -80,9 +83,11 @@ class Row:
         self.method = method
         self.tried = [run for run in runs if "choosing" in run]
         settings = {(run["learning_rate"], run["beta"]): run for run in self.tried}
-        self.learning_rate, self.beta, self.step = experiment.choose(method, lambda *setting: settings[setting])
+        chosen = experiment.choose(method, lambda rate, beta, steps: settings[rate, beta])
+        self.learning_rate, self.beta, self.steps, self.step = chosen
         chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
-        self.tested = {run["seed"]: run for run in chosen if "test" in run}
+        steps = set(map(str, self.steps))
+        self.tested = {run["seed"]: run for run in chosen if steps <= run.get("test", {}).keys()}
         self.seconds = [run["seconds_per_step"] for run in runs if "seconds_per_step" in run]
 
     @property
@@ -101,19 +106,20 @@ class Row:
 
     def curve(self, seed, base):
         """Mean rewards from the base on, always of the same pictures."""
-        number = min(len(self.rewards(seed, step)) for step in experiment.STEPS)
-        rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in experiment.STEPS)]
+        number = min(len(self.rewards(seed, step)) for step in self.steps)
+        rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in self.steps)]
         return np.array([values[:number].mean() for values in rewards])
 
     def part(self, name):
         return np.mean([run["test"][str(self.step)][name] for run in self.tested.values()])
 
 
-def load_rows(folder):
+def load_rows(runs):
     """Of all methods that have been chosen for and tested, by name."""
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     rows = {}
     for method in experiment.METHODS:
+        if method in experiment.SETTINGS_OF:
+            continue
         try:
             row = Row(method, [run for run in runs if run.get("method") == method])
         except KeyError:
@@ -150,10 +156,10 @@ def difference(ours, theirs, step=None, their_step=None):
 
 def difference_at_equal_time(ours, theirs, base):
     """The same at the time that their chosen step takes them, between our steps by interpolation."""
-    steps = [0, *experiment.STEPS]
     our_step = theirs.step * theirs.seconds_per_step / ours.seconds_per_step
     return [
-        np.interp(our_step, steps, ours.curve(seed, base)) - theirs.curve(seed, base)[steps.index(theirs.step)]
+        np.interp(our_step, [0, *ours.steps], ours.curve(seed, base))
+        - theirs.curve(seed, base)[1 + theirs.steps.index(theirs.step)]
         for seed in common_seeds(ours, theirs)
     ]
 
@@ -191,9 +197,9 @@ def starred(value, ends):
 
 def settings(row):
     """Learning rate, β and steps, with a star at the ends of what may be tried."""
-    rates, steps, beta = experiment.LEARNING_RATES, experiment.STEPS, experiment.first_beta(row.method)
+    rates, beta = experiment.LEARNING_RATES, experiment.first_beta(row.method)
     shown_beta = "" if beta is None else starred(row.beta, (beta / 4, beta * 4))
-    return [starred(row.learning_rate, (rates[0], rates[-1])), shown_beta, starred(row.step, steps[-1:])]
+    return [starred(row.learning_rate, (rates[0], rates[-1])), shown_beta, starred(row.step, row.steps[-1:])]
 
 
 def table(rows, references):
@@ -247,12 +253,16 @@ def duels(rows):
     return markdown(["", "against", "reward", "wins"], lines)
 
 
+def all_steps(rows):
+    return sorted({step for row in rows.values() for step in row.steps})
+
+
 def steps_table(rows, base):
-    lines = [
-        [method, *(f"{mean:.3f}" for mean in np.mean([row.curve(seed, base) for seed in row.tested], axis=0)[1:])]
-        for method, row in rows.items()
-    ]
-    return markdown(["method", *experiment.STEPS], lines)
+    lines = []
+    for method, row in rows.items():
+        means = dict(zip(row.steps, np.mean([row.curve(seed, base) for seed in row.tested], axis=0)[1:]))
+        lines.append([method, *(f"{means[step]:.3f}" if step in means else "" for step in all_steps(rows))])
+    return markdown(["method", *all_steps(rows)], lines)
 
 
 def choosing_table(rows):
@@ -261,24 +271,48 @@ def choosing_table(rows):
             row.method,
             f"{run['learning_rate']:g}",
             "" if run["beta"] is None else f"{run['beta']:g}",
-            *(f"{experiment.choosing_reward(run, step):.3f}" for step in experiment.STEPS),
+            *(
+                f"{experiment.choosing_reward(run, step):.3f}" if str(step) in run["choosing"] else ""
+                for step in all_steps(rows)
+            ),
             "✓" if (run["learning_rate"], run["beta"]) == (row.learning_rate, row.beta) else "",
         ]
         for row in rows.values()
         for run in sorted(row.tried, key=lambda run: (run["learning_rate"], run["beta"] or 0))
     ]
-    return markdown(["method", "learning rate", "β", *experiment.STEPS, "chosen"], lines)
+    return markdown(["method", "learning rate", "β", *all_steps(rows), "chosen"], lines)
+
+
+def labels_table(runs, base):
+    """What is learnt of pairs that are labelled by one part of the reward, as that part measures it."""
+
+    def part(summary, name):
+        return summary["match"] if name == "match" else (summary["quality"] + summary["style"]) / 2
+
+    tested, lines = {}, []
+    for run in runs:
+        if run.get("method") in experiment.SETTINGS_OF and "test" in run:
+            tested.setdefault(run["method"], []).append(run["test"])
+    steps = sorted({int(step) for tests in tested.values() for test in tests for step in test})
+    for method, tests in tested.items():
+        name = method.partition("-by-")[2]
+        cells = [
+            mean_and_error([part(test[str(step)], name) for test in tests]) if str(step) in tests[0] else ""
+            for step in steps
+        ]
+        lines.append([name, experiment.SETTINGS_OF[method], len(tests), f"{part(base, name):.3f}", *cells])
+    return markdown(["labelled and measured by", "method", "trainings", "base", *steps], sorted(lines))
 
 
 def plot(rows, base, path):
     """Rewards by steps, DPO's variants and the other losses."""
-    steps = [0, *experiment.STEPS]
     shown = [[method for method in rows if method.startswith("dpo")], [m for m in rows if m.count("-") == 1]]
     shown = shown if set(shown[1]) - set(shown[0]) else shown[:1]
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown) + 1, 4), sharey=True, squeeze=False)
     for axis, methods in zip(axes[0], shown):
         for method in methods:
             curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
+            steps = [0, *rows[method].steps]
             (line,) = axis.plot(steps, curves.mean(axis=0), "--" if "latent" in method else "-", label=method)
             errors = curves.std(axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
             band = curves.mean(axis=0) - errors, curves.mean(axis=0) + errors
@@ -292,10 +326,12 @@ def plot(rows, base, path):
 
 def main(args):
     references = experiment.load_references(args.output_dir / "runs")
-    rows = load_rows(args.output_dir / "runs")
+    runs = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
+    rows = load_rows(runs)
     plot(rows, references["base"], args.output_dir / "rewards.png")
-    missing = [method for method in experiment.METHODS if method not in rows]
-    num_runs = len({run["command"] for row in rows.values() for run in [*row.tried, *row.tested.values()]})
+    run_yet = {run.get("method") for run in runs if "test" in run}
+    missing = [method for method in experiment.METHODS if method not in run_yet]
+    num_runs = sum("method" in run for run in runs)
     few, many = (
         n * len(experiment.split_scenes()[2])
         for n in (experiment.PICTURES_PER_CAPTION, experiment.TEST_PICTURES_PER_CAPTION)
@@ -331,6 +367,13 @@ Reward of DPO over latent DPO's, each at its best:
 
 {duels(rows)}
 
+## What is preferred
+
+The same pairs labelled by one part of the reward alone: by *match*, which is coarse, or by *drawing*, quality and outline, which is
+fine. Settings are those chosen for pairs labelled by all of it.
+
+{labels_table(runs, references["base"])}
+
 ## Reward by steps
 
 The mean of {few} pictures at the chosen learning rate and β; the base's is {np.mean(references["base"]["total"][:few]):.3f}.
@@ -341,7 +384,8 @@ The mean of {few} pictures at the chosen learning rate and β; the base's is {np
 
 Every run with the first seed is measured after {", ".join(map(str, experiment.STEPS))} steps on captions of their own ({few} pictures; the base's reward is
 {np.mean(references["base-choosing"]["total"]):.3f}), and its best counts. From the lowest learning rate on the next is tried as long as it is better; at the best one
-β is doubled, or else halved, as long as that is better, twice at most.
+β is doubled, or else halved, as long as that is better, twice at most. With what was chosen a method is trained on, up to
+{experiment.MAX_STEPS} steps, as long as its last are its best.
 
 {choosing_table(rows)}
 """

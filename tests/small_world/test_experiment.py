@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import report
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from scenes import SCENES
@@ -41,6 +42,7 @@ def quick():
             "PICTURES_PER_CAPTION": 1,
             "TEST_PICTURES_PER_CAPTION": 2,
             "STEPS": (1, 3),
+            "MAX_STEPS": 4,
             "LEARNING_RATES": (1e-3,),
         }.items():
             monkeypatch.setattr(experiment, name, value)
@@ -77,21 +79,31 @@ def tried(table):
     """`choose` for DPO where runs are as good as `table` says, and the settings that it tried."""
     seen = []
 
-    def load(*setting):
-        seen.append(setting)
-        rewards = np.broadcast_to(table[setting], len(experiment.STEPS))
-        return {"choosing": {str(step): {"total": [value]} for step, value in zip(experiment.STEPS, rewards)}}
+    def load(rate, beta, steps):
+        seen.append((rate, beta))
+        rewards = np.broadcast_to(table[rate, beta], max(len(steps), np.size(table[rate, beta])))
+        return {"choosing": {str(step): {"total": [value]} for step, value in zip(steps, rewards)}}
 
     return experiment.choose("dpo-latent", load), set(seen)
 
 
 def test_settings_are_chosen_one_after_the_other():
     # The best step counts. Learning rates are tried as long as they get better, then beta, downwards if upwards is worse.
+    steps = experiment.STEPS
     table = {(5e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (2e-3, 200): (0.4, 0.1, 0.1)}
     table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5}
-    assert tried(table) == ((1e-3, 100, experiment.STEPS[0]), table.keys())
+    assert tried(table) == ((1e-3, 100, steps, steps[0]), table.keys())
     table = {(5e-4, 200): 0.3, (1e-3, 200): 0.2, (5e-4, 400): 0.4, (5e-4, 800): 0.5}
-    assert tried(table) == ((5e-4, 800, experiment.STEPS[0]), table.keys())
+    assert tried(table) == ((5e-4, 800, steps, steps[0]), table.keys())
+
+
+def test_a_method_is_trained_on_while_its_last_step_is_its_best():
+    others = dict.fromkeys([(1e-3, 200), (5e-4, 400), (5e-4, 100)], 0.2)
+    table = {**others, (5e-4, 200): (0.1, 0.2, 0.3, 0.4, 0.1, 0.9)}
+    assert tried(table)[0] == (5e-4, 200, (75, 150, 225, 300, 375), 300)
+    # Nowhere beyond the most steps, nor where the first steps are as good.
+    assert tried({**others, (5e-4, 200): np.arange(6) + 0.3})[0] == (5e-4, 200, (75, 150, 225, 300, 375, 450), 450)
+    assert tried({**others, (5e-4, 200): 0.3})[0] == (5e-4, 200, (75, 150, 225), 75)
 
 
 def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
@@ -110,7 +122,9 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
     assert 1 + 2 <= sum("choosing" in run for run in results.values() if run["method"] == "dpo-latent") <= 1 + 3
     assert "sft-ncp-0.001-0.json" in results and len(tested) == 3
     for result in tested:
-        assert sorted(len(rewards["total"]) for rewards in result["test"].values()) == [2, 4]
+        # At all steps, and of the best of them more.
+        assert {"1", "3"} <= result["test"].keys() <= {"1", "3", "4"}
+        assert sorted({len(rewards["total"]) for rewards in result["test"].values()}) == [2, 4]
 
     # What is there is not measured again, even if its LoRA has gone, nor taken for that of another command.
     before = {file: file.stat().st_mtime_ns for file in runs.iterdir()}
@@ -132,6 +146,51 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "command": "another"}))
     with pytest.raises(ValueError, match="is of another command: another"):
         experiment.run_row(world, runs, "sft-ncp", 1)
+
+
+def test_pairs_are_labelled_anew_by_other_rewards(world):
+    uids = Dataset.from_parquet(str(world / "pairs" / "train.parquet"))
+    rewards = torch.arange(16.0 * experiment.PICTURES_PER_SCENE)
+    for name, values in (("later", rewards), ("earlier", -rewards)):
+        experiment.label_anew(world, name, values)
+        rows = Dataset.from_parquet(str(world / name / "train.parquet"))
+        assert rows["jpg_0"][:] == uids["jpg_0"][:]
+        for row in rows:
+            assert row["label_0"] == (values[int(row["image_0_uid"])] > values[int(row["image_1_uid"])])
+
+
+def test_a_sum_of_both_errors(world, tmp_path, monkeypatch):
+    seen = []
+
+    def measure_sum(measure_errors, args, denoising, unet, policy, perception, *others, **options):
+        inputs = args, denoising, unet, policy
+        both = experiment.measure_sum(measure_errors, *inputs, perception, *others, **options)
+        halves = [measure_errors(*inputs, p, *others, **options) for p in (None, perception)]
+        seen.append([errors.policy.detach() for errors in (both, *halves)])
+        return both
+
+    monkeypatch.setitem(experiment.REPLACED, "dpo-sum", ("measure_errors", measure_sum))
+    experiment.run(world, tmp_path, "dpo-sum", 1e-3, 200, 1, (1,), 1)
+    ((both, latent, ncp),) = seen
+    torch.testing.assert_close(both, (latent + ncp) / 2)
+    assert latent.mean() / 10 < ncp.mean() < 10 * latent.mean()
+
+
+def test_the_base_sees_a_picture_through_inverted_noise(world, tmp_path, monkeypatch):
+    seen = []
+
+    def invert(noise_batch, args, batch, pipeline, noise_scheduler):
+        inputs = args, batch, pipeline, noise_scheduler
+        both = [experiment.invert(noise_batch, *inputs), noise_batch(*inputs)]
+        noisy_latents = noise_scheduler.add_noise(batch["latents"].float(), both[0].target, both[0].timesteps)
+        torch.testing.assert_close(both[0].noisy_latents, noisy_latents)
+        seen.append([(d.predict_reference(pipeline.unet) - d.target).square().mean() for d in both])
+        return both[0]
+
+    monkeypatch.setitem(experiment.REPLACED, "dpo-latent-inverted", ("noise_batch", invert))
+    experiment.run(world, tmp_path, "dpo-latent-inverted", 1e-3, 200, 1, (1,), 1)
+    ((inverted, by_chance),) = seen
+    assert inverted < by_chance / 2
 
 
 def test_training_leaves_no_trace(world, tmp_path):

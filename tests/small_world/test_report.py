@@ -29,7 +29,8 @@ def run(method, seed, rewards, seconds_per_step):
 @pytest.fixture
 def rows(monkeypatch):
     """Two trainings of each; the second step is latent DPO's best, the third NCP's."""
-    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, 225 if method == "dpo-ncp" else 150))
+    best_steps = {"dpo-latent": 150, "dpo-ncp": 225}
+    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, experiment.STEPS, best_steps[method]))
     latent = [run("dpo-latent", seed, (0.3, 0.4, 0.2), 1) for seed in (0, 1)]
     ncp = [run("dpo-ncp", seed, (0.3, 0.5, last), 2) for seed, last in ((0, 0.6), (1, 0.8))]
     return report.Row("dpo-latent", latent), report.Row("dpo-ncp", ncp)
