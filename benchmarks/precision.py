@@ -217,8 +217,8 @@ def predict(unet, x_t, timesteps, condition):
 
 def accumulate_in_float32(unet):
     """
-    Gives `unet` a GPU's half-precision arithmetic: exact products, summed in float32, rounded once. A CPU's own float16
-    convolutions take sixty times as long as that.
+    Gives `unet` a GPU's half-precision arithmetic: exact products, summed in float32, rounded once. A CPU's own takes up to
+    sixty times as long as that, where it has no instructions for it.
     """
 
     def conv2d(module, x):
@@ -311,8 +311,8 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
             parameter.data = exact_in_half(parameter.data).float()
         exact = copy.deepcopy(base).double()
         unets = {variant.dtype: copy.deepcopy(base).to(variant.dtype) for variant in variants.values()}
-        if torch.float16 in unets:
-            accumulate_in_float32(unets[torch.float16])
+        for dtype in unets.keys() & {torch.float16, torch.bfloat16}:
+            accumulate_in_float32(unets[dtype])
         added = None
         if base.config.addition_embed_type:
             added = {
@@ -365,7 +365,7 @@ def encoder_of(unet, dtype):
     up_blocks, unet.up_blocks = unet.up_blocks, torch.nn.ModuleList()
     encoder = copy.deepcopy(unet).to(dtype)
     unet.up_blocks = up_blocks
-    if dtype == torch.float16 and unet.device.type == "cpu":
+    if dtype in (torch.float16, torch.bfloat16) and unet.device.type == "cpu":
         accumulate_in_float32(encoder)
     return encoder
 
