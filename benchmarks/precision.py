@@ -476,6 +476,7 @@ def main(args):
             report["bins"][span] = measured
             # As it goes, for it may be cut off.
             if args.json is not None:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(report, indent=2) + "\n")
         print(model_markdown(report["bins"]))
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)

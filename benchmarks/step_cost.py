@@ -72,7 +72,9 @@ class Model(NamedTuple):
     vae: dict
     text_encoders: dict
     vae_dtype: torch.dtype | None = torch.float32  # in diffusers' scripts; `None` for the U-Net's
-    batch_size: int = 1  # pairs per step that are timed, as in the README's commands
+    batch_sizes: tuple = (
+        1,
+    )  # pairs per step that are timed: as in the README's commands, and what keeps a large GPU busy
 
 
 def vae_config(channels):
@@ -126,6 +128,7 @@ MODELS = {
             "": (CLIPTextModel, CLIP_L),
             "_2": (CLIPTextModelWithProjection, text_config(1280, 32, 20, projection_dim=1280, hidden_act="gelu")),
         },
+        batch_sizes=(1, 8),
     ),
     "sd15": Model(
         script="train_ncp_dpo_sd15",
@@ -135,7 +138,7 @@ MODELS = {
         vae=vae_config((128, 256, 512, 512)),
         text_encoders={"": (CLIPTextModel, CLIP_L)},
         vae_dtype=None,
-        batch_size=8,
+        batch_sizes=(8, 32),
     ),
     # SDXL's blocks with a tenth of its channels. Of the U-Net's FLOPs the encoder has 40 %, and encoding the batch costs
     # 70 %; of SDXL's they are 43 % and 73 %.
@@ -214,9 +217,12 @@ class Step:
         batch_size (`int`): pairs per step.
         gradient_checkpointing (`bool`): in the policy, and so in the encoder where this is the same U-Net.
         use_8bit_adam (`bool`): for [`~Step.create_optimizer`].
+        policy (`UNet2DConditionModel`, *optional*): that of another step, if no flag of the variant asks for its own.
     """
 
-    def __init__(self, model, variant, device, batch_size=1, gradient_checkpointing=False, use_8bit_adam=False):
+    def __init__(
+        self, model, variant, device, batch_size=1, gradient_checkpointing=False, use_8bit_adam=False, policy=None
+    ):
         self.model, self.variant, self.device, self.batch_size = model, variant, device, batch_size
         self.script = importlib.import_module(model.script)
         flags = ["--pretrained_model_name_or_path", "random", "--mixed_precision", "no", "--max_train_steps", "1"]
@@ -225,7 +231,7 @@ class Step:
         flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
-        self.policy = self.script.create_policy(self.args, self.create_unet(variant.dtype))
+        self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype))
         self.policy.train()
         self.second_unet = self.perception = None
         if variant.second_unet:
@@ -582,22 +588,23 @@ def optimize(step, optimizer):
     return time.perf_counter() - start
 
 
-def time_together(variants, model, device, args):
+def time_together(variants, model, batch_size, device, args, policy=None):
     """
-    Makes steps of several variants in turns, so that whatever else the machine does falls on all alike.
+    Makes steps of several variants in turns, so that whatever else the machine does falls on all alike; `policy` is for
+    [`Step`].
 
     Returns:
-        A dictionary per variant: "seconds_per_step" (the median after warm-up), "pairs_per_second", and on a GPU
+        A dictionary per variant: "seconds_per_step" (the median after warm-up), "seconds_range" (the fastest and the slowest),
+        "pairs_per_second", and on a GPU
         "peak_memory_gb" (of all the variants that share its memory: give it one at a time).
     """
-    steps, batch_size = {}, args.batch_size or model.batch_size
+    steps = {}
     for name, variant in variants.items():
-        step = Step(
-            model, variant, device, batch_size, args.gradient_checkpointing, use_8bit_adam=has_8bit_adam(device)
-        )
+        step = Step(model, variant, device, batch_size, args.gradient_checkpointing, has_8bit_adam(device), policy)
         if variant.dtype != torch.float32:
             # As accelerate does.
-            step.policy.forward = torch.autocast(device, variant.dtype)(step.policy.forward)
+            forward = functools.partial(type(step.policy).forward, step.policy)
+            step.policy.forward = torch.autocast(device, variant.dtype)(forward)
         steps[name] = (step, step.create_optimizer())
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -608,8 +615,13 @@ def time_together(variants, model, device, args):
             seconds[name].append(optimize(step, optimizer))
     results = {}
     for name in variants:
-        median = statistics.median(seconds[name][WARM_UP_STEPS:])
-        results[name] = {"seconds_per_step": median, "pairs_per_second": batch_size / median}
+        measured = seconds[name][WARM_UP_STEPS:]
+        median = statistics.median(measured)
+        results[name] = {
+            "seconds_per_step": median,
+            "seconds_range": [min(measured), max(measured)],
+            "pairs_per_second": batch_size / median,
+        }
         if device == "cuda":
             results[name]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return results
@@ -624,7 +636,8 @@ def time_models(device, args):
     Times `TIMED_VARIANTS` of the models of `args`: on a GPU one after the other, on a CPU in float32 and in turns.
 
     Yields:
-        The model's name and `time_together`'s results of it, or a dictionary with the reason as "skipped".
+        The model's name, the pairs per step, and `time_together`'s results of them, or a dictionary with the reason as
+        "skipped".
     """
     if device != "cuda":
         variants = {}
@@ -634,20 +647,29 @@ def time_models(device, args):
             if variant not in variants.values():
                 variants[name] = variant
         for model in args.model:
-            yield model, time_together(variants, MODELS[model], device, args)
+            for batch_size in MODELS[model].batch_sizes:
+                yield model, batch_size, time_together(variants, MODELS[model], batch_size, device, args)
         return
-    # What takes longest to begin comes last for all models.
-    for name, variant in TIMED_VARIANTS.items():
+    # Flags need a U-Net of their own, and what takes longest to begin comes last for all models.
+    for flagged in (False, True):
         for model in args.model:
-            if "--compile" in variant.flags and importlib.util.find_spec("triton") is None:
-                yield model, {name: {"skipped": "triton is not installed"}}
-                continue
-            try:
-                yield model, time_together({name: variant}, MODELS[model], device, args)
-            except torch.cuda.OutOfMemoryError:
-                yield model, {name: {"skipped": "out of memory"}}
-            gc.collect()
-            torch.cuda.empty_cache()
+            policy = None
+            for name, variant in TIMED_VARIANTS.items():
+                if bool(variant.flags) is not flagged:
+                    continue
+                if "--compile" in variant.flags and importlib.util.find_spec("triton") is None:
+                    yield model, MODELS[model].batch_sizes[0], {name: {"skipped": "triton is not installed"}}
+                    continue
+                if policy is None or flagged:
+                    policy = Step(MODELS[model], variant, device, 1, args.gradient_checkpointing).policy
+                for batch_size in MODELS[model].batch_sizes:
+                    try:
+                        results = time_together({name: variant}, MODELS[model], batch_size, device, args, policy)
+                    except torch.cuda.OutOfMemoryError:
+                        results = {name: {"skipped": "out of memory"}}
+                    yield model, batch_size, results
+                    gc.collect()
+                    torch.cuda.empty_cache()
 
 
 # Of dense bf16 matrix products, by what is in the device's name; the first that fits.
@@ -715,34 +737,36 @@ def main_time(args):
         "steps": args.steps,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "models": {
-            name: {
+            f"{name} × {batch_size}": {
                 "resolution": MODELS[name].resolution,
                 "rank": MODELS[name].rank,
-                "batch_size": args.batch_size or MODELS[name].batch_size,
+                "batch_size": batch_size,
                 "results": {},
             }
             for name in args.model
+            for batch_size in MODELS[name].batch_sizes
         },
     }
-    for model, results in time_models(device, args):
+    for model, batch_size, results in time_models(device, args):
+        key = f"{model} × {batch_size}"
         for name, result in results.items():
-            print(f"{model}, {name}: {', '.join(f'{k} {v}' for k, v in result.items())}", file=sys.stderr, flush=True)
-        report["models"][model]["results"] |= results
+            print(f"{key}, {name}: {', '.join(f'{k} {v}' for k, v in result.items())}", file=sys.stderr, flush=True)
+        report["models"][key]["results"] |= results
         # As it goes, for it may be cut off.
         write_json(args.json, report)
-    for model, part in report["models"].items():
+    for key, part in report["models"].items():
         for name, result in part["results"].items():
             if "skipped" not in result:
                 # Without the flags, which change nothing that is counted.
-                flops = flops_per_pair(model, TIMED_VARIANTS[name]._replace(flags=()))
+                flops = flops_per_pair(key.split()[0], TIMED_VARIANTS[name]._replace(flags=()))
                 result["mfu"] = flops * result["pairs_per_second"] / peak
                 write_json(args.json, report)
 
     print(", ".join(f"{name} {value}" for name, value in report.items() if name not in ("versions", "models")))
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), end="\n\n")
-    for model, part in report["models"].items():
+    for key, part in report["models"].items():
         results = part["results"]
-        print(f"{model}, {part['resolution']}², rank {part['rank']}, {part['batch_size']} pairs per step\n")
+        print(f"{key.split()[0]}, {part['resolution']}², rank {part['rank']}, {part['batch_size']} pairs per step\n")
         print(timing_table(results, device), end="\n\n")
         for name in ("NCP-DPO, the authors' way", "latent DPO, VAE in the loop"):
             rates = [results[which].get("pairs_per_second") for which in ("NCP-DPO", name)]
@@ -756,7 +780,6 @@ def parse_args(input_args=None):
     modes.add_parser("count", help="FLOPs and memory, counted on the meta device")
     timing = modes.add_parser("time", help="time and memory, measured")
     timing.add_argument("--model", choices=list(MODELS), nargs="+", default=["sdxl", "sd15"])
-    timing.add_argument("--batch_size", type=int, help="pairs per step; default: the README's")
     timing.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: yes, but not for small"
     )

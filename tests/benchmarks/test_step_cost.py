@@ -137,7 +137,7 @@ def test_timing_report(tmp_path, monkeypatch, capsys):
 
     report = json.loads(file.read_text())
     assert report["device"].startswith("CPU") and report["versions"]["torch"] == torch.__version__
-    results = report["models"]["small"]["results"]
+    results = report["models"]["small × 1"]["results"]
     assert "NCP-DPO, one-sided" not in results, "in float32 this is what NCP-DPO is"
     output = capsys.readouterr().out
     for name, result in results.items():
