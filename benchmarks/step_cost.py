@@ -29,6 +29,7 @@ peak is the data sheet's where it is known here, and else that of a large matrix
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -36,6 +37,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -194,7 +196,7 @@ TIMED_VARIANTS = {
     "NCP-DPO, --channels_last": Variant(flags=("--channels_last",)),
     "NCP-DPO, --compile": Variant(flags=("--compile",)),
 }
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 
 
 class Tokenizer:
@@ -694,10 +696,25 @@ def peak_flops(device):
     return 2 * size**3 / min(seconds), "a matrix product"
 
 
-@functools.cache
 def flops_per_pair(model, variant):
     """Of a step without gradient checkpointing; `model` by name."""
     return sum(count(MODELS[model], variant).flops.values())
+
+
+def add_mfu(models, peak):
+    """Enters "mfu" into the results of all models that were timed."""
+    counted = []
+    for key, part in models.items():
+        for name, result in part["results"].items():
+            if "skipped" not in result:
+                # Without the flags, which change nothing that is counted.
+                counted.append((result, key.split()[0], TIMED_VARIANTS[name]._replace(flags=())))
+    distinct = list(dict.fromkeys((model, variant) for _, model, variant in counted))
+    # Half a minute for a step of SDXL.
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as executor:
+        flops = dict(zip(distinct, executor.map(flops_per_pair, *zip(*distinct))))
+    for result, *step in counted:
+        result["mfu"] = flops[tuple(step)] * result["pairs_per_second"] / peak
 
 
 def timing_table(results, device):
@@ -754,13 +771,8 @@ def main_time(args):
         report["models"][key]["results"] |= results
         # As it goes, for it may be cut off.
         write_json(args.json, report)
-    for key, part in report["models"].items():
-        for name, result in part["results"].items():
-            if "skipped" not in result:
-                # Without the flags, which change nothing that is counted.
-                flops = flops_per_pair(key.split()[0], TIMED_VARIANTS[name]._replace(flags=()))
-                result["mfu"] = flops * result["pairs_per_second"] / peak
-                write_json(args.json, report)
+    add_mfu(report["models"], peak)
+    write_json(args.json, report)
 
     print(", ".join(f"{name} {value}" for name, value in report.items() if name not in ("versions", "models")))
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), end="\n\n")
@@ -783,7 +795,7 @@ def parse_args(input_args=None):
     timing.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="default: yes, but not for small"
     )
-    timing.add_argument("--steps", type=int, default=10, help=f"measured steps, after {WARM_UP_STEPS} to warm up")
+    timing.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP_STEPS} to warm up")
     timing.add_argument("--json", type=Path, default=None, help="file to write the results to")
     args = parser.parse_args(input_args)
     if args.mode == "time" and args.gradient_checkpointing is None:
