@@ -304,12 +304,21 @@ def labels_table(runs, base):
     return markdown(["labelled and measured by", "method", "trainings", "base", *steps], sorted(lines))
 
 
+PLOTS = {
+    "DPO, all and filtered pairs": ("dpo-latent", "dpo-ncp", "dpo-latent-filtered", "dpo-ncp-filtered"),
+    "DPO, timesteps": tuple(
+        f"dpo-{row}" for row in ("latent-balanced", "ncp-balanced", "latent-profile", "latent-late", "ncp-late")
+    ),
+    "losses": tuple(f"{loss}-{space}" for loss in ("dpo", "cpo", "sft") for space in ("latent", "ncp")),
+}
+
+
 def plot(rows, base, path):
-    """Rewards by steps, DPO's variants and the other losses."""
-    shown = [[method for method in rows if method.startswith("dpo")], [m for m in rows if m.count("-") == 1]]
-    shown = shown if set(shown[1]) - set(shown[0]) else shown[:1]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown) + 1, 4), sharey=True, squeeze=False)
-    for axis, methods in zip(axes[0], shown):
+    """Rewards by steps: which pairs, which timesteps, which loss."""
+    shown = {title: [method for method in rows if method in methods] for title, methods in PLOTS.items()}
+    shown = {title: methods for title, methods in shown.items() if methods}
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 4), sharey=True, squeeze=False)
+    for axis, (title, methods) in zip(axes[0], shown.items()):
         for method in methods:
             curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
             steps = [0, *rows[method].steps]
@@ -317,8 +326,8 @@ def plot(rows, base, path):
             errors = curves.std(axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
             band = curves.mean(axis=0) - errors, curves.mean(axis=0) + errors
             axis.fill_between(steps, *band, color=line.get_color(), alpha=0.12)
-        axis.set(xlabel="steps")
-        axis.legend(fontsize=7)
+        axis.set(xlabel="steps", title=title)
+        axis.legend(fontsize=7, loc="lower left")
     axes[0, 0].set(ylabel="true reward on held-out captions")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
