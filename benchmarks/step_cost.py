@@ -74,9 +74,8 @@ class Model(NamedTuple):
     vae: dict
     text_encoders: dict
     vae_dtype: torch.dtype | None = torch.float32  # in diffusers' scripts; `None` for the U-Net's
-    batch_sizes: tuple = (
-        1,
-    )  # pairs per step that are timed: as in the README's commands, and what keeps a large GPU busy
+    # Pairs per step that are timed: as in the README's commands, and what keeps a large GPU busy.
+    batch_sizes: tuple = (1,)
 
 
 def vae_config(channels):
@@ -597,8 +596,7 @@ def time_together(variants, model, batch_size, device, args, policy=None):
 
     Returns:
         A dictionary per variant: "seconds_per_step" (the median after warm-up), "seconds_range" (the fastest and the slowest),
-        "pairs_per_second", and on a GPU
-        "peak_memory_gb" (of all the variants that share its memory: give it one at a time).
+        "pairs_per_second", and on a GPU "peak_memory_gb" (of all the variants that share its memory: give it one at a time).
     """
     steps = {}
     for name, variant in variants.items():
@@ -697,22 +695,23 @@ def peak_flops(device):
 
 
 def flops_per_pair(model, variant):
-    """Of a step without gradient checkpointing; `model` by name."""
-    return sum(count(MODELS[model], variant).flops.values())
+    """Of a step of a `Model` without gradient checkpointing."""
+    return sum(count(model, variant).flops.values())
 
 
 def add_mfu(models, peak):
     """Enters "mfu" into the results of all models that were timed."""
     counted = []
-    for key, part in models.items():
+    for part in models.values():
         for name, result in part["results"].items():
             if "skipped" not in result:
                 # Without the flags, which change nothing that is counted.
-                counted.append((result, key.split()[0], TIMED_VARIANTS[name]._replace(flags=())))
-    distinct = list(dict.fromkeys((model, variant) for _, model, variant in counted))
+                counted.append((result, part["model"], TIMED_VARIANTS[name]._replace(flags=())))
+    distinct = list(dict.fromkeys((name, variant) for _, name, variant in counted))
+    jobs = [MODELS[name] for name, _ in distinct], [variant for _, variant in distinct]
     # Half a minute for a step of SDXL.
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as executor:
-        flops = dict(zip(distinct, executor.map(flops_per_pair, *zip(*distinct))))
+        flops = dict(zip(distinct, executor.map(flops_per_pair, *jobs)))
     for result, *step in counted:
         result["mfu"] = flops[tuple(step)] * result["pairs_per_second"] / peak
 
@@ -755,6 +754,7 @@ def main_time(args):
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "models": {
             f"{name} × {batch_size}": {
+                "model": name,
                 "resolution": MODELS[name].resolution,
                 "rank": MODELS[name].rank,
                 "batch_size": batch_size,
@@ -776,9 +776,9 @@ def main_time(args):
 
     print(", ".join(f"{name} {value}" for name, value in report.items() if name not in ("versions", "models")))
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), end="\n\n")
-    for key, part in report["models"].items():
+    for part in report["models"].values():
         results = part["results"]
-        print(f"{key.split()[0]}, {part['resolution']}², rank {part['rank']}, {part['batch_size']} pairs per step\n")
+        print(f"{part['model']}, {part['resolution']}², rank {part['rank']}, {part['batch_size']} pairs per step\n")
         print(timing_table(results, device), end="\n\n")
         for name in ("NCP-DPO, the authors' way", "latent DPO, VAE in the loop"):
             rates = [results[which].get("pairs_per_second") for which in ("NCP-DPO", name)]
