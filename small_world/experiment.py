@@ -22,9 +22,8 @@ What pictures show and how good they are is in `scenes.py`; `base.py` trains the
 as people do it, the better picture winning only more often (Bradley-Terry), encoded once by `tools/encode_preferences.py`
 and trained on by `train_ncp_dpo_sd15.py`, in this process. How good pictures of other captions then are is known exactly.
 
-A row's learning rate and beta are chosen one after the other with the first seed: from the first of either on, as long as
-the next one draws a set of captions of its own better at its best checkpoint. With these it is trained on as long as its
-last checkpoint is its best. Every run's numbers are a file in `results/runs`; what is there is not run again.
+A row's learning rate and beta are chosen with the first seed: doubled or halved in turn as long as that draws a set of
+captions of its own better at its best checkpoint. With these it is trained on as long as its last checkpoint is its best. Every run's numbers are a file in `results/runs`; what is there is not run again.
 """
 
 import argparse
@@ -90,9 +89,12 @@ ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 RESULTS = Path(__file__).with_name("results")
 # Steps after which pictures are measured; if the last is the best, more follow, as far apart as the first is from 0.
 STEPS, MAX_STEPS = (75, 150, 225), 450
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. For losses
-# whose beta is not that of a likelihood, what is tried first.
+# Filtered pairs are fewer, and learnt sooner.
+FILTERED_STEPS = (25, 50, 75, 100, 125, 150)
+# What is tried first, and by what learning rate and beta are then changed
+LEARNING_RATE, FACTORS = 5e-4, (2, 1 / 2)
+# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. Others for
+# losses whose beta is not that of a likelihood.
 BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
 LATENT, BALANCED, LATE = {"loss_space": "latent"}, {"timestep_weighting": "balanced"}, {"min_timestep": 400}
 TYPICAL_SCALE = 1300  # of errors in feature space: what `auto` measures, about
@@ -134,7 +136,8 @@ METHODS = {
 # Of pairs labelled by one part of the reward, the chosen settings of pairs that are labelled by all of it
 SETTINGS_OF = {method: method.partition("-by-")[0] for method in METHODS if "-by-" in method}
 NUM_SEEDS = {
-    method: 5 if index < 4 or method.startswith(("cpo", "sft")) else 3 for index, method in enumerate(METHODS)
+    method: 5 if index < 4 or method.startswith(("cpo", "sft")) or method.endswith("filtered") else 3
+    for index, method in enumerate(METHODS)
 }
 
 
@@ -530,24 +533,10 @@ def choosing_reward(result, step):
     return fmean(result["choosing"][str(step)]["total"])
 
 
-def first_beta(method):
-    return BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)
-
-
-def climb(values, score):
-    """The first value, or as long as the next is better, that."""
-    best = values[0]
-    for value in values[1:]:
-        if score(value) <= score(best):
-            break
-        best = value
-    return best
-
-
 def choose(method, load):
     """
-    Learning rate, beta and step of a method: the best step of every run, of these the learning rate, then beta, and of these
-    the best step of a longer run.
+    Learning rate, beta and step of a method. Learning rate and beta are multiplied by `FACTORS` in turn as long as that makes
+    the best step better, until nothing does; of these, the best step of a longer run.
 
     Args:
         load (`callable`): gives the result of a learning rate, a beta and steps with the first seed.
@@ -555,22 +544,26 @@ def choose(method, load):
     Returns:
         `tuple`: learning rate, beta, the steps that were measured, and of these the best.
     """
+    steps = FILTERED_STEPS if METHODS[method].items() >= FILTERED.items() else STEPS
 
-    def best_step(rate, beta, steps):
-        return max(steps, key=functools.partial(choosing_reward, load(rate, beta, steps)))
+    def best_step(settings, steps):
+        return max(steps, key=functools.partial(choosing_reward, load(*settings, steps)))
 
-    def score(rate, beta):
-        return choosing_reward(load(rate, beta, STEPS), best_step(rate, beta, STEPS))
+    def score(settings):
+        return choosing_reward(load(*settings, steps), best_step(settings, steps))
 
-    beta, steps = first_beta(method), STEPS
-    rate = climb(LEARNING_RATES, lambda rate: score(rate, beta))
-    for factor in (2, 1 / 2):
-        # Downwards only if upwards did not help.
-        if beta is not None and beta == first_beta(method):
-            beta = climb([beta, beta * factor, beta * factor**2], lambda beta: score(rate, beta))
-    while steps[-1] < MAX_STEPS and best_step(rate, beta, steps) == steps[-1]:
-        steps = (*steps, steps[-1] + STEPS[0])
-    return rate, beta, steps, best_step(rate, beta, steps)
+    settings, before = (LEARNING_RATE, BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)), None
+    while settings != before:
+        before = settings
+        for index, factor in itertools.product((0, 1), FACTORS):
+            while settings[index] is not None:
+                changed = tuple(value * factor if i == index else value for i, value in enumerate(settings))
+                if score(changed) <= score(settings):
+                    break
+                settings = changed
+    while steps[-1] < MAX_STEPS and best_step(settings, steps) == steps[-1]:
+        steps = (*steps, steps[-1] + steps[0])
+    return *settings, steps, best_step(settings, steps)
 
 
 def run_row(folder, results, method, num_seeds):

@@ -191,15 +191,8 @@ def markdown(columns, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
 
 
-def starred(value, ends):
-    return f"{value:g}" + "\\*" * (value in ends)
-
-
-def settings(row):
-    """Learning rate, β and steps, with a star at the ends of what may be tried."""
-    rates, beta = experiment.LEARNING_RATES, experiment.first_beta(row.method)
-    shown_beta = "" if beta is None else starred(row.beta, (beta / 4, beta * 4))
-    return [starred(row.learning_rate, (rates[0], rates[-1])), shown_beta, starred(row.step, row.steps[-1:])]
+def settings(learning_rate, beta):
+    return [f"{learning_rate:g}", "" if beta is None else f"{beta:g}"]
 
 
 def table(rows, references):
@@ -212,7 +205,7 @@ def table(rows, references):
         title = {"best": "best possible"}.get(name, name)
         lines.append([title, *4 * [""], *(f"{mean:.3f}" for mean in means), *5 * [""]])
     for row in rows.values():
-        line = [row.method, len(row.tested), *settings(row)]
+        line = [row.method, len(row.tested), *settings(row.learning_rate, row.beta), row.step]
         line += [mean_and_error([row.rewards(seed).mean() for seed in row.tested])]
         line += [f"{row.part(part):.3f}" for part in parts]
         if row is baseline:
@@ -269,8 +262,7 @@ def choosing_table(rows):
     lines = [
         [
             row.method,
-            f"{run['learning_rate']:g}",
-            "" if run["beta"] is None else f"{run['beta']:g}",
+            *settings(run["learning_rate"], run["beta"]),
             *(
                 f"{experiment.choosing_reward(run, step):.3f}" if str(step) in run["choosing"] else ""
                 for step in all_steps(rows)
@@ -338,8 +330,8 @@ def main(args):
     runs = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
     rows = load_rows(runs)
     plot(rows, references["base"], args.output_dir / "rewards.png")
-    run_yet = {run.get("method") for run in runs if "test" in run}
-    missing = [method for method in experiment.METHODS if method not in run_yet]
+    labelled = {run["method"] for run in runs if run.get("method") in experiment.SETTINGS_OF}
+    missing = [method for method in experiment.METHODS if method not in rows.keys() | labelled]
     num_runs = sum("method" in run for run in runs)
     few, many = (
         n * len(experiment.split_scenes()[2])
@@ -348,7 +340,7 @@ def main(args):
     report = f"""# Small world
 
 `python small_world/experiment.py all` made this from {num_runs} runs, whose numbers and commands are in [`runs`](runs), and
-`python small_world/report.py` makes it again. {f"Not run yet: {', '.join(missing)}." if missing else ""}
+`python small_world/report.py` makes it again. {f"Not complete yet: {', '.join(missing)}." if missing else ""}
 
 {table(rows, references)}
 
@@ -358,7 +350,6 @@ def main(args):
   pictures of held-out captions after the *steps* that were chosen. *best possible*: well-drawn, outlined pictures, encoded and
   decoded by the base's VAE.
 - *learning rate*, *β*, *steps* are chosen per method with the first seed, on captions of their own ([below](#how-settings-were-chosen)).
-  \\*: the end of what is tried.
 - *over latent DPO*: mean difference to the picture from the same noise by latent DPO trained with the same seed, each at its best; at
   latent DPO's number of steps; and at the time that these take ({few} pictures, between steps by interpolation). *beats*: share of
   pictures with the higher reward, with its 95 % interval over captions and trainings.
@@ -392,9 +383,9 @@ The mean of {few} pictures at the chosen learning rate and β; the base's is {np
 ## How settings were chosen
 
 Every run with the first seed is measured after {", ".join(map(str, experiment.STEPS))} steps on captions of their own ({few} pictures; the base's reward is
-{np.mean(references["base-choosing"]["total"]):.3f}), and its best counts. From the lowest learning rate on the next is tried as long as it is better; at the best one
-β is doubled, or else halved, as long as that is better, twice at most. With what was chosen a method is trained on, up to
-{experiment.MAX_STEPS} steps, as long as its last are its best.
+{np.mean(references["base-choosing"]["total"]):.3f}), on filtered pairs after {", ".join(map(str, experiment.FILTERED_STEPS))}, and its best counts. Learning rate and β are doubled and halved in
+turn as long as that is better, until neither is. With what was chosen a method is trained on, up to {experiment.MAX_STEPS} steps, as long as
+its last are its best.
 
 {choosing_table(rows)}
 """

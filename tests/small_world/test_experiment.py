@@ -43,7 +43,8 @@ def quick():
             "TEST_PICTURES_PER_CAPTION": 2,
             "STEPS": (1, 3),
             "MAX_STEPS": 4,
-            "LEARNING_RATES": (1e-3,),
+            "LEARNING_RATE": 1e-3,
+            "FACTORS": (2,),
         }.items():
             monkeypatch.setattr(experiment, name, value)
         yield
@@ -75,8 +76,8 @@ def test_better_pictures_win_as_often_as_they_should():
         assert np.mean(labels) == pytest.approx(expected, abs=0.05)
 
 
-def tried(table):
-    """`choose` for DPO where runs are as good as `table` says, and the settings that it tried."""
+def tried(table, method="dpo-latent"):
+    """`choose` where runs are as good as `table` says, and the settings that it tried."""
     seen = []
 
     def load(rate, beta, steps):
@@ -84,21 +85,33 @@ def tried(table):
         rewards = np.broadcast_to(table[rate, beta], max(len(steps), np.size(table[rate, beta])))
         return {"choosing": {str(step): {"total": [value]} for step, value in zip(steps, rewards)}}
 
-    return experiment.choose("dpo-latent", load), set(seen)
+    return experiment.choose(method, load), set(seen)
 
 
-def test_settings_are_chosen_one_after_the_other():
-    # The best step counts. Learning rates are tried as long as they get better, then beta, downwards if upwards is worse.
+def test_settings_are_changed_in_turn_as_long_as_that_is_better():
+    # The best step counts; downwards where upwards is worse.
     steps = experiment.STEPS
     table = {(5e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (2e-3, 200): (0.4, 0.1, 0.1)}
-    table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5}
+    table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5, (2e-3, 100): 0.1, (5e-4, 100): 0.6}
     assert tried(table) == ((1e-3, 100, steps, steps[0]), table.keys())
-    table = {(5e-4, 200): 0.3, (1e-3, 200): 0.2, (5e-4, 400): 0.4, (5e-4, 800): 0.5}
-    assert tried(table) == ((5e-4, 800, steps, steps[0]), table.keys())
+    # What beta is best decides which learning rate is.
+    table = {
+        (5e-4, 200): 0.3,
+        (1e-3, 200): 0.2,
+        (2.5e-4, 200): 0.2,
+        (5e-4, 400): 0.4,
+        (5e-4, 800): 0.2,
+        (1e-3, 400): 0.5,
+    }
+    table |= {(2e-3, 400): 0.1, (1e-3, 800): 0.4}
+    assert tried(table) == ((1e-3, 400, steps, steps[0]), {*table, (1e-3, 200)})
+    # Without beta there is none to be changed.
+    table = {(5e-4, None): 0.3, (1e-3, None): 0.2, (2.5e-4, None): 0.4, (1.25e-4, None): 0.2}
+    assert tried(table, "sft-latent") == ((2.5e-4, None, steps, steps[0]), table.keys())
 
 
 def test_a_method_is_trained_on_while_its_last_step_is_its_best():
-    others = dict.fromkeys([(1e-3, 200), (5e-4, 400), (5e-4, 100)], 0.2)
+    others = dict.fromkeys([(1e-3, 200), (2.5e-4, 200), (5e-4, 400), (5e-4, 100)], 0.2)
     table = {**others, (5e-4, 200): (0.1, 0.2, 0.3, 0.4, 0.1, 0.9)}
     assert tried(table)[0] == (5e-4, 200, (75, 150, 225, 300, 375), 300)
     # Nowhere beyond the most steps, nor where the first steps are as good.
@@ -118,8 +131,8 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
         experiment.run_row(world, runs, method, experiment.NUM_SEEDS[method])
     results = {file.name: json.loads(file.read_text()) for file in runs.iterdir()}
     tested = [result for result in results.values() if "test" in result]
-    # Two betas beside the first one, or as many more as got better.
-    assert 1 + 2 <= sum("choosing" in run for run in results.values() if run["method"] == "dpo-latent") <= 1 + 3
+    # The first settings, a learning rate and a beta beside them, and as many more as got better.
+    assert sum("choosing" in run for run in results.values() if run["method"] == "dpo-latent") >= 3
     assert "sft-ncp-0.001-0.json" in results and len(tested) == 3
     for result in tested:
         # At all steps, and of the best of them more.
@@ -135,7 +148,7 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
 
     report.main(report.parse_args(["--output_dir", str(tmp_path)]))
     text = (tmp_path / "README.md").read_text()
-    assert capsys.readouterr().out == text + "\n" and "Not run yet: dpo-ncp." in text
+    assert capsys.readouterr().out == text + "\n" and "Not complete yet: dpo-ncp." in text
     rewards = [np.mean(max(run["test"].values(), key=lambda r: len(r["total"]))["total"]) for run in tested]
     chosen = [run["method"] == "dpo-latent" for run in tested]
     line = next(line for line in text.splitlines() if line.startswith("| dpo-latent | 2 |"))
