@@ -324,7 +324,7 @@ def training_options(folder, output_dir, method, learning_rate, beta, seed, step
         "rank": 16,
         "train_batch_size": 8,
         "loss_type": "dpo",
-        "beta_dpo": beta,
+        "beta_dpo": beta and f"{beta:g}",
         "learning_rate": learning_rate,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
