@@ -28,9 +28,7 @@ by a detached factor s, and the feature difference divided by s: to first order 
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -153,10 +151,6 @@ def _linear(pairs):
     """u·(e_w - e_l), u = clip(½ - 0.2·β·m, η, 1-η) held constant, η = 0.001 (arXiv:2605.21123, its moving reference left out)"""
     slope = (0.5 - 0.2 * pairs.beta * pairs.margin.detach()).clamp(0.001, 0.999)
     return slope * (pairs.errors_w - pairs.errors_l)
-
-
-LOSS_TYPES = tuple(LOSSES)
-REFERENCE_FREE_LOSS_TYPES = tuple(name for name, kind in LOSSES.items() if not kind.needs_reference)
 
 
 class PreferenceLoss(NamedTuple):
@@ -326,14 +320,11 @@ def adapters_disabled(unet):
 
 
 def _adapter_layers(unet):
-    if "peft" not in sys.modules:
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     modules = [unet]
     while modules:
         module = modules.pop()
-        if isinstance(module, BaseTunerLayer):
+        # A class attribute of PEFT's layers; what is below them is theirs.
+        if hasattr(type(module), "_disable_adapters"):
             yield module
         else:
             modules.extend(module.children())
@@ -406,8 +397,7 @@ def _tf32_allowed():
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
 
-@dataclass
-class Anchor:
+class Anchor(NamedTuple):
     """
     What is known of a batch of N samples before the policy's prediction is. `ref_errors` is for the caller, the rest between
     [`NoiseConditionedPerception.anchor`] and [`NoiseConditionedPerception.error`].
@@ -578,7 +568,7 @@ class NoiseConditionedPerception:
         unet = self.unet
         repeats = x.shape[0] // timesteps.shape[0]
         timesteps = timesteps.repeat(repeats)
-        x = x.to(self._compute_dtype)
+        x = x.to(unet.conv_in.weight.dtype)
         encoder_hidden_states = encoder_hidden_states.to(x.dtype).repeat(repeats, 1, 1)
         if added_cond_kwargs is not None:
             added_cond_kwargs = {name: value.repeat(repeats, 1) for name, value in added_cond_kwargs.items()}
@@ -610,12 +600,8 @@ class NoiseConditionedPerception:
             yield
 
     @property
-    def _compute_dtype(self):
-        return self.unet.conv_in.weight.dtype
-
-    @property
     def _error_dtype(self):
-        return torch.promote_types(self._compute_dtype, torch.float32)
+        return torch.promote_types(self.unet.conv_in.weight.dtype, torch.float32)
 
     @property
     def _precision(self):

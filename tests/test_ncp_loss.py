@@ -22,9 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ncp_loss import (
-    LOSS_TYPES,
     LOSSES,
-    REFERENCE_FREE_LOSS_TYPES,
     NoiseConditionedPerception,
     adapters_disabled,
     error_scale,
@@ -707,8 +705,9 @@ def test_preference_loss_formulas(name):
 
 
 def test_every_loss_has_its_formula_here():
-    assert {name.split()[0] for name in FORMULAS} | {"linear"} == set(LOSS_TYPES) == set(LOSSES)
-    assert set(REFERENCE_FREE_LOSS_TYPES) == {name.split()[0] for name, case in FORMULAS.items() if not case[0]}
+    assert {name.split()[0] for name in FORMULAS} | {"linear"} == set(LOSSES)
+    for name, case in FORMULAS.items():
+        assert LOSSES[name.split()[0]].needs_reference == bool(case[0])
     assert all(kind.losses.__doc__ for kind in LOSSES.values())
 
 
@@ -791,12 +790,12 @@ def test_sft_has_no_weight():
         preference_loss(ERRORS, loss_type="sft", sft_weight=1.0)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_margin_and_implicit_accuracy(loss_type):
     # A win, a loss and a tie; the reference errors make the first pair a loss for the losses that have a reference.
     errors = torch.tensor([0.1, 0.4, 0.2, 0.3, 0.3, 0.2])
     ref_errors = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.1, 0.1])
-    if loss_type in REFERENCE_FREE_LOSS_TYPES:
+    if not LOSSES[loss_type].needs_reference:
         margin = [0.2, -0.1, 0.0]
         ref_errors = None
     else:
@@ -829,7 +828,7 @@ def test_missing_reference_errors(loss_type):
 def test_unknown_loss_type_is_named_with_the_valid_ones():
     with pytest.raises(ValueError) as error:
         preference_loss(ERRORS, REF_ERRORS, loss_type="sigmoid")
-    assert all(word in str(error.value) for word in ("sigmoid", *LOSS_TYPES))
+    assert all(word in str(error.value) for word in ("sigmoid", *LOSSES))
 
 
 def test_odd_number_of_errors():
@@ -844,13 +843,13 @@ def test_label_smoothing_outside_its_range(loss_type, label_smoothing):
         preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=label_smoothing)
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"dpo", "cpo"}))
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - {"dpo", "cpo"}))
 def test_label_smoothing_where_it_means_nothing(loss_type):
     with pytest.raises(ValueError, match="label_smoothing"):
         preference_loss(ERRORS, REF_ERRORS, loss_type=loss_type, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_margins_stay_finite(loss_type, label_smoothing, sign):

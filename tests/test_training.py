@@ -26,7 +26,7 @@ import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from conftest import Run
 from huggingface_hub.utils import filter_repo_objects
-from ncp_loss import LOSS_TYPES, REFERENCE_FREE_LOSS_TYPES
+from ncp_loss import LOSSES
 from PIL import Image
 
 from diffusers import DiffusionPipeline
@@ -47,7 +47,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_trains_a_lora(run, checkpoints, loss_type, loss_space):
     options = {"loss_type": loss_type, "loss_space": loss_space}
     if loss_type == "dpo":
@@ -168,7 +168,7 @@ def test_v_prediction(checkpoints, parquet, tmp_path):
     assert all(weight.any() for weight in run.up_weights().values())
 
 
-@pytest.mark.parametrize("loss_type", REFERENCE_FREE_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", [name for name, loss in LOSSES.items() if not loss.needs_reference])
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
 def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type, loss_space):
     def refuse(*args):
