@@ -33,7 +33,6 @@ import collections
 import copy
 import datetime
 import errno
-import functools
 import hashlib
 import io
 import itertools
@@ -328,7 +327,7 @@ def load_dataset(args):
         if Path(name, "state.json").is_file():
             raise ValueError("it was written by save_to_disk: write it by to_parquet instead")
         splits, split = datasets.load_dataset_builder(**source).config.data_files or {}, args.dataset_split_name
-        wanted = re.findall(r"[A-Za-z_]\w*", split)
+        wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)
         if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
         files = [file for name in wanted for file in splits.get(name, [])]
@@ -595,8 +594,7 @@ def resize_and_crop(image, args, crop_position, flip):
 
 
 def preprocess_image(image, args, crop_position, flip):
-    pixel_values, _ = resize_and_crop(image, args, crop_position, flip)
-    return {"pixel_values": pixel_values}
+    return {"pixel_values": resize_and_crop(image, args, crop_position, flip)[0]}
 
 
 class EncodedPairs(PreferencePairs):
@@ -606,11 +604,9 @@ class EncodedPairs(PreferencePairs):
 
     def __init__(self, args, vae_config, *drawn):
         folder, parts = Path(args.encoded_data_dir), {}
-        if not (folder / "encoding.json").is_file():
-            raise ValueError(
-                f"--encoded_data_dir {folder} has no encoding.json: tools/encode_preferences.py writes it"
-            )
-        encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+        if not (path := folder / "encoding.json").is_file():
+            raise ValueError(f"--encoded_data_dir {folder} has no {path.name}: tools/encode_preferences.py writes it")
+        encoding = json.loads(path.read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
         for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if (before := encoding.get(name)) != settings[name]:
@@ -658,7 +654,7 @@ def open_pairs(args, accelerator, timesteps, vae_config):
             for column in (args.image_0_column, args.image_1_column):
                 images = dataset[column][:]
                 for row in pairs.rows:
-                    if images[row] and not Path(args.train_data_dir, images[row]["path"]).is_file():
+                    if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
                         where = f"{column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}"
                         raise ValueError(f"Row {row}: {where}.")
     eval_pairs = None
@@ -678,22 +674,19 @@ def open_pairs(args, accelerator, timesteps, vae_config):
 
 def collate_fn(examples):
     """Stacks pairs; what belongs to images (`pixel_values`, …) has the winners first, then the losers."""
-    batch = {"skipped": [reason for example in examples for reason in example.pop("skipped")]}
-    if "caption" in examples[0]:
-        batch["captions"] = [example.pop("caption") for example in examples]
-    else:
-        batch["prompt"] = default_collate([example.pop("prompt") for example in examples])
+    skipped = [reason for example in examples for reason in example.pop("skipped")]
     images = [image for images in zip(*(example.pop("images") for example in examples)) for image in images]
-    return {**batch, **default_collate(images), **default_collate(examples)}
+    return {"skipped": skipped, **default_collate(images), **default_collate(examples)}
+
+
+def ignore_stop_signals(worker):
+    # Ctrl-C and some schedulers signal all of the process group; workers must still serve the step in progress.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def create_dataloader(args, pairs):
     """Batches of pairs, shuffled anew every epoch; what fills no batch is left out."""
-
-    def ignore_stop_signals(worker):
-        # Ctrl-C and some schedulers signal all of the process group; workers must still serve the step in progress.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
 
     @atexit.register
     def end_workers():
@@ -811,6 +804,11 @@ def load_pipeline(args, accelerator, **components):
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}. {advice}.") from error
     if args.pretrained_lora_path is not None:
         merge_lora(args, pipeline)
+    for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        # Some tokenizers do not say how much is too much.
+        limit = getattr(pipeline, name).config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
@@ -847,9 +845,7 @@ def encode_images(vae, pixel_values, batch_size):
 def tokenize(pipeline, name, captions):
     """The `input_ids` of captions, `(B, L)`, for the text encoder `name`."""
     tokenizer, text_encoder = (getattr(pipeline, part) for part in (name.replace("text_encoder", "tokenizer"), name))
-    # Some tokenizers do not say how much is too much.
-    max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    inputs = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return inputs.input_ids.to(text_encoder.device)
 
 
@@ -890,10 +886,10 @@ class Denoising(NamedTuple):
 def noise_batch(args, batch, pipeline, noise_scheduler):
     """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
     if args.encoded_data_dir is not None:
-        latents, prompt = batch["latents"].float(), batch["prompt"]
+        latents, prompt = batch["latents"].float(), {name: value.float() for name, value in batch["prompt"].items()}
     else:
         latents = encode_images(pipeline.vae, batch["pixel_values"], args.vae_encode_batch_size)
-        prompt = encode_prompt(pipeline, batch["captions"])
+        prompt = encode_prompt(pipeline, batch["caption"])
     images_per_pair = len(latents) // len(batch["noise"])
     encoder_hidden_states, added_cond_kwargs = prompt_conditioning(prompt, batch, images_per_pair)
     timesteps = batch["timesteps"].repeat(images_per_pair)
@@ -1185,10 +1181,8 @@ class Checkpoints:
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
         # Machines need not share the folder: the main process chooses, and all others must have what it chose.
-        choice = [None, None]
-        if accelerator.is_main_process:
-            checkpoint = self.choose()
-            choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
+        checkpoint = self.choose() if accelerator.is_main_process else None
+        choice = [checkpoint, checkpoint and self.read_state(checkpoint)]
         checkpoint, saved = self.checkpoint, self.saved = broadcast_object_list(choice)
         has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and self.read_state(checkpoint) == saved
         if without := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
@@ -1225,9 +1219,12 @@ class Checkpoints:
         found = next((folder for folder in named if (folder / STATE_NAME).is_file()), None)
         if found is None:
             raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {named[0]}, nor {named[1]}.")
-        step = self.read_state(found)["global_step"]
-        if later := [folder.name for folder in checkpoints if self.read_state(folder)["global_step"] > step]:
-            raise ValueError(f"{where} {', '.join(later)}, which a run from {found} would meet. Keep them elsewhere.")
+        own = [folder.resolve() for folder in checkpoints]
+        # Those after it, or all, if it is of another folder.
+        others = own[own.index(found.resolve()) + 1 :] if found.resolve() in own else own
+        if others or finished and not own:
+            names = ", ".join(folder.name for folder in others) or "the LoRA"
+            raise ValueError(f"{where} {names}, which a run from {found} would meet. Keep it elsewhere.")
         return found
 
     def check(self, state):
@@ -1312,16 +1309,15 @@ def describe_run(state):
     """What the model card and the metadata of its files say of the run that has this `training_state.json`."""
     arguments = state["arguments"]
     source = arguments["dataset_name"] or arguments["train_data_dir"] or arguments["encoded_data_dir"]
-    description = {
+    return {
         "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
-        "ss_steps": state["global_step"],
+        "ss_steps": str(state["global_step"]),
         "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
-        "ncp_error_scale": state["error_scale"],
+        "ncp_error_scale": str(state["error_scale"]),
         "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
         "ncp_dataset": public_name(source),
         "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
     }
-    return {name: str(value) for name, value in description.items()}
 
 
 def save_kohya_lora(path, lora, alphas, description):
@@ -1428,14 +1424,15 @@ class Monitor:
 
 
 @torch.no_grad()
-def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, weights, global_step):
+def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, weights, monitor):
     """Measures held-out pairs in latent space and that of training, at all timesteps and by bucket, for trackers and
     `eval.csv`, of which it replaces what is there from this step on."""
     spaces = {"latent": (None, torch.ones_like(weights)), args.loss_space: (perception, weights)}
-    tables, metrics, lines = {space: [] for space in spaces}, {}, []
+    tables, metrics, lines, global_step = {space: [] for space in spaces}, {}, [], monitor.state["global_step"]
     with accelerator.split_between_processes(pairs.rows) as rows:
         keys = [(0, row) for row in rows]
     for batch in torch.utils.data.DataLoader(pairs, args.train_batch_size, sampler=keys, collate_fn=collate_fn):
+        monitor.report_skipped_pairs(batch["skipped"])
         denoising = noise_batch(args, send_to_device(batch, weights.device), pipeline, noise_scheduler)
         for space, measured_with in spaces.items():
             errors = measure_errors(args, denoising, policy, policy, *measured_with, needs_reference=True)
@@ -1452,10 +1449,8 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
     logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
-        path, head = (
-            Path(args.output_dir, "eval.csv"),
-            ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS]),
-        )
+        path = Path(args.output_dir, "eval.csv")
+        head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
         earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
         earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
         path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
@@ -1489,9 +1484,8 @@ def finish(args, accelerator, policy, state):
     held_out = ""
     if args.num_eval_pairs is not None:
         head, *rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
-        held_out = (
-            f"On held-out pairs:\n\n{table(head, *(row for row in rows if row[1:3] == [args.loss_space, 'all']))}"
-        )
+        rows = [row for row in rows if row[1:3] == [args.loss_space, "all"]]
+        held_out = f"On held-out pairs:\n\n{table(head, *rows)}"
     base_model = public_name(args.pretrained_model_name_or_path)
     repo_id = args.hub_model_id or output_dir.resolve().name
     on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
@@ -1604,12 +1598,11 @@ def main(args):
     models, saved = (policy, pipeline, noise_scheduler), checkpoints.saved
     perception, weights = create_perception(args, accelerator, train_dataloader, *models, timesteps, saved, state)
     monitor = Monitor(args, accelerator, state, timesteps)
-    evaluate = functools.partial(measure_held_out, args, accelerator, eval_pairs, *models, perception, weights)
-    draw_images = functools.partial(log_validation, args, accelerator, pipeline)
     with ncp_loss.adapters_disabled(policy):
-        draw_images(0)
-    if eval_pairs is not None and state["global_step"] == 0:
-        evaluate(0)
+        log_validation(args, accelerator, pipeline, 0)
+    # Of a resumed run as well: what stopped it may have come before.
+    if eval_pairs is not None:
+        measure_held_out(args, accelerator, eval_pairs, *models, perception, weights, monitor)
 
     unet.train()
     signals, stops, tables = StopSignals(), False, []
@@ -1647,9 +1640,9 @@ def main(args):
         if stops:
             break
         if validates and eval_pairs is not None:
-            evaluate(state["global_step"])
+            measure_held_out(args, accelerator, eval_pairs, *models, perception, weights, monitor)
         if validates and not ends:
-            draw_images(state["global_step"])
+            log_validation(args, accelerator, pipeline, state["global_step"])
 
     accelerator.wait_for_everyone()
     # A wrapped model that outlives its process group destroys it with Python's lock held, which gloo's threads want.
@@ -1658,7 +1651,7 @@ def main(args):
         signals.stop(args, accelerator)
     if accelerator.is_main_process:
         checkpoints.save_lora(args.output_dir)
-        draw_images(args.max_train_steps)
+        log_validation(args, accelerator, pipeline, args.max_train_steps)
         finish(args, accelerator, policy, state)
     accelerator.end_training()
 

@@ -285,7 +285,7 @@ class Step:
                 return {
                     **batch,
                     "pixel_values": torch.rand(num_images, 3, resolution, resolution),
-                    "captions": [""] * num_pairs,
+                    "caption": [""] * num_pairs,
                 }
             prompt = {"prompt_embeds": torch.randn(num_pairs, 77, config.cross_attention_dim)}
             if config.addition_embed_type is not None:

@@ -209,6 +209,9 @@ def test_a_tokenizer_that_does_not_say_how_much_is_too_much(checkpoint):
     pipeline = load_pipeline(train_ncp_dpo_sd15, checkpoint)
     embeddings = train_ncp_dpo_sd15.encode_prompt(pipeline, ["a cat", "word " * 200])["prompt_embeds"]
     assert embeddings.shape[:2] == (2, 77)
+    # Nor is it for what validation draws.
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    assert pipeline.encode_prompt("word " * 200, **options)[0].shape[:2] == (1, 77)
 
 
 def test_empty_captions_of_sdxl_are_embedded_as_its_pipeline_does(sdxl):

@@ -362,6 +362,16 @@ def test_going_back_refuses_to_meet_later_checkpoints(run_sd15, tmp_path):
         resume_from_checkpoint=run_sd15.output_dir / "checkpoint-1", **{**options, "output_dir": tmp_path / "other"}
     )
     assert sorted(path.name for path in (tmp_path / "other").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    # Nor does it meet those of another run that are not later, or its LoRA.
+    named = {"resume_from_checkpoint": run_sd15.output_dir / "checkpoint-3", **options, "max_train_steps": 4}
+    with pytest.raises(
+        ValueError, match="holds checkpoint-2, checkpoint-3, which a run from .*checkpoint-3 would meet"
+    ):
+        run_sd15(**{**named, "output_dir": tmp_path / "other"})
+    for path in (tmp_path / "other").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="holds the LoRA, which a run from .*checkpoint-3 would meet"):
+        run_sd15(**{**named, "output_dir": tmp_path / "other"})
 
 
 @pytest.mark.bad_input

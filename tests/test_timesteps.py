@@ -253,8 +253,25 @@ def test_measuring_held_out_pairs_changes_no_training_and_resumes_exactly(run_sd
     assert equal(run_sd15.lora(), trained)
     # Steps after the checkpoint are there once.
     assert (run_sd15.output_dir / "eval.csv").read_text() == measured
+    last = run_sd15.output_dir / "checkpoint-6"
     run_sd15.into("seldom")(validation_steps=100, **options)
     assert equal(run_sd15.lora(), trained)
+    # A run that was stopped after its last checkpoint, but before it measured, does so when it is resumed.
+    run_sd15.into("stopped")(resume_from_checkpoint=last, **options)
+    (head, *rows) = (run_sd15.output_dir / "eval.csv").read_text().splitlines()
+    assert rows and [head, *rows] == [head, *(row for row in measured.splitlines() if row.startswith("6,"))]
+    assert equal(run_sd15.lora(), trained)
+
+
+@pytest.mark.bad_input
+def test_held_out_pairs_that_are_skipped_are_named(run_sd15, monkeypatch, caplog, tmp_path, pairs_of_prompts):
+    options = {"loss_space": "latent", "max_train_steps": 2, "num_eval_pairs": 3, "validation_steps": 1}
+    _, held_out = rows_of(run_sd15, monkeypatch, dataset_name=pairs_of_prompts, **options)
+    columns, bad = {**pair_columns(12, 0), "caption": [f"prompt {index // 2}" for index in range(12)]}, min(held_out)
+    columns["jpg_0"][bad] = b"no image"
+    dataset = write_parquet(tmp_path / "bad", columns)
+    run_sd15.into("skipped")(dataset_name=dataset, on_bad_sample="skip", **options)
+    assert len(re.findall(rf"Row {bad} \('prompt {bad // 2}'\): jpg_0 cannot be read", caplog.text)) == 3
 
 
 @pytest.mark.bad_input

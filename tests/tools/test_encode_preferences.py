@@ -109,6 +109,10 @@ def test_half_precision(run, encode):
     assert tensors["latents"].dtype == torch.float16
     prompt = safetensors.torch.load(encode.rows("prompts")[0]["tensors"])
     assert {value.dtype for value in prompt.values()} == {torch.bfloat16}
+    # What was encoded so can be trained on in another precision.
+    run.into("on_encoded_data_in_fp32")
+    run(mixed_precision="no", dataset_name=None, encoded_data_dir=encode.folder, loss_space="latent", loss_type="sft")
+    assert run.scalars("loss") == pytest.approx(on_encoded_data, rel=2e-2)
 
 
 def test_random_steps_see_both_orientations(run_sd15, encode_sd15):
