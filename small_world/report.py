@@ -284,16 +284,18 @@ def labels_table(runs, base):
     tested, lines = {}, []
     for run in runs:
         if run.get("method") in experiment.SETTINGS_OF and "test" in run:
-            tested.setdefault(run["method"], []).append(run["test"])
+            tested.setdefault((run["method"], run["learning_rate"], run["beta"]), []).append(run["test"])
     steps = sorted({int(step) for tests in tested.values() for test in tests for step in test})
-    for method, tests in tested.items():
+    for (method, *chosen), tests in tested.items():
         name = method.partition("-by-")[2]
         cells = [
             mean_and_error([part(test[str(step)], name) for test in tests]) if str(step) in tests[0] else ""
             for step in steps
         ]
-        lines.append([name, experiment.SETTINGS_OF[method], len(tests), f"{part(base, name):.3f}", *cells])
-    return markdown(["labelled and measured by", "method", "trainings", "base", *steps], sorted(lines))
+        of_all = experiment.SETTINGS_OF[method], *settings(*chosen)
+        lines.append([name, *of_all, len(tests), f"{part(base, name):.3f}", *cells])
+    columns = ["labelled and measured by", "method", "learning rate", "β", "trainings", "base", *steps]
+    return markdown(columns, sorted(lines))
 
 
 PLOTS = {
@@ -370,7 +372,7 @@ Reward of DPO over latent DPO's, each at its best:
 ## What is preferred
 
 The same pairs labelled by one part of the reward alone: by *match*, which is coarse, or by *drawing*, quality and outline, which is
-fine. Settings are those chosen for pairs labelled by all of it.
+fine. Settings are those chosen for pairs labelled by all of it, not for either part.
 
 {labels_table(runs, references["base"])}
 
