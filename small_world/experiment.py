@@ -136,7 +136,7 @@ METHODS = {
 # Of pairs labelled by one part of the reward, the chosen settings of pairs that are labelled by all of it
 SETTINGS_OF = {method: method.partition("-by-")[0] for method in METHODS if "-by-" in method}
 NUM_SEEDS = {
-    method: 5 if index < 4 or method.startswith(("cpo", "sft")) or method.endswith("filtered") else 3
+    method: 5 if index < 4 or method.startswith(("cpo", "sft", "simpo")) or method.endswith("filtered") else 3
     for index, method in enumerate(METHODS)
 }
 

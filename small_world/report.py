@@ -303,7 +303,7 @@ PLOTS = {
     "DPO, timesteps": tuple(
         f"dpo-{row}" for row in ("latent-balanced", "ncp-balanced", "latent-profile", "latent-late", "ncp-late")
     ),
-    "losses": tuple(f"{loss}-{space}" for loss in ("dpo", "cpo", "sft") for space in ("latent", "ncp")),
+    "losses": tuple(f"{loss}-{space}" for loss in ("dpo", "cpo", "simpo") for space in ("latent", "ncp")),
 }
 
 
