@@ -1370,6 +1370,12 @@ class Monitor:
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
 
+    @property
+    def validates(self):
+        """Whether held-out pairs are measured and images drawn at the step that is reached: at the first and the last, too."""
+        step = self.state["global_step"]
+        return step == self.args.max_train_steps or step % self.args.validation_steps == 0
+
     def report_skipped_pairs(self, reasons):
         for reason in reasons:
             self.num_skipped_pairs += 1
@@ -1600,8 +1606,8 @@ def main(args):
     monitor = Monitor(args, accelerator, state, timesteps)
     with ncp_loss.adapters_disabled(policy):
         log_validation(args, accelerator, pipeline, 0)
-    # Of a resumed run as well: what stopped it may have come before.
-    if eval_pairs is not None:
+    # Of a resumed run as well: what stopped it may have come between its checkpoint and this.
+    if monitor.validates and eval_pairs is not None:
         measure_held_out(args, accelerator, eval_pairs, *models, perception, weights, monitor)
 
     unet.train()
@@ -1631,17 +1637,16 @@ def main(args):
         tables.clear()
         stops = signals.reached(accelerator)
         ends = state["global_step"] == args.max_train_steps
-        validates = ends or state["global_step"] % args.validation_steps == 0
         saves = ends or stops or state["global_step"] % args.checkpointing_steps == 0
-        if validates or saves:
+        if monitor.validates or saves:
             monitor.flush()
         if saves:
             checkpoints.save(state)
         if stops:
             break
-        if validates and eval_pairs is not None:
+        if monitor.validates and eval_pairs is not None:
             measure_held_out(args, accelerator, eval_pairs, *models, perception, weights, monitor)
-        if validates and not ends:
+        if monitor.validates and not ends:
             log_validation(args, accelerator, pipeline, state["global_step"])
 
     accelerator.wait_for_everyone()

@@ -23,7 +23,8 @@ as people do it, the better picture winning only more often (Bradley-Terry), enc
 and trained on by `train_ncp_dpo_sd15.py`, in this process. How good pictures of other captions then are is known exactly.
 
 A row's learning rate and beta are chosen with the first seed: doubled or halved in turn as long as that draws a set of
-captions of its own better at its best checkpoint. With these it is trained on as long as its last checkpoint is its best. Every run's numbers are a file in `results/runs`; what is there is not run again.
+captions of its own better at its best checkpoint. With these it is trained on as long as its last checkpoint is its best.
+Every run's numbers are a file in `results/runs`; what is there is not run again.
 """
 
 import argparse
@@ -324,7 +325,7 @@ def training_options(folder, output_dir, method, learning_rate, beta, seed, step
         "rank": 16,
         "train_batch_size": 8,
         "loss_type": "dpo",
-        "beta_dpo": beta and f"{beta:g}",
+        **({} if beta is None else {"beta_dpo": f"{beta:g}"}),
         "learning_rate": learning_rate,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 20,
@@ -336,8 +337,6 @@ def training_options(folder, output_dir, method, learning_rate, beta, seed, step
         **METHODS[method],
     }
     options["encoded_data_dir"] = folder / options["encoded_data_dir"]
-    if beta is None:
-        del options["beta_dpo"]
     return options
 
 

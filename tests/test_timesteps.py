@@ -186,12 +186,14 @@ def test_metrics_by_bucket_add_up(run_sd15):
 # --- held-out pairs ---------------------------------------------------------------------------------------------------
 
 
+def columns_of_prompts():
+    """12 pairs of 6 prompts."""
+    return {**pair_columns(12, 0), "caption": [f"prompt {index // 2}" for index in range(12)]}
+
+
 @pytest.fixture
 def pairs_of_prompts(tmp_path):
-    """12 pairs of 6 prompts."""
-    columns = pair_columns(12, 0)
-    columns["caption"] = [f"prompt {index // 2}" for index in range(12)]
-    return write_parquet(tmp_path / "prompts", columns)
+    return write_parquet(tmp_path / "prompts", columns_of_prompts())
 
 
 def rows_of(run, monkeypatch, **options):
@@ -253,7 +255,7 @@ def test_measuring_held_out_pairs_changes_no_training_and_resumes_exactly(run_sd
     assert equal(run_sd15.lora(), trained)
     # Steps after the checkpoint are there once.
     assert (run_sd15.output_dir / "eval.csv").read_text() == measured
-    last = run_sd15.output_dir / "checkpoint-6"
+    middle, last = (run_sd15.output_dir / f"checkpoint-{step}" for step in (3, 6))
     run_sd15.into("seldom")(validation_steps=100, **options)
     assert equal(run_sd15.lora(), trained)
     # A run that was stopped after its last checkpoint, but before it measured, does so when it is resumed.
@@ -261,13 +263,16 @@ def test_measuring_held_out_pairs_changes_no_training_and_resumes_exactly(run_sd
     (head, *rows) = (run_sd15.output_dir / "eval.csv").read_text().splitlines()
     assert rows and [head, *rows] == [head, *(row for row in measured.splitlines() if row.startswith("6,"))]
     assert equal(run_sd15.lora(), trained)
+    # But not where it would not have been measured.
+    run_sd15.into("between")(resume_from_checkpoint=middle, validation_steps=4, **options)
+    assert {row["step"] for row in read_csv(run_sd15.output_dir / "eval.csv")} == {"4", "6"}
 
 
 @pytest.mark.bad_input
 def test_held_out_pairs_that_are_skipped_are_named(run_sd15, monkeypatch, caplog, tmp_path, pairs_of_prompts):
     options = {"loss_space": "latent", "max_train_steps": 2, "num_eval_pairs": 3, "validation_steps": 1}
     _, held_out = rows_of(run_sd15, monkeypatch, dataset_name=pairs_of_prompts, **options)
-    columns, bad = {**pair_columns(12, 0), "caption": [f"prompt {index // 2}" for index in range(12)]}, min(held_out)
+    columns, bad = columns_of_prompts(), min(held_out)
     columns["jpg_0"][bad] = b"no image"
     dataset = write_parquet(tmp_path / "bad", columns)
     run_sd15.into("skipped")(dataset_name=dataset, on_bad_sample="skip", **options)
