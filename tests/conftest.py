@@ -12,9 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import atexit
+import gc
 import importlib
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +28,7 @@ import datasets
 import pytest
 import safetensors.torch
 import tiny_checkpoints
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,8 +41,16 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Forks processes that have imported what scripts do, which takes longer than a short run.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["diffusers", "peft", "datasets", *SCRIPTS.values()])
 # Of 5 seconds after every stream's end, for threads that read from the network.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+
+
+def pytest_collection_finish():
+    # Every run collects garbage at its end, through all that was imported.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -70,16 +84,46 @@ def reset_accelerate():
         state._reset_state()
 
 
-def run_on_two_processes(script, words, number=2):
-    """Runs a script of ours as two processes, or more, that talk through gloo."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+def run_script(script, words, log, environment):
+    """What `python script` does, and one thread, in a process that leads a group; its output is appended to `log`."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv, sys.path[:0] = [script, *words], [str(Path(script).parent)]
+    multiprocessing.set_start_method(None, force=True)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        # Which multiprocessing leaves out.
+        atexit._run_exitfuncs()
+
+
+def start_script(script, words, log, **environment):
+    """Runs a script of ours in a process of its own, which is returned."""
+    log.touch()
+    process = FORK_SERVER.Process(
+        target=run_script, args=(str(ROOT / script), words, log, {**os.environ, **environment})
     )
+    process.start()
+    return process
+
+
+def run_on_two_processes(script, words, log, number=2):
+    """Runs a script of ours as two processes, or more, that talk through gloo, and returns their exit codes and output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+    processes = [
+        start_script(script, words, log, **group, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+        for rank in range(number)
+    ]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes], log.read_text()
 
 
 class Run:

@@ -21,8 +21,6 @@ import logging
 import os
 import re
 import struct
-import subprocess
-import sys
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -36,7 +34,7 @@ import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from accelerate.state import PartialState
-from conftest import ROOT, Run
+from conftest import Run, start_script
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -537,9 +535,10 @@ def test_a_run_that_fails_leaves_no_workers_waiting(run_sd15, tmp_path):
     columns["jpg_0"][bad] = b"no image"
     options = {"dataset_name": write_parquet(tmp_path / "data", columns), "loss_space": "latent", "max_train_steps": 8}
     words = run_sd15.command([], {f"--{name}": value for name, value in options.items()})
-    command = [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), *words, "--dataloader_num_workers", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 1 and f"Row {bad} " in result.stderr
+    log = tmp_path / "log"
+    process = start_script("train_ncp_dpo_sd15.py", [*words, "--dataloader_num_workers", "2"], log)
+    process.join(300)
+    assert process.exitcode == 1 and f"Row {bad} " in log.read_text()
 
 
 @pytest.mark.bad_input

@@ -32,7 +32,7 @@ import pytest
 import torch
 import train_ncp_dpo_sd15
 from accelerate.state import PartialState
-from conftest import ROOT, Run, run_on_two_processes
+from conftest import ROOT, Run, run_on_two_processes, start_script
 from datasets import Dataset
 from experiment import ASSETS, encode_png, to_pil
 from scenes import SCENES, render
@@ -73,27 +73,25 @@ def start(run, *flags, **options):
     options = {"loss_space": "latent", "max_train_steps": 40, "checkpointing_steps": 5, **options}
     words = run.command(flags, {f"--{name}": value for name, value in options.items()})
     log = run.output_dir.with_name("log")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_ncp_dpo_sd15.py"), *words],
-        stdout=log.open("a"),
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    return process, log
+    return start_script("train_ncp_dpo_sd15.py", words, log), log
 
 
 def wait_for(condition, process):
     while not condition():
-        assert process.poll() is None, "the run ended first"
+        assert process.exitcode is None, "the run ended first"
         time.sleep(0.01)
+
+
+def exit_code(process):
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(checkpoints, parquet, tmp_path_factory):
     run = Run("sd15", checkpoints["sd15"], parquet, tmp_path_factory.mktemp("uninterrupted") / "output")
     process, log = start(run)
-    assert process.wait() == 0, log.read_text()
+    assert exit_code(process) == 0, log.read_text()
     return run.lora()
 
 
@@ -106,10 +104,10 @@ def test_killed_runs_end_right(run_sd15, uninterrupted, sign):
     signs = [run_sd15.output_dir / sign, run_sd15.output_dir / "checkpoint-10"]
     wait_for(lambda: any(path.exists() for path in signs), process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert not (run_sd15.output_dir / "pytorch_lora_weights.safetensors").exists()
     process, log = start(run_sd15, resume_from_checkpoint="latest")
-    assert process.wait() == 0, log.read_text()
+    assert exit_code(process) == 0, log.read_text()
     assert re.search(r"Resumed from .*checkpoint-\d+", log.read_text())
     assert equal(run_sd15.lora(), uninterrupted)
 
@@ -119,13 +117,13 @@ def test_signals_save_a_checkpoint(run_sd15, uninterrupted, number):
     process, log = start(run_sd15, checkpointing_steps=1000, dataloader_num_workers=1, hub_token="hf_secret")
     wait_for(lambda: re.search(r" ([3-9]|[12]\d)/40", log.read_text()), process)
     os.killpg(process.pid, number)
-    assert process.wait() == 128 + number
+    assert exit_code(process) == 128 + number
     (checkpoint,) = run_sd15.output_dir.glob("*checkpoint-*")
     assert f"Stopped by {number.name}. To go on:" in log.read_text()
     assert "--resume_from_checkpoint latest" in log.read_text()
     assert "secret" not in log.read_text()
     process, log = start(run_sd15, resume_from_checkpoint="latest")
-    assert process.wait() == 0
+    assert exit_code(process) == 0
     assert f"Resumed from {checkpoint}" in log.read_text()
     assert equal(run_sd15.lora(), uninterrupted)
 
@@ -308,27 +306,16 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
 
     def launch(**options):
         words = run_sd15.command([], {"--loss_space": "latent", **{f"--{k}": v for k, v in options.items()}})
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(launcher),
-        ]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-        command += [str(tmp_path / "machine"), *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+        return run_on_two_processes(launcher, [str(tmp_path / "machine"), *words], tmp_path / "log")
 
     # Averaging a LoRA that goes on with one that starts anew would ruin it.
-    result = launch(max_train_steps=3, resume_from_checkpoint="latest")
-    assert result.returncode != 0
+    codes, log = launch(max_train_steps=3, resume_from_checkpoint="latest")
+    assert codes == [1, 1]
     message = r"Process 0 resumes from output/checkpoint-2, which processes \[1\] have not: copy it to their machines"
-    assert len(re.findall(f"ValueError: {message}", result.stderr)) == 2
+    assert len(re.findall(f"ValueError: {message}", log)) == 2
     shutil.copytree(folders[0] / "output/checkpoint-2", folders[1] / "output/checkpoint-2")
-    result = launch(max_train_steps=3, resume_from_checkpoint="latest")
-    assert result.returncode == 0, result.stderr
+    codes, log = launch(max_train_steps=3, resume_from_checkpoint="latest")
+    assert codes == [0, 0], log
     assert (folders[0] / "output/checkpoint-3").is_dir()
     assert [path.name for path in folders[1].glob("output/*checkpoint-*")] == ["checkpoint-2"]
 
@@ -519,9 +506,7 @@ def scene_pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loss_space", ["latent", "ncp"])
-def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, monkeypatch, loss_space):
-    # As in the processes.
-    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 512)
+def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, loss_space):
     # 11 pairs in batches of 2 x 2 or 1 x 4, two a step: the third epoch is begun. β multiplies what the batch size changes in
     # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
     run = Run("sd15", ASSETS, scene_pairs, tmp_path / "one")
@@ -531,8 +516,13 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, mon
     one = run.lora(), run.scalars("loss"), error_scale(run)
     run.output_dir = run.arguments["--output_dir"] = tmp_path / "two"
     words = run.command([], {f"--{name}": value for name, value in options.items()})
-    result = run_on_two_processes("train_ncp_dpo_sd15.py", words)
-    assert result.returncode == 0, result.stderr
+    script = tmp_path / "few_pairs.py"
+    script.write_text(
+        f"import train_ncp_dpo_sd15 as script; script.MAX_UNIT_PAIRS = {train_ncp_dpo_sd15.MAX_UNIT_PAIRS}\n"
+        "script.main(script.parse_args())"
+    )
+    codes, log = run_on_two_processes(script, words, tmp_path / "log")
+    assert codes == [0, 0], log
     assert run.scalars("loss") == pytest.approx(one[1], abs=2e-5 if loss_space == "latent" else 1e-3)
     assert min(one[1]) < 0.69, "the policy left the reference"
     # Measured on the same pairs
@@ -544,4 +534,4 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, mon
     assert difference < 1e-3 * learnt
     files = {path.name for path in (run.output_dir / "checkpoint-4").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
-    assert "3 of 11 pairs do not fill a batch" in result.stdout + result.stderr
+    assert "3 of 11 pairs do not fill a batch" in log

@@ -211,8 +211,8 @@ def test_two_processes_write_what_one_writes(encode_sd15, monkeypatch, tmp_path)
         f"import sys; sys.path.insert(0, {str(Path(encode_preferences.__file__).parent)!r})\n"
         "import encode_preferences as tool; tool.SHARD_SIZE = 4; tool.main(tool.parse_args())"
     )
-    result = run_on_two_processes(script, encode_sd15.words())
-    assert result.returncode == 0, result.stderr
+    codes, log = run_on_two_processes(script, encode_sd15.words(), tmp_path / "log")
+    assert codes == [0, 0], log
     assert encode_sd15.contents() == one
     assert len(encode_sd15.shards("pairs")) == len(encode_sd15.shards("prompts")) == 3
 

@@ -414,8 +414,8 @@ def test_pictures_of_a_model_that_was_replaced_are_not_kept(evaluate, checkpoint
 def test_processes_share_the_prompts(evaluate, tmp_path):
     one = evaluate(output_dir=tmp_path / "one", batch_size=1)
     two = evaluate.command(output_dir=tmp_path / "two", batch_size=1)
-    result = run_on_two_processes("tools/eval_win_rate.py", two)
-    assert result.returncode == 0, result.stderr
+    codes, log = run_on_two_processes("tools/eval_win_rate.py", two, tmp_path / "log")
+    assert codes == [0, 0], log
     rows, expected = (list(csv.DictReader(open(folder / "scores.csv"))) for folder in (tmp_path / "two", one))
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected):
