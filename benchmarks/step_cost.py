@@ -176,6 +176,7 @@ class Variant(NamedTuple):
     target_timestep: str = "previous"
     encoded: bool = True  # the data are latents and text embeddings
     second_unet: bool = False  # the authors' way
+    use_8bit_adam: bool = True  # where there is one
     flags: tuple = ()  # more of the training script
 
 
@@ -194,6 +195,7 @@ TIMED_VARIANTS = {
     **VARIANTS,
     "NCP-DPO, --channels_last": Variant(flags=("--channels_last",)),
     "NCP-DPO, --compile": Variant(flags=("--compile",)),
+    "NCP-DPO, AdamW in 32 bits": Variant(use_8bit_adam=False),
 }
 WARM_UP_STEPS = 2
 
@@ -598,7 +600,8 @@ def time_together(variants, model, batch_size, device, args, policy=None):
     """
     steps = {}
     for name, variant in variants.items():
-        step = Step(model, variant, device, batch_size, args.gradient_checkpointing, has_8bit_adam(device), policy)
+        use_8bit_adam = variant.use_8bit_adam and has_8bit_adam(device)
+        step = Step(model, variant, device, batch_size, args.gradient_checkpointing, use_8bit_adam, policy)
         if variant.dtype != torch.float32:
             # As accelerate does.
             forward = functools.partial(type(step.policy).forward, step.policy)
@@ -640,8 +643,8 @@ def time_models(device, args):
     if device != "cuda":
         variants = {}
         for name, variant in TIMED_VARIANTS.items():
-            # Where every difference is one-sided.
-            variant = variant._replace(dtype=torch.float32, probe_rms=None)
+            # Where every difference is one-sided, and AdamW has 32 bits.
+            variant = variant._replace(dtype=torch.float32, probe_rms=None, use_8bit_adam=False)
             if variant not in variants.values():
                 variants[name] = variant
         for model in args.model:
@@ -703,8 +706,9 @@ def add_mfu(models, peak):
     for part in models.values():
         for name, result in part["results"].items():
             if "skipped" not in result:
-                # Without the flags, which change nothing that is counted.
-                counted.append((result, part["model"], TIMED_VARIANTS[name]._replace(flags=())))
+                # Without what changes nothing that is counted.
+                variant = TIMED_VARIANTS[name]._replace(flags=(), use_8bit_adam=True)
+                counted.append((result, part["model"], variant))
     distinct = list(dict.fromkeys((name, variant) for _, name, variant in counted))
     jobs = [MODELS[name] for name, _ in distinct], [variant for _, variant in distinct]
     # Half a minute for a step of SDXL.
