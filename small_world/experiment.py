@@ -94,9 +94,9 @@ STEPS, MAX_STEPS = (75, 150, 225), 450
 FILTERED_STEPS = (25, 50, 75, 100, 125, 150)
 # What is tried first, and by what learning rate and beta are then changed
 LEARNING_RATE, FACTORS = 5e-4, (2, 1 / 2)
-# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. Others for
-# losses whose beta is not that of a likelihood.
-BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
+# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. MaPO's is not
+# that of a likelihood, and that of the linear loss scales its gradient, which AdamW takes back.
+BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": None, "sft": None}
 LATENT, BALANCED, LATE = {"loss_space": "latent"}, {"timestep_weighting": "balanced"}, {"min_timestep": 400}
 TYPICAL_SCALE = 1300  # of errors in feature space: what `auto` measures, about
 FILTERED, BF16 = {"encoded_data_dir": "encoded-filtered"}, {"mixed_precision": "bf16"}
@@ -124,6 +124,8 @@ METHODS = {
         for loss in ("simpo", "mapo", "dmpo", "linear")
         for space in ("latent", "ncp")
     },
+    "simpo-latent-filtered": {"loss_type": "simpo", **LATENT, **FILTERED},
+    "simpo-ncp-filtered": {"loss_type": "simpo", **FILTERED},
     "dpo-sum": {"ncp_error_scale": TYPICAL_SCALE},
     "dpo-latent-inverted": LATENT,
     **{
@@ -134,8 +136,6 @@ METHODS = {
     "dpo-ncp-bf16-literal": {**BF16, "ncp_probe_rms": 0},
     "dpo-ncp-bf16-probe": BF16,
 }
-# Of pairs labelled by one part of the reward, the chosen settings of pairs that are labelled by all of it
-SETTINGS_OF = {method: method.partition("-by-")[0] for method in METHODS if "-by-" in method}
 NUM_SEEDS = {
     method: 5 if index < 4 or method.startswith(("cpo", "sft", "simpo")) or method.endswith("filtered") else 3
     for index, method in enumerate(METHODS)
@@ -501,7 +501,7 @@ def run(folder, results, method, learning_rate, beta, seed, steps, best_step=Non
     if len({re.sub(r" --max_train_steps \d+", "", text) for text in (command, result.get("command", command))}) > 1:
         raise ValueError(f"{file} is of another command: {result['command']}. Remove it, or give other folders.")
     repeats = {}
-    if seed == SEED and method not in SETTINGS_OF:
+    if seed == SEED:
         repeats["choosing"] = dict.fromkeys(steps, PICTURES_PER_CAPTION)
     if best_step is not None:
         repeats["test"] = {**dict.fromkeys(steps, PICTURES_PER_CAPTION), best_step: TEST_PICTURES_PER_CAPTION}
@@ -528,8 +528,13 @@ def run(folder, results, method, learning_rate, beta, seed, steps, best_step=Non
     return result
 
 
-def choosing_reward(result, step):
-    return fmean(result["choosing"][str(step)]["total"])
+def goal(method, measured):
+    """What the pairs of a method are labelled by, of what `summarize` gave: the mean reward, or one part of it."""
+    if method.endswith("-by-match"):
+        return measured["match"]
+    if method.endswith("-by-drawing"):
+        return (measured["quality"] + measured["style"]) / 2
+    return fmean(measured["total"])
 
 
 def choose(method, load):
@@ -545,11 +550,15 @@ def choose(method, load):
     """
     steps = FILTERED_STEPS if METHODS[method].items() >= FILTERED.items() else STEPS
 
+    def scores(settings, steps):
+        measured = load(*settings, steps)["choosing"]
+        return {step: goal(method, measured[str(step)]) for step in steps}
+
     def best_step(settings, steps):
-        return max(steps, key=functools.partial(choosing_reward, load(*settings, steps)))
+        return max(steps, key=scores(settings, steps).get)
 
     def score(settings):
-        return choosing_reward(load(*settings, steps), best_step(settings, steps))
+        return max(scores(settings, steps).values())
 
     settings, before = (LEARNING_RATE, BETAS.get(METHODS[method].get("loss_type"), BETA_DPO)), None
     while settings != before:
@@ -568,12 +577,10 @@ def choose(method, load):
 def run_row(folder, results, method, num_seeds):
     """Chooses a method's settings, and trains and tests with as many seeds."""
 
-    chosen = SETTINGS_OF.get(method, method)
-
     def load(rate, beta, steps):
-        return run(folder, results, chosen, rate, beta, SEED, steps)
+        return run(folder, results, method, rate, beta, SEED, steps)
 
-    rate, beta, steps, best_step = choose(chosen, load)
+    rate, beta, steps, best_step = choose(method, load)
     for seed in range(num_seeds):
         run(folder, results, method, rate, beta, seed, steps, best_step)
 

@@ -64,6 +64,9 @@ DUELS = (
     ("dpo-ncp-bf16-probe", "dpo-ncp-bf16-literal"),
     ("dpo-ncp-bf16-probe", "dpo-ncp"),
     *((f"{loss}-ncp", f"{loss}-latent") for loss in ("simpo", "mapo", "dmpo", "linear")),
+    ("simpo-latent-filtered", "dpo-latent-filtered"),
+    ("simpo-ncp-filtered", "dpo-ncp-filtered"),
+    ("simpo-ncp-filtered", "simpo-latent-filtered"),
 )
 # What errors are measured in, and how much each timestep weighs
 PARTS_OF_NCP = {
@@ -110,6 +113,12 @@ class Row:
         rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in self.steps)]
         return np.array([values[:number].mean() for values in rewards])
 
+    @property
+    def goals(self):
+        """What pairs are labelled by, after the step that was chosen, by seed."""
+        step = str(self.step)
+        return {seed: experiment.goal(self.method, run["test"][step]) for seed, run in self.tested.items()}
+
     def part(self, name):
         return np.mean([run["test"][str(self.step)][name] for run in self.tested.values()])
 
@@ -118,8 +127,6 @@ def load_rows(runs):
     """Of all methods that have been chosen for and tested, by name."""
     rows = {}
     for method in experiment.METHODS:
-        if method in experiment.SETTINGS_OF:
-            continue
         try:
             row = Row(method, [run for run in runs if run.get("method") == method])
         except KeyError:
@@ -264,7 +271,9 @@ def choosing_table(rows):
             row.method,
             *settings(run["learning_rate"], run["beta"]),
             *(
-                f"{experiment.choosing_reward(run, step):.3f}" if str(step) in run["choosing"] else ""
+                f"{experiment.goal(row.method, run['choosing'][str(step)]):.3f}"
+                if str(step) in run["choosing"]
+                else ""
                 for step in all_steps(rows)
             ),
             "✓" if (run["learning_rate"], run["beta"]) == (row.learning_rate, row.beta) else "",
@@ -275,27 +284,18 @@ def choosing_table(rows):
     return markdown(["method", "learning rate", "β", *all_steps(rows), "chosen"], lines)
 
 
-def labels_table(runs, base):
+def labels_table(rows, base):
     """What is learnt of pairs that are labelled by one part of the reward, as that part measures it."""
-
-    def part(summary, name):
-        return summary["match"] if name == "match" else (summary["quality"] + summary["style"]) / 2
-
-    tested, lines = {}, []
-    for run in runs:
-        if run.get("method") in experiment.SETTINGS_OF and "test" in run:
-            tested.setdefault((run["method"], run["learning_rate"], run["beta"]), []).append(run["test"])
-    steps = sorted({int(step) for tests in tested.values() for test in tests for step in test})
-    for (method, *chosen), tests in tested.items():
-        name = method.partition("-by-")[2]
-        cells = [
-            mean_and_error([part(test[str(step)], name) for test in tests]) if str(step) in tests[0] else ""
-            for step in steps
-        ]
-        of_all = experiment.SETTINGS_OF[method], *settings(*chosen)
-        lines.append([name, *of_all, len(tests), f"{part(base, name):.3f}", *cells])
-    columns = ["labelled and measured by", "method", "learning rate", "β", "trainings", "base", *steps]
-    return markdown(columns, sorted(lines))
+    lines = []
+    for method, row in rows.items():
+        kind, _, part = method.partition("-by-")
+        line = [part, kind, len(row.tested), *settings(row.learning_rate, row.beta), row.step]
+        line += [f"{experiment.goal(method, base):.3f}", mean_and_error(list(row.goals.values()))]
+        latent = rows.get(method.replace("ncp", "latent"), row)
+        differences = [row.goals[seed] - latent.goals[seed] for seed in common_seeds(row, latent)]
+        lines.append([*line, "" if latent is row else mean_and_error(differences, "+")])
+    columns = ["labelled and measured by", "method", "trainings", "learning rate", "β", "steps", "base"]
+    return markdown([*columns, "that part", "over latent DPO"], lines)
 
 
 PLOTS = {
@@ -331,9 +331,9 @@ def main(args):
     references = experiment.load_references(args.output_dir / "runs")
     runs = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
     rows = load_rows(runs)
+    missing = [method for method in experiment.METHODS if method not in rows]
+    labelled = {method: rows.pop(method) for method in list(rows) if "-by-" in method}
     plot(rows, references["base"], args.output_dir / "rewards.png")
-    labelled = {run["method"] for run in runs if run.get("method") in experiment.SETTINGS_OF}
-    missing = [method for method in experiment.METHODS if method not in rows.keys() | labelled]
     num_runs = sum("method" in run for run in runs)
     few, many = (
         n * len(experiment.split_scenes()[2])
@@ -372,9 +372,9 @@ Reward of DPO over latent DPO's, each at its best:
 ## What is preferred
 
 The same pairs labelled by one part of the reward alone: by *match*, which is coarse, or by *drawing*, quality and outline, which is
-fine. Settings are those chosen for pairs labelled by all of it, not for either part.
+fine, and settings chosen by that part as well.
 
-{labels_table(runs, references["base"])}
+{labels_table(labelled, references["base"])}
 
 ## Reward by steps
 
@@ -389,7 +389,7 @@ Every run with the first seed is measured after {", ".join(map(str, experiment.S
 turn as long as that is better, until neither is. With what was chosen a method is trained on, up to {experiment.MAX_STEPS} steps, as long as
 its last are its best.
 
-{choosing_table(rows)}
+{choosing_table({**rows, **labelled})}
 """
     (args.output_dir / "README.md").write_text(report)
     print(report)

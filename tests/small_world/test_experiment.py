@@ -119,6 +119,18 @@ def test_a_method_is_trained_on_while_its_last_step_is_its_best():
     assert tried({**others, (5e-4, 200): 0.3})[0] == (5e-4, 200, (75, 150, 225), 75)
 
 
+@pytest.mark.parametrize("part", ["match", "drawing"])
+def test_pairs_labelled_by_one_part_of_the_reward_choose_by_it(part):
+    def load(rate, beta, steps):
+        # A higher learning rate is better for the match, and worse for everything else.
+        measured = {"match": rate, "quality": -rate, "style": -rate, "total": [-rate]}
+        return {"choosing": {str(step): measured for step in steps}} if 1e-4 < rate < 1e-2 else still
+
+    still = {"choosing": {str(step): {"match": -1, "quality": -1, "style": -1} for step in experiment.STEPS}}
+    rate, *_ = experiment.choose(f"dpo-ncp-by-{part}", load)
+    assert rate == pytest.approx({"match": 8e-3, "drawing": 1.25e-4}[part])
+
+
 def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
     for name, value in [
         ("METHODS", {name: experiment.METHODS[name] for name in ("dpo-latent", "sft-ncp", "dpo-ncp")}),

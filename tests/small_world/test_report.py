@@ -49,6 +49,20 @@ def test_differences_at_the_best_at_equal_steps_and_at_equal_time(rows):
     assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([0.0, 0.0])
 
 
+def test_what_is_learnt_of_pairs_labelled_by_one_part(monkeypatch):
+    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, experiment.STEPS, 150))
+    rows = {}
+    for space, matches in (("latent", (0.5, 0.7)), ("ncp", (0.6, 0.9))):
+        method, runs = f"dpo-{space}-by-match", []
+        for seed, match in enumerate(matches):
+            runs.append(run(method, seed, (0.1, 0.1, 0.1), 1))
+            runs[-1]["test"]["150"]["match"] = match
+        rows[method] = report.Row(method, runs)
+    latent, ncp = report.labels_table(rows, {"match": 0.4}).splitlines()[2:]
+    assert latent == "| match | dpo-latent | 2 | 0.0005 | 200 | 150 | 0.400 | 0.600 ± 0.100 |  |"
+    assert ncp == "| match | dpo-ncp | 2 | 0.0005 | 200 | 150 | 0.400 | 0.750 ± 0.150 | +0.150 ± 0.050 |"
+
+
 def test_win_rate():
     # Two captions with two pictures each: 1 and a half of two are won. Drawing captions anew, both may be either.
     ours, theirs = [np.array([[1.0, 3], [2, 4]])], [np.array([[0.0, 3], [1, 5]])]
