@@ -204,7 +204,8 @@ def run_sd15(checkpoints, parquet, tmp_path):
 def few_pairs(monkeypatch):
     """The error scale of models with random weights is never known well: no more pairs than must be."""
     for name in SCRIPTS.values():
-        monkeypatch.setattr(importlib.import_module(name), "MAX_UNIT_PAIRS", 64)
+        for limit in ("MIN_UNIT_PAIRS", "MAX_UNIT_PAIRS"):
+            monkeypatch.setattr(importlib.import_module(name), limit, 24)
 
 
 @pytest.fixture

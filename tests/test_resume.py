@@ -518,7 +518,7 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, los
     words = run.command([], {f"--{name}": value for name, value in options.items()})
     script = tmp_path / "few_pairs.py"
     script.write_text(
-        f"import train_ncp_dpo_sd15 as script; script.MAX_UNIT_PAIRS = {train_ncp_dpo_sd15.MAX_UNIT_PAIRS}\n"
+        f"import train_ncp_dpo_sd15 as script; script.MIN_UNIT_PAIRS = script.MAX_UNIT_PAIRS = {train_ncp_dpo_sd15.MAX_UNIT_PAIRS}\n"
         "script.main(script.parse_args())"
     )
     codes, log = run_on_two_processes(script, words, tmp_path / "log")
