@@ -94,9 +94,9 @@ STEPS, MAX_STEPS = (75, 150, 225), 450
 FILTERED_STEPS = (25, 50, 75, 100, 125, 150)
 # What is tried first, and by what learning rate and beta are then changed
 LEARNING_RATE, FACTORS = 5e-4, (2, 1 / 2)
-# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. MaPO's is not
-# that of a likelihood, and that of the linear loss scales its gradient, which AdamW takes back.
-BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": None, "sft": None}
+# The likelihood's sum over elements is a mean in the loss: 5000 for SD 1.5's 16,384 elements are 176 for 576. Others for
+# losses whose beta is not that of a likelihood.
+BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
 LATENT, BALANCED, LATE = {"loss_space": "latent"}, {"timestep_weighting": "balanced"}, {"min_timestep": 400}
 TYPICAL_SCALE = 1300  # of errors in feature space: what `auto` measures, about
 FILTERED, BF16 = {"encoded_data_dir": "encoded-filtered"}, {"mixed_precision": "bf16"}

@@ -299,7 +299,10 @@ def labels_table(rows, base):
 
 
 PLOTS = {
-    "DPO, all and filtered pairs": ("dpo-latent", "dpo-ncp", "dpo-latent-filtered", "dpo-ncp-filtered"),
+    "all and filtered pairs": (
+        *("dpo-latent", "dpo-ncp", "dpo-latent-filtered", "dpo-ncp-filtered"),
+        *("simpo-latent-filtered", "simpo-ncp-filtered"),
+    ),
     "DPO, timesteps": tuple(
         f"dpo-{row}" for row in ("latent-balanced", "ncp-balanced", "latent-profile", "latent-late", "ncp-late")
     ),
