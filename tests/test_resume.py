@@ -506,7 +506,10 @@ def scene_pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loss_space", ["latent", "ncp"])
-def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, loss_space):
+def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, monkeypatch, loss_space):
+    # As in the processes; of a few pairs rounding would show.
+    for name, number in (("MIN_UNIT_PAIRS", 64), ("MAX_UNIT_PAIRS", 512)):
+        monkeypatch.setattr(train_ncp_dpo_sd15, name, number)
     # 11 pairs in batches of 2 x 2 or 1 x 4, two a step: the third epoch is begun. β multiplies what the batch size changes in
     # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
     run = Run("sd15", ASSETS, scene_pairs, tmp_path / "one")
@@ -516,12 +519,7 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, los
     one = run.lora(), run.scalars("loss"), error_scale(run)
     run.output_dir = run.arguments["--output_dir"] = tmp_path / "two"
     words = run.command([], {f"--{name}": value for name, value in options.items()})
-    script = tmp_path / "few_pairs.py"
-    script.write_text(
-        f"import train_ncp_dpo_sd15 as script; script.MIN_UNIT_PAIRS = script.MAX_UNIT_PAIRS = {train_ncp_dpo_sd15.MAX_UNIT_PAIRS}\n"
-        "script.main(script.parse_args())"
-    )
-    codes, log = run_on_two_processes(script, words, tmp_path / "log")
+    codes, log = run_on_two_processes("train_ncp_dpo_sd15.py", words, tmp_path / "log")
     assert codes == [0, 0], log
     assert run.scalars("loss") == pytest.approx(one[1], abs=2e-5 if loss_space == "latent" else 1e-3)
     assert min(one[1]) < 0.69, "the policy left the reference"
