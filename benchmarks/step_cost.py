@@ -217,18 +217,16 @@ class Step:
         device (`str`): "meta" for none.
         batch_size (`int`): pairs per step.
         gradient_checkpointing (`bool`): in the policy, and so in the encoder where this is the same U-Net.
-        use_8bit_adam (`bool`): for [`~Step.create_optimizer`].
         policy (`UNet2DConditionModel`, *optional*): that of another step, if no flag of the variant asks for its own.
     """
 
-    def __init__(
-        self, model, variant, device, batch_size=1, gradient_checkpointing=False, use_8bit_adam=False, policy=None
-    ):
+    def __init__(self, model, variant, device, batch_size=1, gradient_checkpointing=False, policy=None):
         self.model, self.variant, self.device, self.batch_size = model, variant, device, batch_size
         self.script = importlib.import_module(model.script)
         flags = ["--pretrained_model_name_or_path", "random", "--mixed_precision", "no", "--max_train_steps", "1"]
         flags += ["--rank", str(model.rank), "--loss_type", variant.loss_type, "--loss_space", variant.loss_space]
-        flags += ["--gradient_checkpointing"] * gradient_checkpointing + ["--use_8bit_adam"] * use_8bit_adam
+        flags += ["--gradient_checkpointing"] * gradient_checkpointing
+        flags += ["--use_8bit_adam"] * (variant.use_8bit_adam and has_8bit_adam(device))
         flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
@@ -600,8 +598,7 @@ def time_together(variants, model, batch_size, device, args, policy=None):
     """
     steps = {}
     for name, variant in variants.items():
-        use_8bit_adam = variant.use_8bit_adam and has_8bit_adam(device)
-        step = Step(model, variant, device, batch_size, args.gradient_checkpointing, use_8bit_adam, policy)
+        step = Step(model, variant, device, batch_size, args.gradient_checkpointing, policy)
         if variant.dtype != torch.float32:
             # As accelerate does.
             forward = functools.partial(type(step.policy).forward, step.policy)

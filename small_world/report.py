@@ -300,8 +300,8 @@ def labels_table(rows, base):
 
 PLOTS = {
     "all and filtered pairs": (
-        *("dpo-latent", "dpo-ncp", "dpo-latent-filtered", "dpo-ncp-filtered"),
-        *("simpo-latent-filtered", "simpo-ncp-filtered"),
+        *("dpo-latent", "dpo-ncp"),
+        *(f"{loss}-{space}-filtered" for loss in ("dpo", "simpo") for space in ("latent", "ncp")),
     ),
     "DPO, timesteps": tuple(
         f"dpo-{row}" for row in ("latent-balanced", "ncp-balanced", "latent-profile", "latent-late", "ncp-late")

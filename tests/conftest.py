@@ -122,7 +122,9 @@ def run_on_two_processes(script, words, log, number=2):
         for rank in range(number)
     ]
     for process in processes:
-        process.join()
+        # If one has failed, the others wait for it half an hour.
+        process.join(300)
+        process.kill()
     return [process.exitcode for process in processes], log.read_text()
 
 

@@ -284,7 +284,6 @@ def test_local_checkpoints_are_loaded_by_name(run_sd15, monkeypatch):
 
 LAUNCHER = """
 import os, sys
-sys.path.insert(0, os.getcwd())
 import train_ncp_dpo_sd15 as script
 # As on machines of their own, each process has a folder that the other does not see.
 os.chdir(sys.argv[1] + os.environ["RANK"])

@@ -69,9 +69,7 @@ def test_a_range_of_all_timesteps_changes_nothing(run_sd15):
     assert equal(run_sd15.lora(), plain)
 
 
-def test_those_of_a_few_step_model_are_all_that_is_trained_on(run_sd15, checkpoints, tmp_path, seen, monkeypatch):
-    monkeypatch.setattr(train_ncp_dpo_sd15, "MIN_UNIT_PAIRS", 24)
-    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 24)
+def test_those_of_a_few_step_model_are_all_that_is_trained_on(run_sd15, checkpoints, tmp_path, seen):
     # As the turbo models have it.
     turbo = EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
@@ -105,7 +103,8 @@ def test_timesteps_that_there_are_not(run_sd15, no_models, first, last):
 
 
 def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(run_sd15, seen, caplog, monkeypatch):
-    monkeypatch.setattr(train_ncp_dpo_sd15, "MAX_UNIT_PAIRS", 128)
+    for name, number in (("MIN_UNIT_PAIRS", 64), ("MAX_UNIT_PAIRS", 512)):
+        monkeypatch.setattr(train_ncp_dpo_sd15, name, number)
     caplog.set_level("INFO")
     options = {"min_timestep": 200, "max_timestep": 299, "max_train_steps": 1, "train_batch_size": 12}
     run_sd15(ncp_error_scale="auto", **options)
@@ -116,7 +115,7 @@ def test_the_scale_is_measured_evenly_within_the_range_on_pairs_that_come_again(
     assert np.abs(counts - len(timesteps) / 10).max() <= 2
     # The last line with the flag is all that a run like this one needs.
     scale, percent = re.findall(r"--ncp_error_scale ([\d.e+]+) \(standard error (\d+) %\)", caplog.text)[-1]
-    assert len(timesteps) >= 128 or int(percent) <= 10
+    assert len(timesteps) == 512 or int(percent) <= 10
     trained = run_sd15.lora()
     assert run_sd15.state("checkpoint-1")["error_scale"] == float(scale)
     run_sd15.into("given")(ncp_error_scale=scale, **options)

@@ -199,18 +199,14 @@ def test_an_interrupted_encoding_goes_on(encode_sd15, monkeypatch, caplog):
 
 def test_two_processes_write_what_one_writes(encode_sd15, monkeypatch, tmp_path):
     monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
-    # Sums are in the order of the threads, so that all have one.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Sums are in the order of the threads: one, as in the processes.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = encode_sd15().contents()
     torch.set_num_threads(num_threads)
     encode_sd15.folder = encode_sd15.arguments["output_dir"] = tmp_path / "two"
     script = tmp_path / "small_shards.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(encode_preferences.__file__).parent)!r})\n"
-        "import encode_preferences as tool; tool.SHARD_SIZE = 4; tool.main(tool.parse_args())"
-    )
+    script.write_text("import encode_preferences as tool; tool.SHARD_SIZE = 4; tool.main(tool.parse_args())")
     codes, log = run_on_two_processes(script, encode_sd15.words(), tmp_path / "log")
     assert codes == [0, 0], log
     assert encode_sd15.contents() == one
