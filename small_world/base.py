@@ -15,6 +15,7 @@
 """Trains the base model of the small world, a Stable Diffusion of two million parameters, into `assets/small-world`.
 
     python small_world/base.py     # from scratch: half an hour on two cores
+    python small_world/base.py --size strong --output_dir small-world-strong/base     # an hour, six million parameters
 
 It draws what `scenes.py` shows it, well or badly, so that there is something to prefer.
 """
@@ -23,6 +24,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +44,22 @@ SEED = 0
 NUM_PICTURES = 16_000
 WRONG_CAPTIONS = 0.1
 CAPTION_DROPOUT = 0.1
-VAE_STEPS, VAE_BATCH_SIZE = 4_000, 8
-UNET_STEPS, UNET_BATCH_SIZE = 6_000, 32
+VAE_BATCH_SIZE, UNET_BATCH_SIZE = 8, 32
+
+
+class Size(NamedTuple):
+    """Of a base model, and how long it is trained."""
+
+    vae_channels: tuple
+    vae_steps: int
+    unet_channels: tuple
+    unet_steps: int
+
+
+SIZES = {
+    "small": Size((16, 32, 48), 4_000, (32, 64, 88), 6_000),
+    "strong": Size((24, 48, 64), 8_000, (48, 96, 128), 8_000),
+}
 
 
 def build_tokenizer():
@@ -95,10 +111,10 @@ def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch)
     model.eval().requires_grad_(False)
 
 
-def train_vae(pictures):
+def train_vae(pictures, size):
     """An autoencoder for `pictures` `(N, 3, H, W)` in [-1, 1], whose scaled latents have unit variance."""
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 48),
+        block_out_channels=size.vae_channels,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -113,7 +129,7 @@ def train_vae(pictures):
         decoded = vae.decode(posterior.sample()).sample
         return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-5 * posterior.kl().mean() / RESOLUTION
 
-    fit("VAE", vae, list(vae.parameters()), VAE_STEPS, 2e-3, loss_of_random_batch)
+    fit("VAE", vae, list(vae.parameters()), size.vae_steps, 2e-3, loss_of_random_batch)
     latents = encode(vae, pictures[:1000])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
@@ -124,7 +140,7 @@ def encode(vae, pictures):
     return torch.cat([vae.encode(batch).latent_dist.mode() for batch in pictures.split(250)])
 
 
-def train_denoiser(tokenizer, captions, latents):
+def train_denoiser(tokenizer, captions, latents, size):
     """U-Net and text encoder, together, with classifier-free guidance's empty captions now and then."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -141,7 +157,7 @@ def train_denoiser(tokenizer, captions, latents):
     )
     unet = UNet2DConditionModel(
         sample_size=latents.shape[-1],
-        block_out_channels=(32, 64, 88),
+        block_out_channels=size.unet_channels,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -164,11 +180,11 @@ def train_denoiser(tokenizer, captions, latents):
         return F.mse_loss(unet(noisy_latents, timesteps, encoder_hidden_states).sample, noise)
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    fit("U-Net", unet, parameters, UNET_STEPS, 1e-3, loss_of_random_batch)
+    fit("U-Net", unet, parameters, size.unet_steps, 1e-3, loss_of_random_batch)
     return text_encoder.eval().requires_grad_(False), unet
 
 
-def train_base(folder):
+def train_base(folder, size):
     """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
     # Sums are in the order of the threads.
     torch.set_num_threads(2)
@@ -180,9 +196,10 @@ def train_base(folder):
     pictures = 2 * pictures - 1
     captions = [(random.choice(SCENES) if random.random() < WRONG_CAPTIONS else scene).caption for scene in scenes]
 
-    vae = train_vae(pictures)
+    vae = train_vae(pictures, size)
     tokenizer = build_tokenizer()
-    text_encoder, unet = train_denoiser(tokenizer, captions, encode(vae, pictures) * vae.config.scaling_factor)
+    latents = encode(vae, pictures) * vae.config.scaling_factor
+    text_encoder, unet = train_denoiser(tokenizer, captions, latents, size)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -197,5 +214,8 @@ def train_base(folder):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    train_base(ASSETS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--output_dir", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    train_base(args.output_dir, SIZES[args.size])

@@ -18,6 +18,9 @@
     python small_world/experiment.py run dpo-ncp    # a row of the table: its learning rate, its beta, its trainings
     python small_world/experiment.py all            # all rows, two at a time, and the report
 
+    # the same with another base, which `base.py` has written to small-world-strong/base
+    python small_world/experiment.py run dpo-ncp --folder small-world-strong --output_dir small_world/results_strong
+
 What pictures show and how good they are is in `scenes.py`; `base.py` trains the model that draws them. Pairs are labelled
 as people do it, the better picture winning only more often (Bradley-Terry), encoded once by `tools/encode_preferences.py`
 and trained on by `train_ncp_dpo_sd15.py`, in this process. How good pictures of other captions then are is known exactly.
@@ -152,6 +155,11 @@ def split_scenes():
     return scenes[:NUM_TRAINING_SCENES], scenes[NUM_TRAINING_SCENES:middle], scenes[middle:]
 
 
+def base_of(folder):
+    """The base model of the pairs and runs in `folder`: its own if it has one, otherwise the committed one."""
+    return folder / "base" if (folder / "base").is_dir() else ASSETS
+
+
 def load_pipeline(folder):
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -257,7 +265,7 @@ def encode_pairs(folder, name):
     # Those there may be of other pairs.
     shutil.rmtree(folder / f"encoded-{name}", ignore_errors=True)
     options = {
-        "pretrained_model_name_or_path": ASSETS,
+        "pretrained_model_name_or_path": base_of(folder),
         "dataset_name": folder / name,
         **ENCODING,
         "output_dir": folder / f"encoded-{name}",
@@ -265,9 +273,9 @@ def encode_pairs(folder, name):
     run_script(encode_preferences, options)
 
 
-def digest_of_world():
+def digest_of_world(folder):
     """Of what pairs and results depend on: the base model, how it draws, how its pictures are judged, and how encoded."""
-    files = [*sorted(ASSETS.rglob("*.safetensors")), Path(__file__).with_name("scenes.py")]
+    files = [*sorted(base_of(folder).rglob("*.safetensors")), Path(__file__).with_name("scenes.py")]
     drawing = (SEED, NUM_TRAINING_SCENES, PICTURES_PER_SCENE, GUIDANCE_SCALE, NUM_INFERENCE_STEPS)
     contents = [file.read_bytes() for file in files] + [repr((*drawing, TEMPERATURE, ENCODING)).encode()]
     return hashlib.sha256(b"".join(contents)).hexdigest()
@@ -275,7 +283,7 @@ def digest_of_world():
 
 def check_world(folder):
     """A `ValueError` if the pairs in `folder`, and so the runs on them, are of another world."""
-    if (folder / WORLD_NAME).read_text() != digest_of_world():
+    if (folder / WORLD_NAME).read_text() != digest_of_world(folder):
         raise ValueError(
             f"--folder {folder} holds pairs of another base model, reward or encoding. Give another one, or remove it."
         )
@@ -285,12 +293,12 @@ def make_pairs(folder):
     """Writes the pairs to train on, encoded as well."""
     if (folder / "runs").exists():
         raise ValueError(f"--folder {folder} holds runs on its pairs. Give another one, or remove it.")
-    rewards = make_training_pairs(load_pipeline(ASSETS), Explanations(), folder)
+    rewards = make_training_pairs(load_pipeline(base_of(folder)), Explanations(), folder)
     label_anew(folder, "match", rewards.match)
     label_anew(folder, "drawing", (rewards.quality + rewards.style) / 2)
     for name in ("pairs", "filtered", "match", "drawing"):
         encode_pairs(folder, name)
-    (folder / WORLD_NAME).write_text(digest_of_world())
+    (folder / WORLD_NAME).write_text(digest_of_world(folder))
 
 
 # Training
@@ -318,7 +326,7 @@ def run_script(module, options, *words):
 def training_options(folder, output_dir, method, learning_rate, beta, seed, steps):
     """Options of the trainer, with checkpoints at all `steps`."""
     options = {
-        "pretrained_model_name_or_path": ASSETS,
+        "pretrained_model_name_or_path": base_of(folder),
         "encoded_data_dir": "encoded-pairs",
         "resolution": RESOLUTION,
         "no_hflip": None,
@@ -403,9 +411,9 @@ def train(options):
 
 
 @functools.cache
-def load_measuring():
-    """The base in a pipeline that draws what is measured, and what judges it."""
-    pipeline = load_pipeline(ASSETS)
+def load_measuring(base):
+    """A base in a pipeline that draws what is measured, and what judges it."""
+    pipeline = load_pipeline(base)
     options = {"timestep_spacing": "trailing"}
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **options)
     return pipeline, Explanations()
@@ -426,27 +434,27 @@ def summarize(rewards):
     return {**parts, "total": [round(value, 4) for value in rewards.total.tolist()]}
 
 
-def measure(name, seed, lora=None, repeats=None):
+def measure(base, name, seed, lora=None, repeats=None):
     """
     What `summarize` gives of pictures of the captions that choose (`"choosing"`) or that results are from (`"test"`): all
     captions once, all once more, and so on, so that the first pictures are the same whatever `repeats` is.
     """
-    pipeline, explanations = load_measuring()
+    pipeline, explanations = load_measuring(base)
     noise = {"choosing": CHOOSING_NOISE, "test": test_noise(seed)}[name]
     scenes = measured_scenes(name) * (repeats or PICTURES_PER_CAPTION)
-    base, pipeline.unet = pipeline.unet, copy.deepcopy(pipeline.unet)
+    unet, pipeline.unet = pipeline.unet, copy.deepcopy(pipeline.unet)
     if lora is not None:
         pipeline.load_lora_weights(lora)
         pipeline.fuse_lora()
     pictures = draw(pipeline, scenes, noise, MEASURED_INFERENCE_STEPS)
-    pipeline.unet = base
+    pipeline.unet = unet
     return summarize(reward(pictures, scenes, explanations))
 
 
 @torch.no_grad()
-def measure_best():
+def measure_best(base):
     """Of pictures that nothing is wrong with, outlined, as the base's VAE passes them on: no policy draws better ones."""
-    pipeline, explanations = load_measuring()
+    pipeline, explanations = load_measuring(base)
     scenes = split_scenes()[2] * 4
     pictures = render(scenes, torch.Generator().manual_seed(SEED), well_drawn=1.0)
     outlined = reward(pictures, scenes, explanations).style > 0.5
@@ -463,18 +471,16 @@ def save(result, file):
     return result
 
 
-def load_references(results):
+def measure_references(folder, results):
     """What `summarize` gives of the best pictures and, with the first seed's noise, of the base's."""
-    measured = {
-        "best": measure_best,
-        "base": lambda: measure("test", SEED, repeats=TEST_PICTURES_PER_CAPTION),
-        "base-choosing": lambda: measure("choosing", SEED),
-    }
-    files = {name: results / f"{name}.json" for name in measured}
-    return {
-        name: json.loads(file.read_text()) if file.is_file() else save(measured[name](), file)
-        for name, file in files.items()
-    }
+    base = base_of(folder)
+    for name, measured in (
+        ("best", lambda: measure_best(base)),
+        ("base", lambda: measure(base, "test", SEED, repeats=TEST_PICTURES_PER_CAPTION)),
+        ("base-choosing", lambda: measure(base, "choosing", SEED)),
+    ):
+        if not (results / f"{name}.json").is_file():
+            save(measured(), results / f"{name}.json")
 
 
 # The experiment
@@ -522,7 +528,7 @@ def run(folder, results, method, learning_rate, beta, seed, steps, best_step=Non
             seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
             result["seconds_per_step"] = round(quantiles(seconds, n=10)[0], 4)
         for name, step, number in missing:
-            measured = measure(name, seed, output_dir / f"checkpoint-{step}", number)
+            measured = measure(base_of(folder), name, seed, output_dir / f"checkpoint-{step}", number)
             result[name] = {**result.get(name, {}), str(step): measured}
         save({**result, "command": command}, file)
     return result
@@ -587,7 +593,6 @@ def run_row(folder, results, method, num_seeds):
 
 def run_all(folder, results, num_workers):
     """All rows, each in one of some processes of one core: with three seeds, and then with all they are to have."""
-    load_references(results)
     context, failed = multiprocessing.get_context("spawn"), {}
     with (
         ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as executor,
@@ -625,6 +630,8 @@ def main(args):
     if args.command == "pairs" or not (args.folder / WORLD_NAME).is_file():
         make_pairs(args.folder)
     check_world(args.folder)
+    if args.command != "pairs":
+        measure_references(args.folder, args.output_dir / "runs")
     if args.command == "all":
         run_all(args.folder, args.output_dir / "runs", args.num_workers)
     elif args.command == "run":

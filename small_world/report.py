@@ -331,7 +331,10 @@ def plot(rows, base, path):
 
 
 def main(args):
-    references = experiment.load_references(args.output_dir / "runs")
+    references = {
+        name: json.loads((args.output_dir / "runs" / f"{name}.json").read_text())
+        for name in ("best", "base", "base-choosing")
+    }
     runs = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
     rows = load_rows(runs)
     missing = [method for method in experiment.METHODS if method not in rows]

@@ -155,7 +155,7 @@ def main(args):
     if not world.is_file():
         pipeline, scenes = experiment.load_pipeline(experiment.ASSETS), experiment.split_scenes()[0][:NUM_SCENES]
         experiment.write_pairs(pipeline, Explanations(), scenes, experiment.PAIRS_NOISE, args.folder / "pairs")
-        world.write_text(experiment.digest_of_world())
+        world.write_text(experiment.digest_of_world(args.folder))
     experiment.check_world(args.folder)
     encode(args.folder)
     results = [run(args.folder, seed) for seed in tqdm(args.seed, desc="Seeds")]

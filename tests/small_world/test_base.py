@@ -26,12 +26,12 @@ from transformers import CLIPTokenizer
 from diffusers import StableDiffusionPipeline
 
 
-def train_base(folder, **options):
+def train_base(folder, size="small", **options):
     """A base model that has seen three batches."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in {"NUM_PICTURES": 100, "VAE_STEPS": 3, "UNET_STEPS": 3, **options}.items():
+        for name, value in {"NUM_PICTURES": 100, **options}.items():
             monkeypatch.setattr(base, name, value)
-        base.train_base(folder)
+        base.train_base(folder, base.SIZES[size]._replace(vae_steps=3, unet_steps=3))
     return folder
 
 

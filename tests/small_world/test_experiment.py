@@ -15,9 +15,11 @@
 
 import itertools
 import json
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import base
 import experiment
 import numpy as np
 import pytest
@@ -158,6 +160,7 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in runs.iterdir()}
     (tmp_path / "away").rename(world / "runs")
 
+    experiment.measure_references(world, runs)
     report.main(report.parse_args(["--output_dir", str(tmp_path)]))
     text = (tmp_path / "README.md").read_text()
     assert capsys.readouterr().out == text + "\n" and "Not complete yet: dpo-ncp." in text
@@ -171,6 +174,24 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "command": "another"}))
     with pytest.raises(ValueError, match="is of another command: another"):
         experiment.run_row(world, runs, "sft-ncp", 1)
+
+
+def test_a_folder_with_a_base_of_its_own(quick, tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(base, "NUM_PICTURES", 100)
+        base.train_base(tmp_path / "base", base.SIZES["strong"]._replace(vae_steps=3, unet_steps=3))
+    experiment.make_pairs(tmp_path)
+    with pytest.raises(ValueError, match="holds pairs of another base model"):
+        (tmp_path / "base").rename(tmp_path / "away")
+        experiment.check_world(tmp_path)
+    (tmp_path / "away").rename(tmp_path / "base")
+    experiment.run(tmp_path, tmp_path, "dpo-ncp", 1e-3, 200, 0, (1,), 1)
+    result = json.loads((tmp_path / "dpo-ncp-0.001-200-0.json").read_text())
+    base_name = os.path.relpath(tmp_path / "base", experiment.ROOT)
+    assert f"--pretrained_model_name_or_path {base_name} " in result["command"]
+    lora = load_file(tmp_path / "runs" / "dpo-ncp-0.001-200-0" / experiment.trainer.WEIGHTS_NAME)
+    assert {weight.shape[1] for name, weight in lora.items() if "lora.down" in name} == {96, 128}
+    assert len(result["test"]["1"]["total"]) == 2 * len(experiment.measured_scenes("test"))
 
 
 def test_pairs_are_labelled_anew_by_other_rewards(world):
@@ -247,7 +268,6 @@ def test_all_runs_what_it_can_and_names_what_failed(tmp_path, monkeypatch):
 
     for name, value in {
         "METHODS": {"dpo-latent": {}, "dpo-ncp": {}, "dpo-ncp-down": {}},
-        "load_references": lambda results: None,
         "ProcessPoolExecutor": lambda num_workers, *options: ThreadPoolExecutor(num_workers),
         "run_row": run_row,
     }.items():
