@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 from eval_win_rate import compare  # noqa: E402
+from ncp_loss import LOSSES  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -95,13 +96,16 @@ class Row:
 
     @property
     def seconds_per_step(self):
-        return np.median(self.seconds)
+        return np.median(self.seconds) if self.seconds else None
 
     @property
     def costs(self):
         """What decides how long a step takes."""
-        names = ("loss_type", "loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
-        return [name in experiment.METHODS[self.method] and experiment.METHODS[self.method][name] for name in names]
+        options = {"loss_type": "dpo", "loss_space": "ncp", **experiment.METHODS[self.method]}
+        loss_type, names = options["loss_type"], ("ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
+        passes = loss_type == "sft", LOSSES[loss_type].needs_reference, options["loss_space"]
+        replaced = self.method in experiment.REPLACED and self.method
+        return [*passes, replaced, *(name in options and options[name] for name in names)]
 
     def rewards(self, seed, step=None):
         """Of pictures, after a step or that which was chosen."""
@@ -220,9 +224,10 @@ def table(rows, references):
         else:
             line += [mean_and_error(difference(row, baseline), "+")]
             line += [mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")]
-            line += [mean_and_error(difference_at_equal_time(row, baseline, references["base"]), "+")]
+            timed = row.seconds and mean_and_error(difference_at_equal_time(row, baseline, references["base"]), "+")
+            line += [timed or ""]
             line += [row_win_rate(row, baseline)]
-        lines.append([*line, f"{row.seconds_per_step:.3f}"])
+        lines.append([*line, f"{row.seconds_per_step:.3f}" if row.seconds else ""])
     return markdown(columns, lines)
 
 

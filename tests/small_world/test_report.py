@@ -75,3 +75,33 @@ def test_win_rate_knows_that_trainings_differ():
     # Every caption is won by the pictures of one training, and lost by those of the other.
     ours, theirs = [np.ones((1, 200)), np.zeros((1, 200))], [np.zeros((1, 200)), np.ones((1, 200))]
     assert report.win_rate(ours, theirs) == "50% (0% – 100%)"
+
+
+def test_rows_whose_steps_do_the_same_share_their_times(monkeypatch):
+    monkeypatch.setattr(experiment, "choose", lambda method, load: (5e-4, 200, experiment.STEPS, 150))
+    seconds = {
+        "dpo-latent": 1,
+        "linear-latent": 3,
+        "dpo-latent-inverted": 9,
+        "simpo-latent": 0.7,
+        "dpo-ncp-bf16-probe": None,
+    }
+    runs = [run(method, 0, (0.1, 0.2, 0.3), value) for method, value in seconds.items()]
+    del runs[-1]["seconds_per_step"]  # as those from another machine
+    rows = report.load_rows(runs)
+    assert {name: row.seconds_per_step for name, row in rows.items()} == {
+        "dpo-latent": 2,
+        "linear-latent": 2,
+        "simpo-latent": 0.7,
+        "dpo-latent-inverted": 9,
+        "dpo-ncp-bf16-probe": None,
+    }
+    part = dict.fromkeys(("quality", "match", "style"), 0.1)
+    for each in runs:
+        for measured in each["test"].values():
+            measured.update(part)
+    monkeypatch.setattr(experiment, "split_scenes", lambda: ([], [], [None] * 2))
+    lines = report.table(rows, dict.fromkeys(("best", "base"), {"total": [0.1, 0.1], **part})).splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
+    column = cells["method"].index("at equal time")
+    assert cells["linear-latent"][column] == "+0.000" and cells["dpo-ncp-bf16-probe"][column].strip() == ""
