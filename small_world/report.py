@@ -20,6 +20,7 @@ writes beside it. Rows that are not complete yet are left out.
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -352,8 +353,8 @@ def main(args):
     )
     report = f"""# Small world
 
-`python small_world/experiment.py all` made this from {num_runs} runs, whose numbers and commands are in [`runs`](runs), and
-`python small_world/report.py` makes it again. {f"Not complete yet: {', '.join(missing)}." if missing else ""}
+`python small_world/experiment.py` has made {num_runs} runs, whose numbers and commands are in [`runs`](runs), and
+`python small_world/report.py --output_dir {os.path.relpath(args.output_dir, experiment.ROOT)}` this of them. {f"Not complete yet: {', '.join(missing)}." if missing else ""}
 
 {table(rows, references)}
 
