@@ -387,7 +387,13 @@ def test_what_is_encoded_keeps_the_probability(run_sd15, tmp_path):
     import encode_preferences
 
     data = soft_labels(tmp_path / "soft", [0.9, 0.2, 0.6, 0.7], label_0=[1, 0, 1, 1])
-    options = {"preference_probability_column": "sure", "loss_space": "latent", "max_train_steps": 2}
+    # Where a gradient is all rounding, which differs between processors, Adam would make a whole step of it.
+    options = {
+        "preference_probability_column": "sure",
+        "loss_space": "latent",
+        "max_train_steps": 2,
+        "adam_epsilon": 1,
+    }
     run_sd15(dataset_name=data, **options)
     trained = run_sd15.lora()
     words = ["--pretrained_model_name_or_path", run_sd15.arguments["--pretrained_model_name_or_path"]]
