@@ -103,9 +103,9 @@ class Row:
     def costs(self):
         """What decides how long a step takes."""
         options = {"loss_type": "dpo", "loss_space": "ncp", **experiment.METHODS[self.method]}
-        loss_type, names = options["loss_type"], ("ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
-        passes = loss_type == "sft", LOSSES[loss_type].needs_reference, options["loss_space"]
-        replaced = self.method in experiment.REPLACED and self.method
+        passes = options["loss_type"] == "sft", LOSSES[options["loss_type"]].needs_reference
+        names = ("loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
+        replaced = experiment.REPLACED.get(self.method)
         return [*passes, replaced, *(name in options and options[name] for name in names)]
 
     def rewards(self, seed, step=None):
@@ -133,7 +133,7 @@ def load_rows(runs):
     rows = {}
     for method in experiment.METHODS:
         try:
-            row = Row(method, [run for run in runs if run.get("method") == method])
+            row = Row(method, [run for run in runs if run["method"] == method])
         except KeyError:
             continue  # a setting has not been tried yet
         if row.tested:
@@ -208,7 +208,7 @@ def settings(learning_rate, beta):
 
 
 def table(rows, references):
-    baseline, lines = rows[BASELINE], []
+    baseline, base, lines = rows[BASELINE], references["base"], []
     columns = ["method", "trainings", "learning rate", "β", "steps", "reward", "quality", "match", "style"]
     columns += ["over latent DPO", "at equal steps", "at equal time", "beats latent DPO", "seconds per step"]
     parts = ("quality", "match", "style")
@@ -225,8 +225,7 @@ def table(rows, references):
         else:
             line += [mean_and_error(difference(row, baseline), "+")]
             line += [mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")]
-            timed = row.seconds and mean_and_error(difference_at_equal_time(row, baseline, references["base"]), "+")
-            line += [timed or ""]
+            line += [mean_and_error(difference_at_equal_time(row, baseline, base), "+") if row.seconds else ""]
             line += [row_win_rate(row, baseline)]
         lines.append([*line, f"{row.seconds_per_step:.3f}" if row.seconds else ""])
     return markdown(columns, lines)
@@ -337,23 +336,20 @@ def plot(rows, base, path):
 
 
 def main(args):
-    references = {
-        name: json.loads((args.output_dir / "runs" / f"{name}.json").read_text())
-        for name in ("best", "base", "base-choosing")
-    }
-    runs = [json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))]
+    results = {file.stem: json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))}
+    references = {name: result for name, result in results.items() if "method" not in result}
+    runs = [result for result in results.values() if "method" in result]
     rows = load_rows(runs)
     missing = [method for method in experiment.METHODS if method not in rows]
     labelled = {method: rows.pop(method) for method in list(rows) if "-by-" in method}
     plot(rows, references["base"], args.output_dir / "rewards.png")
-    num_runs = sum("method" in run for run in runs)
     few, many = (
         n * len(experiment.split_scenes()[2])
         for n in (experiment.PICTURES_PER_CAPTION, experiment.TEST_PICTURES_PER_CAPTION)
     )
     report = f"""# Small world
 
-`python small_world/experiment.py` has made {num_runs} runs, whose numbers and commands are in [`runs`](runs), and
+`python small_world/experiment.py` has made {len(runs)} runs, whose numbers and commands are in [`runs`](runs), and
 `python small_world/report.py --output_dir {os.path.relpath(args.output_dir, experiment.ROOT)}` this of them. {f"Not complete yet: {', '.join(missing)}." if missing else ""}
 
 {table(rows, references)}

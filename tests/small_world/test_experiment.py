@@ -19,7 +19,6 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-import base
 import experiment
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from scenes import SCENES
+from test_base import train_base
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,7 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_with_a_base_of_its_own(quick, tmp_path):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(base, "NUM_PICTURES", 100)
-        base.train_base(tmp_path / "base", base.SIZES["strong"]._replace(vae_steps=3, unet_steps=3))
+    train_base(tmp_path / "base", "strong")
     experiment.make_pairs(tmp_path)
     with pytest.raises(ValueError, match="holds pairs of another base model"):
         (tmp_path / "base").rename(tmp_path / "away")
