@@ -1,0 +1,565 @@
+# coding=utf-8
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Preference pairs, from a dataset's row to a batch.
+
+A row has two images, a label that says which one won, and a caption. Training reads an endless stream of pairs: number i
+is the pair at place i mod N of the order of epoch i div N. All randomness of a pair (timestep, noise, flip, crop) comes
+from the run's seed, the epoch and the row. The number of processes or workers and a resume do not change it.
+"""
+
+import argparse
+import atexit
+import bisect
+import collections
+import copy
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image, ImageOps
+from torch.utils.data import default_collate
+
+
+logger = logging.getLogger(__name__)
+
+# The kind of value in the column of each flag.
+COLUMNS = {
+    "image_0_column": "images",
+    "image_1_column": "images",
+    "label_column": "numbers",
+    "caption_column": "text",
+    "preference_probability_column": "numbers",
+}
+ARROW_TYPES = {
+    "images": "binary|string|struct",
+    "numbers": "u?int|halffloat|float|double|decimal",
+    "text": "string",
+}
+# Training on encoded data must have the same values as the encoding.
+ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
+# Training warns if these differ.
+ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
+
+
+# Arguments
+
+
+def number_type(kind, rule, accepts):
+    """A `type` for argparse: an `int` or `float` for which `accepts` is true; `rule` states the condition in words."""
+
+    def convert(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+COUNT = number_type(int, "at least 1", lambda value: value >= 1)
+POSITIVE = number_type(float, "greater than 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = number_type(float, "at least 0", lambda value: 0 <= value < math.inf)
+INDEX = number_type(int, "at least 0", lambda value: value >= 0)
+
+
+def add_data_arguments(parser):
+    """Adds the flags that say where pairs come from and how their images are read."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub id, or local folder of parquet files, of preference pairs.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--dataset_split_name", default="train", help="Split of the dataset.")
+    add("--train_data_dir", help="Folder of images with a metadata.jsonl that gives jpg_0_file_name and so on.")
+    add("--image_0_column", default="jpg_0", help="Column of the first image, bytes or image.")
+    add("--image_1_column", default="jpg_1", help="Column of the second image.")
+    add("--label_column", default="label_0", help="Column of 1 (the first image won), 0 (it lost) or 0.5 (a tie).")
+    add("--caption_column", default="caption", help="Column of the prompt.")
+    add("--preference_probability_column", help="Column of the probability, 0 to 1, that the first image wins.")
+    add("--max_train_samples", type=COUNT, help="Use only the first so many pairs that have a winner.")
+    add("--on_bad_sample", choices=["error", "skip"], default="error", help="What to do with unreadable pairs.")
+    add("--cache_dir", help="Where downloaded datasets are stored.")
+    add("--resolution", type=COUNT, help="Side of the square that images are cropped to.")
+    add("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
+    modes = [mode.name.lower() for mode in Image.Resampling]
+    add("--image_interpolation_mode", choices=modes, default="lanczos", help="How images are resized.")
+
+
+# Datasets
+
+
+def one_line(text, length=200):
+    """A text as one line of at most `length` characters, for a message."""
+    return " ".join(str(text).split())[:length]
+
+
+def pair_columns(args):
+    """The dataset's columns by their flags."""
+    return {flag: getattr(args, flag) for flag in COLUMNS if getattr(args, flag) is not None}
+
+
+def pair_features(args):
+    features = {
+        "images": datasets.Image(decode=False),
+        "numbers": datasets.Value("float64"),
+        "text": datasets.Value("string"),
+    }
+    return datasets.Features({column: features[COLUMNS[flag]] for flag, column in pair_columns(args).items()})
+
+
+def check_columns(args, schema):
+    """Raises a `ValueError` if a column is missing or of a type that cannot hold its kind of value."""
+    for flag, column in pair_columns(args).items():
+        if column not in schema.names:
+            raise ValueError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
+        arrow_type = one_line(schema.field(column).type)
+        if not re.match(f"null|(large_)?({ARROW_TYPES[COLUMNS[flag]]})", arrow_type):
+            raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {COLUMNS[flag]}")
+
+
+def load_dataset(args):
+    """
+    Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
+    and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong.
+    """
+    if args.train_data_dir is not None:
+        return load_image_folder(args)
+    name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
+    source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
+    file, options = "", {}
+    try:
+        if Path(name).is_file():
+            raise ValueError("it is a file: give the folder that contains it")
+        if Path(name, "state.json").is_file():
+            raise ValueError("it was written by save_to_disk: write it with to_parquet instead")
+        splits = datasets.load_dataset_builder(**source).config.data_files or {}
+        wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)
+        if splits and not set(wanted) <= splits.keys():
+            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
+        files = [file for split_name in wanted for file in splits.get(split_name, [])]
+        if files and all(file.endswith(".parquet") for file in files):
+            for file in (file for file in files if "://" not in file):
+                check_columns(args, pq.read_schema(file))
+            # With the features given, all files have these types and no other column is read.
+            file, options = "", {"features": features, "columns": list(features)}
+        dataset = datasets.load_dataset(**source, split=split, **options)
+        check_columns(args, dataset.features.arrow_schema)
+        dataset = dataset.select_columns(list(features))
+        # A cast writes the whole dataset again.
+        return dataset if dataset.features == features else dataset.cast(features)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+        reason = f"{file} {one_line(error.__cause__ or error)}".strip()
+        raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
+
+
+def load_image_folder(args):
+    """The dataset of a folder with a metadata.jsonl. Lines are read one by one: no type is guessed from earlier lines."""
+    path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
+    if not path.is_file():
+        raise ValueError(f"--train_data_dir: there is no file {path}.")
+    columns = {column: [] for column in features}
+    for line_number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = dict(json.loads(line))
+            for column, feature in features.items():
+                is_image = isinstance(feature, datasets.Image)
+                key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
+                if key not in row:
+                    raise ValueError(f"has no {key!r}, but {', '.join(row)}")
+                # Fails for values other than null, a number or a text. Lone surrogates fail too.
+                pa.scalar(row[key], arrow_type)
+                columns[column].append(row[key])
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{path}, line {line_number}: {one_line(error)}") from error
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def find_rows(args, dataset):
+    """The numbers of the rows with a winner. A `ValueError` names the first row that cannot be trained on."""
+    names = [args.label_column, args.caption_column, args.preference_probability_column]
+    try:
+        columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--caption_column {args.caption_column} is not UTF-8: {error}") from error
+    for row, values in enumerate(zip(*columns)):
+        if problem := find_problem(*values):
+            raise ValueError(f"Row {row}: {problem}.")
+    labels = columns[0]
+    rows = [row for row, label in enumerate(labels) if label != 0.5]
+    logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
+    if not rows:
+        raise ValueError(f"--dataset_name or --train_data_dir: all {len(labels)} rows are ties, no pair has a winner.")
+    return rows[: args.max_train_samples]
+
+
+def find_problem(label=1, caption="", probability=1):
+    """What is wrong with a row's label, caption or preference probability, or `None`."""
+    if label not in (0, 0.5, 1):
+        return f"the label is {label}, but must be 1, 0, or 0.5 for a tie"
+    if not isinstance(caption, str):
+        return "the caption is null, but must be a text"
+    if probability is None or not 0 <= probability <= 1:
+        return f"the preference probability is {probability}, but must be from 0 to 1"
+
+
+def digest_of_pairs(rows, labels, captions):
+    """What a resumed run recognises its data by. It is the same for images and for encoded data."""
+    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
+    return {"num_pairs": len(rows), "digest": digest.hexdigest()}
+
+
+def winner_probability(args, row):
+    """The probability that the winner of a row wins. The column holds that of the first image."""
+    probability = row[args.preference_probability_column]
+    return probability if row[args.label_column] == 1 else 1 - probability
+
+
+# Images
+
+
+class UnreadableImage(ValueError):
+    """Names the row, its caption, the column and what is wrong with the image."""
+
+
+def read_images(args, row_number, row, winner_only=False):
+    """The winner and the loser of a row as RGB images. Raises `UnreadableImage`."""
+    columns = [args.image_0_column, args.image_1_column]
+    if row[args.label_column] == 0:
+        columns.reverse()
+    images = []
+    for column in columns[:1] if winner_only else columns:
+        try:
+            images.append(read_image(locate_image(args, row[column])))
+        except Exception as error:
+            raise UnreadableImage(
+                f"Row {row_number} ({row[args.caption_column]!r:.80}): {column} cannot be read as an image: "
+                f"{one_line(error)}"
+            ) from error
+    return images
+
+
+def locate_image(args, value):
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path if it is in the data's folder or in the cache."""
+    if value is None or value["bytes"] is value["path"] is None:
+        raise ValueError("null instead of an image")
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if len(value["path"]) > 1000:
+        raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
+    # A downloaded dataset must not read other files of this machine.
+    source = args.train_data_dir or args.dataset_name
+    caches = [folder for folder in (args.cache_dir, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE) if folder]
+    folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches)]
+    path = folders[0] / value["path"]
+    if not any(path.resolve().is_relative_to(folder) for folder in folders):
+        raise ValueError(f"{one_line(value['path'], 100)} leads to {path.resolve()}, which is not in {folders[0]}")
+    return str(path.resolve())
+
+
+def read_image(source):
+    """An upright RGB image, transparency on white, from encoded bytes or a path."""
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not data:
+        raise ValueError("empty, 0 bytes")
+    if (start := data[:20]).isascii() and start.decode().isprintable():
+        raise ValueError(f"{start.decode()!r}... is text instead of an image; decode base64 first")
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # PIL's parsers raise many kinds
+        warnings.warn("The metadata of an image cannot be parsed and is ignored: the image is taken to be upright.")
+    if image.mode.startswith(("I", "F")):
+        # PIL would clip floats from 0 to 1, 32 bits that hold 8 or 16, and 16 bits.
+        values = np.asarray(image).astype(np.float64)
+        highest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535
+        if not (values.min() >= 0 and values.max() <= highest):
+            raise ValueError(f"its values are {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
+        image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def preprocess_image(image, args, crop_position, flip, has_time_ids):
+    """
+    The square of an image that training sees: `pixel_values` of shape `(3, resolution, resolution)` in uint8. `crop_position`
+    is a share of the room above and to the left, (0, 0) to (1, 1). With `has_time_ids` also SDXL's micro-conditioning:
+    original height and width, the crop's top and left, target height and width.
+    """
+    width, height = image.size
+    size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
+    image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
+    if flip:
+        image = ImageOps.mirror(image)
+    top = round(crop_position[0] * (image.height - args.resolution))
+    left = round(crop_position[1] * (image.width - args.resolution))
+    image = image.crop((left, top, left + args.resolution, top + args.resolution))
+    tensors = {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
+    if has_time_ids:
+        time_ids = [height, width, top, left, args.resolution, args.resolution]
+        tensors["time_ids"] = torch.tensor(time_ids, dtype=torch.float32)
+    return tensors
+
+
+# Pairs
+
+
+def spread_timesteps(timesteps, first, count, offset):
+    """
+    Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
+    it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1).
+    """
+    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
+    return timesteps[(positions * len(timesteps)).long()]
+
+
+class PairStream(torch.utils.data.Sampler):
+    """
+    Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream. The order of an epoch depends on the
+    seed and the epoch alone.
+    """
+
+    def __init__(self, rows, seed, start, stop):
+        self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        numbers = range(self.start, self.stop)
+        for epoch, numbers_of_epoch in itertools.groupby(numbers, lambda number: number // len(self.rows)):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            for number in numbers_of_epoch:
+                yield epoch, self.rows[order[number % len(self.rows)]]
+
+
+class PreferencePairs(torch.utils.data.Dataset):
+    """
+    `pairs[epoch, row]` is a pair as training sees it. `rows` are ascending. A pair gets one of `timesteps`, of shape `(T,)`,
+    and noise of `latent_shape`, `(C, H, W)`. With `winner_only` losers are not read.
+    """
+
+    def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
+        self.dataset, self.rows, self.args = dataset, rows, args
+        self.latent_shape, self.timesteps, self.fixed_timesteps = latent_shape, timesteps, None
+        self.has_time_ids, self.winner_only = has_time_ids, winner_only
+
+    def __getitem__(self, key):
+        seed = np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
+        flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
+        timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
+        noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
+        first = bisect.bisect_left(self.rows, key[1])
+        if self.fixed_timesteps is not None:
+            timestep = self.fixed_timesteps[first]
+        skipped = []
+        for index in range(first, first + len(self.rows)):
+            row_number = self.rows[index % len(self.rows)]
+            try:
+                example = self.read(row_number, crop_position, flip)
+                break
+            except UnreadableImage as error:
+                skipped.append(str(error))
+                if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
+                    raise
+        return {
+            **example,
+            "rows": torch.tensor(row_number),
+            "timesteps": timestep,
+            "noise": noise,
+            "variance_noise": variance_noise,
+            "skipped": skipped,
+        }
+
+    def read(self, row_number, crop_position, flip):
+        """The `images`, winner first, the `caption` and, if there is such a column, the `winner_probability`."""
+        row = self.dataset[row_number]
+        images = [
+            preprocess_image(image, self.args, crop_position, flip, self.has_time_ids)
+            for image in read_images(self.args, row_number, row, self.winner_only)
+        ]
+        example = {"images": images, "caption": row[self.args.caption_column]}
+        if self.args.preference_probability_column is not None:
+            example["winner_probability"] = torch.tensor(winner_probability(self.args, row))
+        return example
+
+    def columns(self):
+        """Labels and captions, in the order of `rows`."""
+        dataset = self.dataset.select(self.rows)
+        return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
+
+    def hold_out(self, num_pairs):
+        """Splits by caption into pairs to train on and at least `num_pairs` held-out pairs."""
+        captions, num_held_out, held_out = self.columns()[1], 0, set()
+        counts = sorted(collections.Counter(captions).items())
+        for index in np.random.default_rng(self.args.seed).permutation(len(counts)):
+            if num_held_out < num_pairs:
+                caption, count = counts[index]
+                held_out.add(caption)
+                num_held_out += count
+        if num_held_out == len(captions):
+            raise ValueError(
+                f"--num_eval_pairs {num_pairs} leaves no pair to train on: there are {num_held_out} pairs of "
+                f"{len(counts)} captions."
+            )
+        train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
+        train_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption not in held_out]
+        eval_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption in held_out]
+        # Every loss needs both images here, and every measurement the same timesteps.
+        eval_pairs.winner_only = False
+        eval_pairs.fixed_timesteps = spread_timesteps(self.timesteps, 0, len(eval_pairs.rows), 0.5)
+        return train_pairs, eval_pairs
+
+
+class EncodedPairs(PreferencePairs):
+    """
+    The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
+    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
+    `ValueError` says that files are missing or that the data were encoded with other settings.
+    """
+
+    def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
+        folder = Path(args.encoded_data_dir)
+        if not (folder / "encoding.json").is_file():
+            raise ValueError(
+                f"--encoded_data_dir {folder} has no encoding.json, which tools/encode_preferences.py writes."
+            )
+        encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+        settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
+        for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
+            if settings[name] != encoding.get(name):
+                message = f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding.get(name)!r}."
+                if name in ENCODING_ARGUMENTS:
+                    raise ValueError(message)
+                logger.warning(message)
+        if encoding["no_hflip"] and not args.no_hflip:
+            raise ValueError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
+        parts = {}
+        for part in ("pairs", "prompts"):
+            paths, num_shards = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
+            if len(paths) != num_shards:
+                raise ValueError(
+                    f"{folder / part} holds {len(paths)} of {num_shards} files: encode again, to complete it."
+                )
+            parts[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+        pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
+        # The time ids are among a pair's tensors.
+        super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
+        self.prompts, self.stored_rows = parts["prompts"], self.rows
+
+    def read(self, row_number, crop_position, flip):
+        row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
+        tensors, sides = safetensors.torch.load(row["tensors"]), range(1 if self.winner_only else 2)
+        example = {
+            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
+            "prompt": safetensors.torch.load(self.prompts[row["prompt"]]["tensors"]),
+        }
+        if self.args.preference_probability_column is not None:
+            example["winner_probability"] = torch.tensor(row["winner_probability"])
+        return example
+
+    def columns(self):
+        dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
+        return dataset["label"][:], dataset["caption"][:]
+
+
+def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
+    """The pairs to train on and the held-out pairs or `None`. The first batch is known to be readable."""
+    side = args.resolution // vae_config["downscaling_factor"]
+    latent_shape = (vae_config["latent_channels"], side, side)
+    if args.encoded_data_dir is not None:
+        pairs = EncodedPairs(args, vae_config, latent_shape, timesteps, winner_only)
+    else:
+        dataset = load_dataset(args)
+        rows = find_rows(args, dataset)
+        if args.train_data_dir is not None and args.on_bad_sample == "error":
+            check_image_files(args, dataset, rows)
+        pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
+    eval_pairs = None
+    if args.num_eval_pairs is not None:
+        pairs, eval_pairs = pairs.hold_out(args.num_eval_pairs)
+        logger.info(f"{len(eval_pairs.rows)} pairs are held out, {len(pairs.rows)} trained on")
+    for key in PairStream(pairs.rows, args.seed, 0, min(args.train_batch_size, len(pairs.rows))):
+        pairs[key]
+    return pairs, eval_pairs
+
+
+def check_image_files(args, dataset, rows):
+    """Raises a `ValueError` for the first file of `--train_data_dir` that a row names and that is not there."""
+    for column in (args.image_0_column, args.image_1_column):
+        images = dataset[column][:]
+        for row in rows:
+            if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
+                raise ValueError(
+                    f"Row {row}: {column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}."
+                )
+
+
+# Batches
+
+
+def collate_fn(examples):
+    """Stacks pairs. Tensors of images (`pixel_values`, ...) hold the winners first, then the losers."""
+    skipped = [reason for example in examples for reason in example.pop("skipped")]
+    images = [image for images in zip(*(example.pop("images") for example in examples)) for image in images]
+    return {"skipped": skipped, **default_collate(images), **default_collate(examples)}
+
+
+def ignore_stop_signals(worker):
+    # Ctrl-C and some schedulers signal the whole process group. Workers must still serve the step in progress.
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
+def create_dataloader(args, pairs, start, stop):
+    """Batches of the pairs number `start` to `stop - 1` of the stream, for all processes together."""
+
+    @atexit.register
+    def end_workers():
+        # After an error workers still run. Python would end them by SIGTERM, and torch would report that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
+
+    return torch.utils.data.DataLoader(
+        pairs,
+        sampler=PairStream(pairs.rows, args.seed, start, stop),
+        batch_size=args.train_batch_size,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=torch.accelerator.is_available(),
+    )
