@@ -366,43 +366,35 @@ class PairStream(torch.utils.data.Sampler):
 
 class PreferencePairs(torch.utils.data.Dataset):
     """
-    `pairs[epoch, row]` is a pair as training sees it. `rows` are ascending. A pair gets one of `timesteps`, of shape `(T,)`,
-    and noise of `latent_shape`, `(C, H, W)`. With `winner_only` losers are not read.
+    `pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, of shape `(T,)`, with noise of `latent_shape`,
+    `(C, H, W)`; `pairs[epoch, row, timestep]` is the same at a given timestep. `rows` are ascending. With `winner_only`
+    losers are not read.
     """
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
         self.dataset, self.rows, self.args = dataset, rows, args
-        self.latent_shape, self.timesteps, self.fixed_timesteps = latent_shape, timesteps, None
+        self.latent_shape, self.timesteps = latent_shape, timesteps
         self.has_time_ids, self.winner_only = has_time_ids, winner_only
 
     def __getitem__(self, key):
-        seed = np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0]
+        epoch, row_number, *given_timestep = key
+        seed = np.random.SeedSequence([self.args.seed, epoch, row_number]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
         timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
-        first = bisect.bisect_left(self.rows, key[1])
-        if self.fixed_timesteps is not None:
-            timestep = self.fixed_timesteps[first]
-        skipped = []
-        for index in range(first, first + len(self.rows)):
-            row_number = self.rows[index % len(self.rows)]
+        example, skipped, place = None, [], bisect.bisect_left(self.rows, row_number)
+        while example is None:
+            row_number = self.rows[(place + len(skipped)) % len(self.rows)]
             try:
                 example = self.read(row_number, crop_position, flip)
-                break
             except UnreadableImage as error:
                 skipped.append(str(error))
                 if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
                     raise
-        return {
-            **example,
-            "rows": torch.tensor(row_number),
-            "timesteps": timestep,
-            "noise": noise,
-            "variance_noise": variance_noise,
-            "skipped": skipped,
-        }
+        example |= {"rows": row_number, "timesteps": given_timestep[0] if given_timestep else timestep}
+        return {**example, "noise": noise, "variance_noise": variance_noise, "skipped": skipped}
 
     def read(self, row_number, crop_position, flip):
         """The `images`, winner first, the `caption` and, if there is such a column, the `winner_probability`."""
@@ -438,9 +430,8 @@ class PreferencePairs(torch.utils.data.Dataset):
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
         train_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption not in held_out]
         eval_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption in held_out]
-        # Every loss needs both images here, and every measurement the same timesteps.
+        # Held-out pairs are compared, also where training reads winners only.
         eval_pairs.winner_only = False
-        eval_pairs.fixed_timesteps = spread_timesteps(self.timesteps, 0, len(eval_pairs.rows), 0.5)
         return train_pairs, eval_pairs
 
 

@@ -43,7 +43,7 @@ SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Forks processes that have imported what scripts do, which takes longer than a short run.
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["diffusers", "peft", "datasets", *SCRIPTS.values()])
+FORK_SERVER.set_forkserver_preload(["diffusers", "peft", "datasets", "preference_pairs", *SCRIPTS.values()])
 # Of 5 seconds after every stream's end, for threads that read from the network.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 
@@ -206,7 +206,7 @@ def run_sd15(checkpoints, parquet, tmp_path):
 def few_pairs(monkeypatch):
     """The error scale of models with random weights is never known well: no more pairs than must be."""
     for name in SCRIPTS.values():
-        for limit in ("MIN_UNIT_PAIRS", "MAX_UNIT_PAIRS"):
+        for limit in ("SCALE_BLOCK_SIZE", "MAX_SCALE_PAIRS"):
             monkeypatch.setattr(importlib.import_module(name), limit, 24)
 
 
