@@ -66,6 +66,15 @@ POSITIVE = late_type("POSITIVE", "float")
 NOT_NEGATIVE = late_type("NOT_NEGATIVE", "float")
 
 
+def exit_code(function, *arguments):
+    """What a function returns, or 2 if the user's input is wrong, which is an error of one line."""
+    try:
+        return function(*arguments)
+    except (ImportError, OSError, ValueError, pa.ArrowException) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+
+
 # Reading
 
 

@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import argparse
 import base64
 import decimal
 import io
+import itertools
 import json
 import os
 import random
@@ -24,18 +26,18 @@ import shutil
 import subprocess
 import sys
 
+import common
 import datasets
 import numpy as np
 import pandas as pd
-import prepare_preferences
+import preference_pairs
 import pyarrow.parquet as pq
 import pytest
-import train_ncp_dpo_sd15
-from accelerate.state import PartialState
+from common import ParquetFiles, pair_ranks, row_groups, same_prompt_key, write_shards
 from conftest import ROOT
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
-from prepare_preferences import encoded_bytes, inspect_image, main, pair_ranks, parse_args, row_groups
+from prepare_preferences import encoded_bytes, inspect_image, main, parse_args
 from tiny_checkpoints import build_tokenizer
 from transformers import CLIPTextConfig
 
@@ -161,13 +163,13 @@ BAD_IMAGES = {
     "truncated": (lambda: png(0, (64, 64), "JPEG")[:-20], "image file is truncated"),
     "zero bytes": (lambda: b"", "empty, 0 bytes"),
     "text": (lambda: b"this is no picture", "is text instead of an image"),
-    "base64": (lambda: base64.b64encode(png(0)), "is text instead of an image; base64 has to be decoded"),
+    "base64": (lambda: base64.b64encode(png(0)), "base64"),
     "other bytes": (lambda: b"\xff\xfe\xfd", "not in an image format"),
     "bomb": (bomb, "400000000 pixels"),
     "missing": (lambda: "missing.png", "No such file"),
-    "another folder": (lambda: "../outside.png", "../outside.png is not in"),
-    "absolute": (lambda: "/etc/hostname", "/etc/hostname is not in"),
-    "link": (lambda: "link.png", "link.png is a link that leaves"),
+    "another folder": (lambda: "../outside.png", "../outside.png"),
+    "absolute": (lambda: "/etc/hostname", "/etc/hostname"),
+    "link": (lambda: "link.png", "link.png"),
     "null": (lambda: None, "null instead of an image"),
     "damaged": (lambda: png(3, (64, 64))[:60] + b"\0" * 40, "3_jpg_0_file_name.png: "),
 }
@@ -301,6 +303,33 @@ def test_check_finds_repeated_contradicting_and_identical_pairs(tmp_path, capsys
     assert "identical images:\n  row 6\n" in output
 
 
+def test_check_takes_the_same_prompts_and_uids_for_the_same(tmp_path, capsys):
+    pairs = [
+        ("A  photo", "u", "v", 1),
+        ("a photo ", "v", "u", 0),  # row 0 again, in other files
+        ("\uff21 photo", "u", "v", 0),  # the opposite
+        ("another", "u", "v", 1),
+        ("another", "w", "w", 1),
+        ("another", None, "v", 1),  # by its content
+    ]
+    captions, uids_0, uids_1, labels = zip(*pairs)
+    columns = pair_columns(6, caption=captions, label_0=[float(label) for label in labels])
+    for folder, uids in (("uids", {"image_0_uid": uids_0, "image_1_uid": uids_1}), ("none", {})):
+        flags = ["--dataset_name", write_parquet(tmp_path / folder, {**columns, **uids}), "--num_proc", 1]
+        assert run("check", *flags) == 0
+        output = capsys.readouterr().out
+        assert table_row(output, "prompts").startswith("2 ")
+        assert ("duplicate pairs:\n  rows 0, 1\n" in output) == bool(uids)
+        assert ("contradicting pairs:\n  rows 0, 1 against 2\n" in output) == bool(uids)
+        assert ("identical images:\n  row 4\n" in output) == bool(uids)
+
+
+def test_same_prompt_key():
+    assert same_prompt_key("  A\u00a0 Caf\u00e9\n") == same_prompt_key("a cafe\u0301") == "a caf\u00e9"
+    assert same_prompt_key("Stra\u00dfe") == same_prompt_key("STRASSE")
+    assert same_prompt_key("a cat") != same_prompt_key("acat") and same_prompt_key(" ") == ""
+
+
 def test_check_lists_as_many_findings_as_asked(tmp_path, capsys):
     folder = write_parquet(tmp_path / "data", pair_columns(5, jpg_0=[b"bad"] * 5))
     assert run("check", "--dataset_name", folder, "--num_proc", 1, "--max_listed", 2) == 1
@@ -377,11 +406,11 @@ def test_inspect_image_says_what_training_says(tmp_path, pixels, problem):
         if problem is None:
             assert (size, found) == ((8, 8), None)
             assert digest == inspect_image((tmp_path / "grey.tiff").read_bytes())[1]
-            train_ncp_dpo_sd15.read_image(tmp_path / "grey.tiff")
+            preference_pairs.read_image(tmp_path / "grey.tiff")
         else:
             assert size is digest is None and problem in found
             with pytest.raises(ValueError, match=problem):
-                train_ncp_dpo_sd15.read_image(tmp_path / "grey.tiff")
+                preference_pairs.read_image(tmp_path / "grey.tiff")
 
 
 # What check and training say of the same data
@@ -481,9 +510,9 @@ DATASETS = {
     "text for labels": (shards({"label_0": ["1"] * 4}), "column label_0 (--label_column) is of type string"),
     "lists for captions": (shards({"caption": [["a"]] * 4}), "column caption (--caption_column) is of type list"),
     "damaged shard": (damaged_shard, "train-1.parquet "),
-    "only ties": (shards({"label_0": [0.5] * 4}), "No pair is left"),
+    "only ties": (shards({"label_0": [0.5] * 4}), "all 4 rows are ties"),
     "no rows": (shards({name: [] for name in ("jpg_0", "jpg_1", "label_0", "caption")}), "cannot be read: "),
-    "parquet file": (parquet_file, "it is a file: give the folder that it is in"),
+    "parquet file": (parquet_file, "it is a file"),
     "missing split": (missing_split, "its splits (--dataset_split_name) are validation, not train"),
     "save_to_disk": (saved_to_disk, "it was written by save_to_disk"),
     "nothing": (lambda folder: ["--dataset_name", folder], "cannot be read: "),
@@ -499,16 +528,17 @@ def test_check_and_training_say_the_same(tmp_path, capsys, kind):
     code = run("check", *flags, "--num_proc", 1)
     output, errors = capsys.readouterr()
 
-    PartialState()  # for the trainer's log
-    args = train_ncp_dpo_sd15.parse_args([*flags, "--pretrained_model_name_or_path", "unused"])
+    parser = argparse.ArgumentParser()
+    preference_pairs.add_data_arguments(parser)
+    args = parser.parse_args(flags)
     try:
-        dataset = train_ncp_dpo_sd15.load_dataset(args)
+        dataset = preference_pairs.load_dataset(args)
     except ValueError as error:
         assert code == 2 and errors.splitlines()[-1] == f"error: {' '.join(str(error).split())}"
         assert message in str(error)
         return
     try:
-        rows = train_ncp_dpo_sd15.find_rows(args, dataset)
+        rows = preference_pairs.find_rows(args, dataset)
     except ValueError as error:
         assert code == 1 and message in str(error)
         finding = str(error).removesuffix(".").replace(": ", ", ", 1)
@@ -537,43 +567,31 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
+    new = ["--output_dir", tmp_path / "new"]
     cases = [
-        (["check"], "give either --dataset_name or --train_data_dir"),
-        (["check", "--dataset_name", folder, "--train_data_dir", images], "and not both"),
+        (["check"], "--dataset_name or --train_data_dir"),
+        (["check", "--dataset_name", folder, "--train_data_dir", images], "--dataset_name or --train_data_dir"),
         (["check", "--dataset_name", folder, "--pretrained_model_name_or_path", "./none"], "none"),
-        (["filter", "--dataset_name", folder, "--output_file", a_file], "parquet exists; give a new file"),
-        (["check", "--dataset_name", folder, "--image_1_column", "b"], "has no column 'b' (--image_1_column)"),
-        (["check", "--train_data_dir", images, "--image_0_column", "a"], "has no 'a_file_name'"),
-        (["check", "--train_data_dir", images, "--label_column", "win"], "has no 'win'"),
-        (["filter", "--train_data_dir", broken, "--output_file", full / "x"], "metadata.jsonl, line 3: not a JSON"),
-        (["filter", "--dataset_name", tmp_path / "nothing", "--output_file", full / "x"], "nothing"),
-        (
-            ["filter", "--dataset_name", folder, "--dataset_split_name", "dev", "--output_file", full / "x"],
-            "are train",
-        ),
-        (["filter", "--dataset_name", folder, "--output_file", full / "x"], "no column 'image_0_uid' (--image_0_uid"),
-        (["convert", "pairs", "--dataset_name", folder, "--output_dir", full], "full is not empty"),
-        (
-            ["convert", "pairs", "--dataset_name", damaged, "--output_dir", tmp_path / "new"],
-            "damaged/train-1.parquet: ",
-        ),
-        (
-            ["convert", "pairs", "--dataset_name", narrower, "--output_dir", tmp_path / "new"],
-            "it has no rejected, which ",
-        ),
-        (
-            ["convert", "pairs", "--dataset_name", numbers, "--output_dir", tmp_path / "new"],
-            "is of type int64, not text",
-        ),
-        (
-            ["convert", "pairs", "--dataset_name", folder, "--output_dir", tmp_path / "new"],
-            "no column 'prompt' (--caption_column)",
-        ),
-        (
-            ["convert", "folders", "--winners", full, "--losers", "none", "--output_dir", tmp_path / "new"],
-            "none is not a folder",
-        ),
+        (["check", "--dataset_name", folder, "--image_1_column", "b"], "'b' (--image_1_column)"),
+        (["check", "--train_data_dir", images, "--image_0_column", "a"], "'a_file_name'"),
+        (["check", "--train_data_dir", images, "--label_column", "win"], "'win'"),
+        (["convert", "pairs", "--dataset_name", folder, "--output_dir", full], f"--output_dir {full}"),
+        (["convert", "pairs", "--dataset_name", damaged, *new], "damaged/train-1.parquet: "),
+        (["convert", "pairs", "--dataset_name", narrower, *new], "narrower/train-1.parquet: it has no rejected"),
+        (["convert", "pairs", "--dataset_name", numbers, *new], "prompt (--caption_column) is of type int64"),
+        (["convert", "pairs", "--dataset_name", folder, *new], "'prompt' (--caption_column)"),
+        (["convert", "folders", "--winners", full, "--losers", "none", *new], "none"),
     ]
+    filter_cases = [
+        (["--train_data_dir", broken], "metadata.jsonl, line 3"),
+        (["--dataset_name", tmp_path / "nothing"], "nothing"),
+        (["--dataset_name", folder, "--dataset_split_name", "dev"], "--dataset_split_name"),
+        (["--dataset_name", folder, "--image_0_uid_column", "a", "--image_1_uid_column", "b"], "'a' (--image_0_uid"),
+        (["--dataset_name", folder, "--image_0_uid_column", "caption"], "--image_1_uid_column"),
+        (["--dataset_name", folder, "--image_1_column", "c"], "'c' (--image_1_column)"),
+    ]
+    cases += [(["filter", *flags, "--output_file", full / "x"], message) for flags, message in filter_cases]
+    cases.append((["filter", "--dataset_name", folder, "--output_file", a_file], f"--output_file {a_file}"))
     for arguments, message in cases:
         assert run(*arguments) == 2, arguments
         error = capsys.readouterr().err.splitlines()[-1]
@@ -618,15 +636,20 @@ def filter_slowly(rows, min_wins, losers, max_pairs, order):
         results = {}  # image -> its results under this prompt, in row order
         for index, row in enumerate(rows):
             if row["caption"] == caption:
-                for own, other, score in (("0", "1", row["label_0"]), ("1", "0", 1 - row["label_0"])):
-                    results.setdefault(row[f"image_{own}_uid"], []).append((score, index))
+                images = [row["image_0_uid"], row["image_1_uid"]]
+                for side, score in enumerate((row["label_0"], 1 - row["label_0"])):
+                    results.setdefault(images[side], []).append((score, index, images[1 - side]))
         of_prompt = []
         for wins in results.values():
-            if all(score == 1 for score, _ in wins) and len(wins) >= min_wins:
-                indices = [index for _, index in wins]
+            num_wins = len({loser for _, _, loser in wins})
+            if all(score == 1 for score, _, _ in wins) and num_wins >= min_wins:
+                indices = {}
+                for _, index, loser in wins:
+                    indices.setdefault(loser, index)
                 if losers == "latest":
-                    indices = [max(indices, key=lambda index: (rows[index][order] if order else 0, index))]
-                of_prompt += [(-len(wins), index) for index in indices]
+                    latest = max(wins, key=lambda win: (rows[win[1]][order] if order else 0, win[1]))
+                    indices = {latest[2]: latest[1]}
+                of_prompt += [(-num_wins, index) for index in indices.values()]
         kept += [index for _, index in sorted(of_prompt)[:max_pairs]]
     return sorted(kept)
 
@@ -654,6 +677,11 @@ def test_filter_equals_the_definition(tmp_path, capsys, losers, min_wins, max_pa
     output = capsys.readouterr().out
     assert f"600 rows, {600 - len(decided)} of them ties" in output
     assert f"{len(decided)} pairs / {len(set(decided))} prompts -> {len(expected)} / {len(prompts)}\n" in output
+    # What every rule would keep.
+    for rule in itertools.product((1, 2), ("all", "latest")):
+        count = len(filter_slowly(rows, *rule, max_pairs, order))
+        assert re.search(rf"^ +{count} +\d+  --min_wins {rule[0]} --losers {rule[1]}$", output, re.MULTILINE)
+    assert "cannot help" not in output
 
 
 def test_filter_reads_no_image(tmp_path):
@@ -693,7 +721,7 @@ def test_filter_reads_other_files_than_parquet(tmp_path, suffix):
     assert pd.read_parquet(tmp_path / "kept.parquet")["row"].tolist() == filter_slowly(rows, 1, "all", None, None)
 
 
-def test_filter_of_an_image_folder_goes_by_file_names(tmp_path):
+def test_filter_by_file_names(tmp_path):
     rows = good_rows(4)
     shared = {"jpg_0_file_name": "a.png", "caption": "same", "label_0": 1}
     rows = [{**row, **shared, "jpg_1_file_name": f"{index}.png"} for index, row in enumerate(rows)]
@@ -703,6 +731,106 @@ def test_filter_of_an_image_folder_goes_by_file_names(tmp_path):
     kept = tmp_path / "kept.parquet"
     assert run("filter", "--train_data_dir", folder, "--output_file", kept, *flags) == 0
     assert pd.read_parquet(kept)["row"].tolist() == [0, 1, 2]
+
+
+# `(caption, image 0, image 1, label)` of each row, further flags and the rows kept, or `None` for exit code 2.
+COMPARISONS = {
+    "a repeated row is one win": ([("p", "A", "B", 1), ("p", "A", "B", 1)], ["--min_wins", 2], None),
+    "with sides turned round too": ([("p", "A", "B", 1), ("p", "B", "A", 0)], ["--min_wins", 2], None),
+    "a repeated row is one pair": ([("p", "A", "B", 1), ("p", "B", "A", 0), ("p", "A", "C", 1)], [], [0, 2]),
+    "two pairs are two wins": ([("p", "A", "B", 1), ("p", "A", "C", 1)], ["--min_wins", 2], [0, 1]),
+    "a space is no other prompt": ([("p", "A", "B", 1), ("p ", "C", "A", 1)], [], [1]),
+    "case is no other prompt": ([("A  cat", "A", "B", 1), (" a cAT", "C", "A", 1)], [], [1]),
+    "wide letters are no other prompt": ([("cat", "A", "B", 1), ("\uff43\uff41\uff54", "C", "A", 1)], [], [1]),
+    "another prompt": ([("p", "A", "B", 1), ("q", "C", "A", 1)], [], [0, 1]),
+    "an image against itself": ([("p", "A", "A", 1), ("p", "A", "B", 1)], [], [1]),
+    "a tie with itself": ([("p", "A", "A", 0.5), ("p", "A", "B", 1)], [], [1]),
+    "nothing but itself": ([("p", "A", "A", 1)], [], None),
+    "the latest, repeated": (
+        [("p", "A", "B", 1), ("p", "A", "C", 1), ("p", "A", "B", 1)],
+        ["--losers", "latest"],
+        [2],
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", ["uids", "bytes", "files"])
+@pytest.mark.parametrize("case", COMPARISONS)
+def test_what_filter_takes_for_the_same(tmp_path, case, shape):
+    rows, flags, kept = COMPARISONS[case]
+    captions, *images, labels = zip(*rows)
+    columns = {"caption": captions, "label_0": [float(label) for label in labels]}
+    if shape == "uids":
+        columns |= {"image_0_uid": images[0], "image_1_uid": images[1]}
+    else:
+        columns |= {f"jpg_{side}": [png(ord(name)) for name in images[side]] for side in (0, 1)}
+    if shape == "files":
+        # The same picture under several names, as in the folders of most tools.
+        names = {"jpg_0": "jpg_0_file_name", "jpg_1": "jpg_1_file_name"}
+        columns = {names.get(name, name): values for name, values in columns.items()}
+        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        flags = [*flags, "--train_data_dir", write_image_folder(tmp_path / "data", rows)]
+    else:
+        flags = [*flags, "--dataset_name", write_parquet(tmp_path / "data", columns)]
+    file = tmp_path / "kept.parquet"
+    assert run("filter", *flags, "--output_file", file) == (2 if kept is None else 0)
+    assert (pd.read_parquet(file)["row"].tolist() if file.exists() else None) == kept
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("kept")] == ["kept.parquet"] * (
+        kept is not None
+    )
+
+
+def test_filter_then_convert_of_pairs_without_ids(tmp_path, capsys):
+    """As `collect_preferences.py` writes them: file names say nothing of the pictures, and some columns are empty."""
+    pairs = list(itertools.combinations(range(4), 2))
+    columns = {
+        "jpg_0": [png(10 * prompt + first) for prompt in range(5) for first, _ in pairs],
+        "jpg_1": [png(10 * prompt + second) for prompt in range(5) for _, second in pairs],
+        "label_0": [1.0] * 30,
+        "caption": [f"prompt {prompt}" for prompt in range(5) for _ in pairs],
+        "probability_0": [0.9] * 30,
+        "file_name_0": [f"{first}.png" for _ in range(5) for first, _ in pairs],
+        "lora_weights_0": [None] * 30,
+    }
+    features = Features({"jpg_0": datasets.Image(), "jpg_1": datasets.Image(), "label_0": Value("float64")})
+    features |= {name: Value("string") for name in ("caption", "file_name_0", "lora_weights_0")}
+    features["probability_0"] = Value("float64")
+    folder = write_parquet(tmp_path / "data", columns, 2, Features({name: features[name] for name in columns}))
+    kept = tmp_path / "kept.parquet"
+    flags = ["--dataset_name", folder]
+    assert run("filter", *flags, "--output_file", kept) == 0
+    output = capsys.readouterr()
+    assert "30 pairs / 5 prompts -> 15 / 5" in output.out and "30/30" in output.err
+    assert run("convert", "rows", "--rows_file", kept, *flags, "--output_dir", tmp_path / "out") == 0
+    dataset = load(tmp_path / "out")
+    assert [shade(row["jpg_0"]) % 10 for row in dataset] == [0] * 15
+    assert dataset["probability_0"][:] == [0.9] * 15
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_filter_says_when_it_cannot_help(tmp_path, capsys, repeated):
+    columns = {name: values * (2 if repeated else 1) for name, values in pair_columns(4).items()}
+    columns["caption"] = [str(row % 4) for row in range(len(columns["caption"]))]
+    folder = write_parquet(tmp_path / "data", columns)
+    assert run("filter", "--dataset_name", folder, "--output_file", tmp_path / "kept.parquet") == 0
+    assert pd.read_parquet(tmp_path / "kept.parquet")["row"].tolist() == [0, 1, 2, 3]
+    output = capsys.readouterr().out
+    assert "cannot help" in output and re.search("^ +4 +4  --min_wins 1 --losers all\n", output, re.MULTILINE)
+    assert re.search("^ +0 +0  --min_wins 2 --losers all\n", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("source", ["dataset_name", "train_data_dir"])
+@pytest.mark.bad_input
+def test_filter_names_images_that_it_cannot_read(tmp_path, capsys, source):
+    (tmp_path / "outside.png").write_bytes(png(9))
+    if source == "dataset_name":
+        folder = write_parquet(tmp_path / "data", pair_columns(3, jpg_1=[png(1), png(2), None]))
+    else:
+        rows = good_rows(3)
+        rows[2]["jpg_1_file_name"] = "../outside.png"
+        folder = write_image_folder(tmp_path / "data", rows)
+    assert run("filter", f"--{source}", folder, "--output_file", tmp_path / "kept.parquet") == 2
+    assert "row 2: jpg_1 " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -810,7 +938,7 @@ def test_convert_writes_shards_and_row_groups_of_bounded_size(tmp_path, monkeypa
     pairs = [{"jpg_0": {"bytes": bytes(20 << 20)}, "jpg_1": {"bytes": bytes(20 << 20)}}] * 3
     assert [len(group) for group in row_groups(pairs)] == [2, 1]
 
-    monkeypatch.setattr(prepare_preferences, "ROW_GROUP_SIZE", 1)
+    monkeypatch.setattr(common, "ROW_GROUP_SIZE", 1)
     flags = ["--output_dir", tmp_path / "out", "--max_shard_size_mb", 2]
     assert run("convert", "pairs", "--dataset_name", folder, *flags) == 0
     names = [f"train-{index:05d}-of-00003.parquet" for index in range(3)]
@@ -1083,12 +1211,87 @@ def test_encoded_bytes(tmp_path):
         ({"bytes": None, "path": None}, "null instead of an image"),
         (3, "3 instead of an image"),
         (b"", "empty, 0 bytes"),
-        (base64.b64encode(bytes(1000)).decode(), "is text instead of an image; base64 has to be decoded"),
-        ({"bytes": None, "path": "../outside.png"}, "is not in"),
-        (str(tmp_path / "outside.png"), "is not in"),
+        (base64.b64encode(bytes(1000)).decode(), "base64"),
+        ({"bytes": None, "path": "../outside.png"}, "../outside.png"),
+        (str(tmp_path / "outside.png"), "outside.png"),
     ):
         with pytest.raises(ValueError, match=message):
             encoded_bytes(value, args)
+
+
+# What tools share
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_parquet_files_are_read_as_one_dataset(tmp_path, batch_size):
+    dataset = Dataset.from_dict({"number": list(range(40)), "image": [png(value) for value in range(40)]})
+    for index in range(3):
+        shard = dataset.shard(3, index, contiguous=True)
+        shard.to_parquet(str(tmp_path / f"train-{index}.parquet"), batch_size=5)
+    files = ParquetFiles(f"file://{path}" for path in sorted(tmp_path.glob("*.parquet")))
+    assert files.features == dataset.features
+    rng = random.Random(0)
+    for rows in (None, [], [0], [39], [13, 14], [39, 50], *(sorted(rng.sample(range(40), 9)) for _ in range(9))):
+        selected = files if rows is None else files.select(rows)
+        tables = list(selected.select_columns(["number"]).iter(batch_size))
+        assert all(0 < len(table) <= batch_size for table in tables)
+        numbers = [number for table in tables for number in table["number"].to_pylist()]
+        assert numbers == [row for row in (range(40) if rows is None else rows) if row < 40]
+
+
+def test_parquet_files_are_opened_only_if_needed(tmp_path):
+    for index in range(3):
+        Dataset.from_dict({"number": [index] * 10}).to_parquet(str(tmp_path / f"{index}.parquet"))
+    files = ParquetFiles(map(str, sorted(tmp_path.glob("*.parquet"))))
+    for index in (1, 2):
+        (tmp_path / f"{index}.parquet").unlink()
+    assert [len(table) for table in files.select([2, 9]).iter(100)] == [2]
+    with pytest.raises(ValueError, match="1.parquet"):
+        list(files.select([10]).iter(100))
+
+
+def test_shards_replace_others_only_when_they_are_whole(tmp_path):
+    def pairs(count):
+        for value in range(count):
+            if value == 2:
+                raise OSError("no room")
+            yield {
+                "jpg_0": {"bytes": png(value)},
+                "jpg_1": {"bytes": png(value)},
+                "label_0": 1.0,
+                "caption": str(value),
+            }
+
+    first = tmp_path / "train-00000-of-00001.parquet"
+    others = [tmp_path / name for name in ("train-00001-of-00002.parquet", "train-mine.parquet")]
+    for path in (first, *others):
+        path.write_bytes(b"before")
+    for count, error in ((0, ValueError), (3, OSError)):
+        with pytest.raises(error):
+            write_shards(pairs(count), common.SCHEMA, tmp_path, 1 << 20, replaced=[first, others[0]])
+        assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (first, *others)}
+        assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"before"}
+    assert write_shards(pairs(2), common.SCHEMA, tmp_path, 1 << 20, replaced=[first, others[0]]) == (2, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, others[1].name}
+    assert pq.read_table(first)["caption"].to_pylist() == ["0", "1"]
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(OSError), common.whole_file(tmp_path / "file") as path:
+        path.write_text("half")
+        raise OSError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    with common.whole_file(tmp_path / "file") as path:
+        path.write_text("after")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["after"]
+
+
+def test_the_tool_starts_without_torch(tmp_path):
+    code = "import sys, prepare_preferences\n"
+    code += "print({'torch', 'accelerate', 'peft', 'diffusers', 'transformers'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert result.stdout == "set()\n", result.stderr
 
 
 def test_conversions_as_a_command(tmp_path, capsys, caplog, monkeypatch):
@@ -1113,4 +1316,4 @@ def test_images_beside_a_parquet_file(tmp_path, caplog):
         folder = tmp_path / f"out-{name.name}"
         assert run("convert", "pairs", "--dataset_name", name, "--output_dir", folder) == 0
         assert shades(load(folder)) == [(1, 2, "a")]
-        assert caplog.messages[-1].startswith("skipped row 1: ../outside.png is not in ")
+        assert caplog.messages[-1].startswith("skipped row 1: ../outside.png ")
