@@ -12,25 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Draws a training run's measurements of held-out pairs.
 
-"""Draws what a training run wrote of held-out pairs and timesteps into its output folder.
+    python tools/plot_run.py ncp-dpo-sd15
 
-    python tools/plot_run.py ncp-dpo-sd15      # writes ncp-dpo-sd15/run.png
-
-`eval.csv` is there with --num_eval_pairs, `timesteps.csv` where the error scale or weights were measured; either is enough.
+writes ncp-dpo-sd15/run.png from ncp-dpo-sd15/eval.csv, which training writes with --num_eval_pairs.
 """
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
-import matplotlib
+from common import exit_code, whole_file
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-
+# Columns of eval.csv and their titles.
 CURVES = {
     "loss": "loss",
     "implicit_accuracy": "implicit accuracy",
@@ -39,56 +36,50 @@ CURVES = {
 }
 
 
-def read_table(path):
-    """Columns of a file by their names, numbers where they are such; empty if there is no file."""
+def read_measurements(run):
+    """The rows of a run's eval.csv."""
+    path = run / "eval.csv"
     if not path.is_file():
-        return []
+        raise ValueError(f"there is no file {path}: train with --num_eval_pairs")
     with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
 
 
-def draw_held_out(axes, rows, space):
-    """One panel for each of `CURVES`: all held-out pairs, and pale by timesteps."""
+def draw_curves(axes, rows, space):
+    """Draws one panel for each of `CURVES`: a black line for all pairs, and a pale one for each range of timesteps."""
     rows = [row for row in rows if row["space"] == space]
-    for axis, (name, label) in zip(axes, CURVES.items()):
-        for bucket in dict.fromkeys(row["timesteps"] for row in rows):
-            points = [(int(row["step"]), float(row[name])) for row in rows if row["timesteps"] == bucket]
-            style = {"color": "black", "linewidth": 2} if bucket == "all" else {"alpha": 0.6, "linewidth": 1}
-            axis.plot(*zip(*points), label=bucket, marker=".", **style)
-        axis.set(title=f"{label}, {space} space", xlabel="step")
+    for axis, (column, title) in zip(axes, CURVES.items()):
+        for timesteps in dict.fromkeys(row["timesteps"] for row in rows):
+            points = [(int(row["step"]), float(row[column])) for row in rows if row["timesteps"] == timesteps]
+            style = {"color": "black", "linewidth": 2} if timesteps == "all" else {"alpha": 0.6, "linewidth": 1}
+            axis.plot(*zip(*points), label=timesteps, marker=".", **style)
+        axis.set(title=f"{title}, {space} space", xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].legend(title="timesteps", fontsize="small")
 
 
-def draw_timesteps(axes, rows):
-    """The size of margins in both spaces, and the weights of errors."""
-    timesteps = [int(row["timestep"]) for row in rows]
-    for name, label in (("latent_margin", "latent"), ("ncp_margin", "ncp, before its scale")):
-        axes[0].semilogy(timesteps, [float(row[name]) for row in rows], label=label)
-    axes[0].set(title="size of margins", xlabel="timestep")
-    axes[0].legend()
-    axes[1].plot(timesteps, [float(row["weight"]) for row in rows])
-    axes[1].set(title="weight of errors", xlabel="timestep", ylim=(0, None))
-    for axis in axes[:2]:
-        axis.grid(alpha=0.3)
-    for axis in axes[2:]:
-        axis.axis("off")
-
-
 def main(args):
-    held_out, timesteps = (read_table(args.run / name) for name in ("eval.csv", "timesteps.csv"))
-    if not held_out and not timesteps:
-        raise ValueError(f"{args.run} has neither eval.csv (--num_eval_pairs) nor timesteps.csv.")
-    spaces = list(dict.fromkeys(row["space"] for row in held_out))
-    num_rows = len(spaces) + bool(timesteps)
-    figure, axes = plt.subplots(num_rows, len(CURVES), figsize=(16, 3.6 * num_rows), squeeze=False)
-    for row, space in zip(axes, spaces):
-        draw_held_out(row, held_out, space)
-    if timesteps:
-        draw_timesteps(axes[-1], timesteps)
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("To draw a run, please install matplotlib: `pip install matplotlib`.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_measurements(args.run)
+    spaces = list(dict.fromkeys(row["space"] for row in rows))
+    options = {"figsize": (16, 3.6 * len(spaces)), "squeeze": False}
+    figure, axes = pyplot.subplots(len(spaces), len(CURVES), **options)
+    for row_of_axes, space in zip(axes, spaces):
+        draw_curves(row_of_axes, rows, space)
     figure.tight_layout()
     output_file = args.output_file or args.run / "run.png"
-    figure.savefig(output_file, dpi=110)
+    with whole_file(output_file) as incomplete:
+        figure.savefig(incomplete, dpi=110, format=output_file.suffix.removeprefix(".") or "png")
+    pyplot.close(figure)
     print(output_file)
 
 
@@ -100,4 +91,4 @@ def parse_args(input_args=None):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(exit_code(lambda: main(parse_args())))
