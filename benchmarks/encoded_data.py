@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Encoding once, measured against what it replaced, the `--cache_latents` of commit 00a457c, side by side on one machine.
+"""Compares encoded data with the `--cache_latents` of commit 00a457c, which they replaced, side by side on one machine.
 
-    python benchmarks/encoded_data.py     # some minutes; needs the git history; writes a table to standard output
+    python benchmarks/encoded_data.py
 
-Pairs of JPEGs of 512² are encoded by the small world's model at 96²: seconds per pair are those of twice as many pairs less
-those of once as many, so that start-up is not in them. Memory is the largest resident set. The data loader's time per pair is
-that of whole epochs in batches of 8, noise included; at SDXL's size the data are random.
+It takes some minutes, needs the git history and prints a table. The small world's model encodes pairs of JPEGs of 512² at 96².
+Seconds per pair are those of twice as many pairs minus those of once as many, which leaves out the start. Memory is the largest
+resident set. The loader's time per pair is measured over whole epochs in batches of 8, noise included, after a first epoch. The
+data of SDXL's size are random.
 """
 
 import argparse
@@ -43,38 +44,43 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import encode_preferences  # noqa: E402
+import preference_pairs  # noqa: E402
 import train_ncp_dpo_sdxl  # noqa: E402
 
 
 BEFORE = "00a457c"
 MODEL = ROOT / "assets" / "small-world"
-# What both sides run to measure their loader: the words are the training script's, the names are what each calls things.
+BATCH_SIZE, NUM_EPOCHS = 8, 3  # one more epoch comes first and does not count
+# Both versions run this to measure their loader. Their part of it creates `batches`.
 LOADER = """
 import sys, time
 sys.path.insert(0, {root!r})
-import torch, {script} as script
+import torch, train_ncp_dpo_sd15 as script
 from accelerate import Accelerator
 args = script.parse_args(sys.argv[1:])
 accelerator = Accelerator(cpu=True)
-{open_pairs}
-loader = script.create_dataloader(args, pairs)
-for _ in loader: pass
-start = time.perf_counter()
-for epoch in range({epochs}):
-    loader.sampler.epoch = epoch
-    number = sum(len(batch["rows"]) for batch in loader)
-    if epoch == 0: first = number
-print(f"{{(time.perf_counter() - start) / ({epochs} * first):.6f}}")
+{create_batches}
+for index, batch in enumerate(batches):
+    if index == {first}: start, count = time.perf_counter(), 0
+    if index >= {first}: count += len(batch["rows"])
+print(f"{{(time.perf_counter() - start) / count:.6f}}")
 """
-OPEN_BEFORE = """
+BATCHES_BEFORE = """
 noise_scheduler, latent_shape = script.load_configurations(args)
 pairs = script.open_pairs(args, accelerator, latent_shape, 1000)
 components = script.load_components(args, accelerator, torch.float32)
 pairs = script.cache_pairs(args, accelerator, pairs, components, torch.float32)
+loader = script.create_dataloader(args, pairs)
+def create_batches():
+    for loader.sampler.epoch in range({num_epochs} + 1):
+        yield from loader
+batches = create_batches()
 """
-OPEN_NOW = """
+BATCHES_NOW = """
+import preference_pairs
 _, vae_config, timesteps = script.check_checkpoint(args)
-pairs, _ = script.open_pairs(args, accelerator, timesteps, vae_config)
+pairs, _ = preference_pairs.open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, False)
+batches = preference_pairs.create_dataloader(args, pairs, 0, ({num_epochs} + 1) * len(pairs.rows))
 """
 
 
@@ -102,8 +108,10 @@ def measure_command(words, cwd):
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
-def measure_loader(root, script, open_pairs, words, epochs=3):
-    code = LOADER.format(root=str(root), script=script, open_pairs=open_pairs, epochs=epochs)
+def measure_loader(root, create_batches, words, num_pairs):
+    """Milliseconds per pair."""
+    create_batches = create_batches.format(num_epochs=NUM_EPOCHS)
+    code = LOADER.format(root=str(root), create_batches=create_batches, first=num_pairs // BATCH_SIZE)
     command = [sys.executable, "-c", code, *map(str, words)]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if result.returncode:
@@ -112,7 +120,7 @@ def measure_loader(root, script, open_pairs, words, epochs=3):
 
 
 def write_sdxl_data(folder, num_pairs=256):
-    """Random data of SDXL's size at 1024², in half precision, as encode_preferences writes them."""
+    """Writes random data of SDXL's size at 1024², in half precision, as encode_preferences does."""
     latents = torch.randn(2, 2, 4, 128, 128).half()
     tensors = safetensors.torch.save({"latents": latents, "time_ids": torch.ones(2, 2, 6)})
     prompt = {"prompt_embeds": torch.randn(77, 2048).half(), "pooled_prompt_embeds": torch.randn(1280).half()}
@@ -127,23 +135,22 @@ def write_sdxl_data(folder, num_pairs=256):
     encode_preferences.write_shard(folder / "prompts/0.arrow", encode_preferences.PROMPTS, prompts)
 
 
-def measure_sdxl_loader(folder, num_workers, epochs=3):
+def measure_sdxl_loader(folder, num_workers):
     """Milliseconds per pair."""
     write_sdxl_data(folder)
     words = ["--pretrained_model_name_or_path", "random", "--encoded_data_dir", str(folder), "--seed", "0"]
-    words += ["--train_batch_size", "8", "--dataloader_num_workers", str(num_workers)]
+    words += ["--train_batch_size", str(BATCH_SIZE), "--dataloader_num_workers", str(num_workers)]
     args = train_ncp_dpo_sdxl.parse_args(words)
-    names = (*train_ncp_dpo_sdxl.ENCODING_ARGUMENTS, "pretrained_model_name_or_path")
-    names += ("pretrained_vae_model_name_or_path", "mixed_precision", "no_hflip")
+    names = (*preference_pairs.ENCODING_ARGUMENTS, *preference_pairs.ENCODING_HINTS, "no_hflip")
     encoding = {**{name: getattr(args, name, 0.13) for name in names}, "num_pairs_shards": 1, "num_prompts_shards": 1}
     (folder / "encoding.json").write_text(json.dumps(encoding))
-    pairs = train_ncp_dpo_sdxl.EncodedPairs(args, {"scaling_factor": 0.13}, (4, 128, 128), torch.arange(1000))
-    loader = train_ncp_dpo_sdxl.create_dataloader(args, pairs)
-    for _ in loader:
-        pass
-    start = time.perf_counter()
-    number = sum(len(batch["rows"]) for _ in range(epochs) for batch in loader)
-    return 1000 * (time.perf_counter() - start) / number
+    pairs = preference_pairs.EncodedPairs(args, {"scaling_factor": 0.13}, (4, 128, 128), torch.arange(1000), False)
+    num_pairs = len(pairs.rows)
+    batches = preference_pairs.create_dataloader(args, pairs, 0, (NUM_EPOCHS + 1) * num_pairs)
+    for index, _ in enumerate(batches):
+        if index == num_pairs // BATCH_SIZE:
+            start = time.perf_counter()
+    return 1000 * (time.perf_counter() - start) / (NUM_EPOCHS * num_pairs)
 
 
 def main(num_pairs):
@@ -161,7 +168,7 @@ def main(num_pairs):
 
 def measure(folder, before, num_pairs):
     seconds, memory, loader = {}, {}, {}
-    # The newer first: `ru_maxrss` is the largest of all children.
+    # The newer version comes first, since `ru_maxrss` is the largest of all children.
     for name, root in [("tools/encode_preferences.py", ROOT), ("--cache_latents", before)]:
         for count in (num_pairs, 2 * num_pairs):
             data = folder / f"pairs-{count}"
@@ -169,7 +176,7 @@ def measure(folder, before, num_pairs):
                 data.mkdir()
                 write_pairs(data, count)
             common = ["--pretrained_model_name_or_path", MODEL, "--resolution", 96, "--cache_dir", folder / "cache"]
-            train = [*common, "--train_batch_size", 8, "--seed", 0, "--max_train_steps", 1]
+            train = [*common, "--train_batch_size", BATCH_SIZE, "--seed", 0, "--max_train_steps", 1]
             if root == ROOT:
                 output = folder / f"encoded-{count}"
                 words = ["tools/encode_preferences.py", *common, "--dataset_name", data, "--output_dir", output]
@@ -179,12 +186,11 @@ def measure(folder, before, num_pairs):
                 words = ["train_ncp_dpo_sd15.py", *train, "--dataset_name", data, "--cache_latents"]
                 words += ["--loss_space", "latent", "--output_dir", output]
                 train += ["--dataset_name", data, "--cache_latents"]
-            # The copy that datasets makes of the images is both sides' own, and not what is measured.
             seconds[name, count], memory[name] = measure_command(words, root)
         for workers in (0, 2):
-            opened = OPEN_NOW if root == ROOT else OPEN_BEFORE
+            create_batches = BATCHES_NOW if root == ROOT else BATCHES_BEFORE
             words = [*train, "--dataloader_num_workers", workers]
-            loader[name, workers] = measure_loader(root, "train_ncp_dpo_sd15", opened, words)
+            loader[name, workers] = measure_loader(root, create_batches, words, 2 * num_pairs)
 
     print("| | pairs per second | largest resident set, GB | ms per pair in the loader, 0 workers | 2 workers |")
     print("|---|---|---|---|---|")
@@ -198,5 +204,5 @@ def measure(folder, before, num_pairs):
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_pairs", type=int, default=400)
+    parser.add_argument("--num_pairs", type=preference_pairs.COUNT, default=400, help="Default: 400.")
     main(parser.parse_args().num_pairs)

@@ -14,12 +14,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Time and peak memory of `prepare_preferences.py filter` on generated rows of Pick-a-Pic v2's schema:
+Measures time and peak memory of `prepare_preferences.py filter` on generated rows of Pick-a-Pic v2's schema.
 
     python benchmarks/filter_speed.py --rows 1000000
 
-The rows come from simulated sessions: under a prompt, the winner of each comparison meets a new image. The image columns
-hold a few random bytes each, which the command has no need to read.
+The rows come from simulated sessions: under a prompt, the winner of each comparison meets a new image. An image is a few
+random bytes, which the command does not read.
 """
 
 import argparse
@@ -36,18 +36,24 @@ import numpy as np
 import pandas as pd
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "prepare_preferences.py"
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from common import COUNT  # noqa: E402
+
+
+SCRIPT = TOOLS / "prepare_preferences.py"
 ROWS_PER_PROMPT, TIES, NUM_FILES = 16, 0.12, 8
 
 
 def write_rows(path, first_row, num_rows, image_bytes):
-    """Write `num_rows` rows in sessions of `ROWS_PER_PROMPT`, numbered from `first_row`, to a parquet file."""
+    """Writes `num_rows` rows in sessions of `ROWS_PER_PROMPT`, numbered from `first_row`, to a parquet file."""
     rng = np.random.default_rng(first_row)
     row = np.arange(first_row, first_row + num_rows)
     prompt = row // ROWS_PER_PROMPT
     label = rng.choice([0.0, 1.0, 0.5], num_rows, p=[(1 - TIES) / 2, (1 - TIES) / 2, TIES])
 
-    # Row n's newcomer is image n; it meets the winner of row n - 1, or another new image where a session starts.
+    # The newcomer of row n is image n. It meets the winner of row n - 1, or another new image if a session starts.
     kept, best = np.empty(num_rows, dtype=np.int64), None
     for index, (starts, newcomer_wins) in enumerate(zip(row % ROWS_PER_PROMPT == 0, label == 0)):
         kept[index] = -row[index] - 1 if starts or best is None else best
@@ -84,13 +90,13 @@ def write_rows(path, first_row, num_rows, image_bytes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time and peak memory of prepare_preferences.py filter.")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--image_bytes", type=int, default=256, help="Size of each generated image.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=COUNT, default=1_000_000, help="Default: 1000000.")
+    parser.add_argument("--image_bytes", type=COUNT, default=256, help="Size of a generated image. Default: 256.")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as output:
-        # In processes of their own, because a process begins its life with its parent's peak memory.
+        # In processes of their own, because a new process counts its parent's peak memory as its own.
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             bounds = np.linspace(0, args.rows, NUM_FILES + 1, dtype=int)
             paths = [Path(folder, f"train-{index:05d}-of-{NUM_FILES:05d}.parquet") for index in range(NUM_FILES)]

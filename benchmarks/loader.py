@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Whether loading images hides behind the step: `python benchmarks/loader.py`; a minute, and two cores or more.
+"""Measures whether loading images hides behind the training step. It takes a minute and needs two cores or more.
 
-The step is a stub that waits as long as `--step_seconds`, as the main process waits for a GPU. Batches of 8 pairs of JPEGs of
-1024² come from the trainer's own loader, over two epochs; the first batch, for which workers have to start, does not count. An
-epoch of the stub alone is what would be paid if loading were free. The table goes to standard output.
+    python benchmarks/loader.py
+
+The step only waits for `--step_seconds`, as the main process waits for a GPU. Batches of 8 pairs of JPEGs of 1024² come from
+the trainers' own loader, over two epochs. The first batch does not count, since workers start with it. The table, on standard
+output, compares a step with one for which loading is free.
 """
 
 import argparse
@@ -32,8 +34,9 @@ for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import preference_pairs  # noqa: E402
 import torch  # noqa: E402
-import train_ncp_dpo_sdxl as script  # noqa: E402
+import train_ncp_dpo_sdxl  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from encoded_data import write_pairs  # noqa: E402
 
@@ -43,26 +46,23 @@ VAE_CONFIG = {"latent_channels": 4, "downscaling_factor": 8}
 
 
 def measure(args, folder, num_workers):
-    """Seconds per step, each with its batch."""
+    """Seconds per step, including its batch."""
     words = ["--pretrained_model_name_or_path", "none", "--dataset_name", folder, "--cache_dir", f"{folder}/cache"]
     words += ["--resolution", RESOLUTION, "--train_batch_size", BATCH_SIZE, "--dataloader_num_workers", num_workers]
-    words += ["--seed", 0, "--max_train_steps", NUM_EPOCHS * args.batches]
-    arguments = script.parse_args(list(map(str, words)))
-    accelerator = Accelerator()
-    pairs, _ = script.open_pairs(arguments, accelerator, torch.arange(1000), VAE_CONFIG)
-    dataloader = script.create_dataloader(arguments, pairs)
-    prepared, state = accelerator.prepare(dataloader), {"global_step": 0}
-    start = None
-    for _ in script.remaining_batches(arguments, accelerator, prepared, dataloader.sampler, state):
+    train_args = train_ncp_dpo_sdxl.parse_args(list(map(str, [*words, "--seed", 0])))
+    pairs, _ = preference_pairs.open_pairs(
+        train_args, VAE_CONFIG, torch.arange(1000), train_ncp_dpo_sdxl.HAS_TIME_IDS, winner_only=False
+    )
+    num_steps, start = NUM_EPOCHS * args.batches, None
+    dataloader = preference_pairs.create_dataloader(train_args, pairs, 0, num_steps * BATCH_SIZE)
+    for _ in Accelerator().prepare(dataloader):
         start = start or time.perf_counter()
         time.sleep(args.step_seconds)
-        state["global_step"] += 1
-    # The first step's batch was there before the clock.
-    return (time.perf_counter() - start) / state["global_step"]
+    return (time.perf_counter() - start) / num_steps
 
 
 def main(args):
-    print("| workers | s per step | over the stub alone |\n|---|---|---|")
+    print("| workers | s per step | more than without loading |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(Path(folder), BATCH_SIZE * args.batches, side=RESOLUTION)
         for num_workers in args.workers:
@@ -72,7 +72,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step_seconds", type=float, default=0.3)
-    parser.add_argument("--batches", type=int, default=20, help="of an epoch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    add = parser.add_argument
+    add("--step_seconds", type=preference_pairs.POSITIVE, default=0.3, help="Default: 0.3.")
+    add("--batches", type=preference_pairs.COUNT, default=20, help="Batches per epoch. Default: 20.")
+    add("--workers", type=preference_pairs.INDEX, nargs="+", default=[0, 2], help="Default: 0 2.")
     main(parser.parse_args())
