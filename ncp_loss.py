@@ -17,13 +17,14 @@
 
 Equation numbers are those of "Aligning Diffusion Models with Noise-Conditioned Perception" (arXiv:2406.17636 v2).
 
-A prediction enters the perceptual error only through the latents of the next timestep, and there linearly:
+The perceptual error compares the latents of the next timestep that follow from the prediction with those that follow
+from the target. These latents are linear in the prediction,
 
     x_{t'}(pred) = x_{t'}(center_pred) + k_t * (pred - center_pred)
 
-so that the error of a prediction is a finite difference of the encoder f along k_t * (pred - center_pred). In fp64 it is
-taken literally (eq. 13). k_t is 0.001 to 0.03, though, less than half precision can see, so there the step is enlarged
-by a detached factor s, and the feature difference divided by s: to first order the same number.
+so the error is a finite difference of the encoder f. In fp64 it is computed as printed (eq. 13). k_t is only 0.001 to
+0.03, and half precision cannot resolve such a step. There the step is multiplied by a factor s without gradient, and
+the difference of the features is divided by s. To first order the result is the same.
 """
 
 import contextlib
@@ -38,29 +39,25 @@ from torch.autograd.function import once_differentiable
 
 LAYERS = ("mid", "down")
 TARGET_TIMESTEPS = ("previous", "current", "zero")
-TIMESTEP_WEIGHTINGS = ("none", "balanced", "ncp")
 DEFAULT_PROBE_RMS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+REFERENCE_ADAPTER = "reference"  # the PEFT adapter that `reference_model` switches to
 
 
 def latent_error(model_pred, target):
     """
-    Mean squared error of a prediction per sample, `(N,)`, in at least float32: the latent-space counterpart of
-    [`NoiseConditionedPerception.error`]. `model_pred` and `target`, both `(N, C, H, W)`, are what the scheduler's prediction
-    type says.
+    Mean squared error of each sample's prediction, `(N,)`, in at least float32: the latent-space counterpart of
+    [`NoiseConditionedPerception.error`]. `model_pred` and `target` have the shape `(N, C, H, W)`.
     """
     dtype = torch.promote_types(model_pred.dtype, torch.float32)
     return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
-# Losses
-
-
-class Pairs(NamedTuple):
-    """What a loss is made of: tensors of shape `(B,)`, and its options."""
+class LossInputs(NamedTuple):
+    """What a loss is computed from: tensors of shape `(B,)` and the loss's options."""
 
     errors_w: torch.Tensor  # e_w
     errors_l: torch.Tensor  # e_l
-    margin: torch.Tensor  # m = (r_w - r_l) - (e_w - e_l), r = 0 in losses without a reference
+    margin: torch.Tensor  # m = (r_w - r_l) - (e_w - e_l); losses without a reference have r = 0
     logits: torch.Tensor  # z = ½·β·m
     beta: float  # β
     label_smoothing: float  # ε
@@ -68,95 +65,81 @@ class Pairs(NamedTuple):
 
 
 class LossType(NamedTuple):
-    losses: Callable  # of `Pairs`, a loss for each
-    needs_reference: bool
-    beta: float  # what to try first
-    sft_weight: float | None  # λ by default; `None`: it has none
-    has_label_smoothing: bool
-    uses_logits: bool  # whether β enters by z alone
+    function: Callable  # takes `LossInputs` and returns the pairs' losses, `(B,)`
+    needs_reference: bool = True
+    beta: float = 5000.0  # default β
+    sft_weight: float | None = 0.0  # default λ; `None` if the loss has no λ
+    has_label_smoothing: bool = False
+    uses_logits: bool = True  # whether β appears in z only
 
 
-LOSSES = {}
+def _dpo(inputs):
+    """-(1-ε)·log σ(z) - ε·log σ(-z) (eq. 18 and 19; arXiv:2311.12908, 2401.08417; ε: arXiv:2305.18290)"""
+    smoothing = inputs.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(inputs.logits) - smoothing * F.logsigmoid(-inputs.logits)
 
 
-def _loss_type(needs_reference=True, beta=5000.0, sft_weight=0.0, has_label_smoothing=False, uses_logits=True):
-    # Enters a function `_name` into `LOSSES` as "name".
-    def enter(losses):
-        kind = LossType(losses, needs_reference, beta, sft_weight, has_label_smoothing, uses_logits)
-        LOSSES[losses.__name__[1:]] = kind
-        return losses
-
-    return enter
-
-
-@_loss_type(has_label_smoothing=True)
-def _dpo(pairs):
-    """-(1-ε)·log σ(z) - ε·log σ(-z) (eq. 18; arXiv:2311.12908; ε: arXiv:2305.18290)"""
-    smoothing = pairs.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(pairs.logits) - smoothing * F.logsigmoid(-pairs.logits)
-
-
-@_loss_type()
-def _ipo(pairs):
+def _ipo(inputs):
     """(z - ½)² (arXiv:2310.12036)"""
-    return (pairs.logits - 0.5).square()
+    return (inputs.logits - 0.5).square()
 
 
-@_loss_type()
-def _hinge(pairs):
+def _hinge(inputs):
     """max(0, 1 - z) (arXiv:2305.10425)"""
-    return F.relu(1 - pairs.logits)
+    return F.relu(1 - inputs.logits)
 
 
-@_loss_type(needs_reference=False, sft_weight=1.0, has_label_smoothing=True)
-def _cpo(pairs):
-    """As "dpo", without a reference and with λ = 1 (eq. 19; arXiv:2401.08417)."""
-    return _dpo(pairs)
-
-
-@_loss_type(needs_reference=False, sft_weight=None)
-def _sft(pairs):
+def _sft(inputs):
     """e_w"""
-    return pairs.errors_w
+    return inputs.errors_w
 
 
-@_loss_type(needs_reference=False)
-def _simpo(pairs):
+def _simpo(inputs):
     """-log σ(z - γ) (arXiv:2405.14734)"""
-    return -F.logsigmoid(pairs.logits - pairs.target_margin)
+    return -F.logsigmoid(inputs.logits - inputs.target_margin)
 
 
-@_loss_type(needs_reference=False, beta=0.1, uses_logits=False)
-def _mapo(pairs):
+def _mapo(inputs):
     """e_w - β·log σ(T·(h(e_w) - h(e_l))), h(e) = s·e / (exp(s·e) - 1), s = ½, T = 1000 (arXiv:2406.06424)"""
 
     def h(errors):
         x = 0.5 * errors
-        # Near 0, where e is at the first timestep, by the series; exp must not overflow either.
+        # Near 0, as at the first timestep, the formula is 0 / 0, so the series is used. exp(80) is still finite.
         large = x.clamp(0.01, 80)
         return torch.where(x < 0.01, 1 - x / 2 + x.square() / 12, large / torch.expm1(large))
 
-    return pairs.errors_w - pairs.beta * F.logsigmoid(1000 * (h(pairs.errors_w) - h(pairs.errors_l)))
+    return inputs.errors_w - inputs.beta * F.logsigmoid(1000 * (h(inputs.errors_w) - h(inputs.errors_l)))
 
 
-@_loss_type()
-def _dmpo(pairs):
+def _dmpo(inputs):
     """KL(σ(z) ‖ 1-α) = σ(z)·log(σ(z)/(1-α)) + σ(-z)·log(σ(-z)/α), α = 0.01 (arXiv:2507.07510)"""
-    wins, loses = F.logsigmoid(pairs.logits), F.logsigmoid(-pairs.logits)
-    return wins.exp() * (wins - math.log(0.99)) + loses.exp() * (loses - math.log(0.01))
+    log_win, log_loss = F.logsigmoid(inputs.logits), F.logsigmoid(-inputs.logits)
+    return log_win.exp() * (log_win - math.log(0.99)) + log_loss.exp() * (log_loss - math.log(0.01))
 
 
-@_loss_type(beta=100.0, uses_logits=False)
-def _linear(pairs):
-    """u·(e_w - e_l), u = clip(½ - 0.2·β·m, η, 1-η) held constant, η = 0.001 (arXiv:2605.21123, its moving reference left out)"""
-    slope = (0.5 - 0.2 * pairs.beta * pairs.margin.detach()).clamp(0.001, 0.999)
-    return slope * (pairs.errors_w - pairs.errors_l)
+def _linear(inputs):
+    """u·(e_w - e_l), u = clip(½ - 0.2·β·m, η, 1-η) held constant, η = 0.001 (arXiv:2605.21123, fixed reference)"""
+    slope = (0.5 - 0.2 * inputs.beta * inputs.margin.detach()).clamp(0.001, 0.999)
+    return slope * (inputs.errors_w - inputs.errors_l)
+
+
+LOSSES = {
+    "dpo": LossType(_dpo, has_label_smoothing=True),
+    "ipo": LossType(_ipo),
+    "hinge": LossType(_hinge),
+    "cpo": LossType(_dpo, needs_reference=False, sft_weight=1.0, has_label_smoothing=True),
+    "sft": LossType(_sft, needs_reference=False, sft_weight=None),
+    "simpo": LossType(_simpo, needs_reference=False),
+    "mapo": LossType(_mapo, needs_reference=False, beta=0.1, uses_logits=False),
+    "dmpo": LossType(_dmpo),
+    "linear": LossType(_linear, beta=100.0, uses_logits=False),
+}
 
 
 class PreferenceLoss(NamedTuple):
-    loss: torch.Tensor
-    margin: torch.Tensor
-    implicit_accuracy: torch.Tensor
+    loss: torch.Tensor  # the mean over the pairs, a scalar
+    margin: torch.Tensor  # m, `(B,)`
+    implicit_accuracy: torch.Tensor  # the share of pairs with m > 0, where a tie counts half, a scalar
 
 
 def preference_loss(
@@ -168,207 +151,157 @@ def preference_loss(
     label_smoothing=0.0,
     target_margin=1.0,
     winner_probability=None,
-    error_gradients=None,
 ):
     r"""
-    Preference loss of pairs from the errors of their samples, whichever space these were measured in: a loss of `LOSSES`,
-    each of which says its formula, plus λ·e_w.
+    Preference loss of B pairs from the errors of their images: a loss of `LOSSES`, whose functions say their formula,
+    plus λ·e_w. The errors may come from either space.
 
     Args:
-        errors (`torch.Tensor` of shape `(2B,)`): the policy's errors, B winners first, then their B losers.
-        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): the reference's in the same order, for losses with one.
+        errors (`torch.Tensor` of shape `(2B,)`): the policy's errors, first of the B winners, then of their B losers.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): the reference's errors, for losses with a reference.
         loss_type (`str`): a key of `LOSSES`.
-        beta (`float`, *optional*): β, by default that of the loss in `LOSSES`. In most losses how far the policy may leave
-            the reference: the smaller, the farther.
-        sft_weight (`float`, *optional*): λ, by default 1 for "cpo" and 0 for others; "sft" has none.
-        label_smoothing (`float`): ε in [0, 0.5), the share of labels taken to be wrong ("dpo" and "cpo").
-        target_margin (`float`): γ, what z is to exceed ("simpo").
-        winner_probability (`torch.Tensor` of shape `(B,)`, *optional*): how sure it is that winners won, in [0, 1]. With
-            p the loss is p times its own plus 1 - p times that with winner and loser exchanged.
-        error_gradients (`torch.Tensor` of shape `(2B, C, H, W)`, *optional*): g = ∂e/∂pred. With them the gradient of e_l is
-            multiplied by min(1, (1-μ)·‖g_w‖²/⟨g_w, g_l⟩) where ⟨g_w, g_l⟩ > 0, μ = 0.9: a step against the gradient with
-            respect to the predictions cannot raise e_w to first order (arXiv:2511.03317).
+        beta (`float`, *optional*): β, by default the loss's own. In most losses a smaller β permits a larger change.
+        sft_weight (`float`, *optional*): λ, by default 1 for "cpo" and 0 for the others; "sft" has none.
+        label_smoothing (`float`): ε in [0, 0.5), the share of labels assumed to be wrong ("dpo" and "cpo" only).
+        target_margin (`float`): γ, the value that z should exceed ("simpo" only).
+        winner_probability (`torch.Tensor` of shape `(B,)`, *optional*): p in [0, 1], the probability that the winner
+            is the better image. A pair's loss is then p·loss + (1-p)·(its loss with winner and loser exchanged).
 
     Returns:
-        `PreferenceLoss`: `loss` (a scalar, the mean over pairs), `margin` m of shape `(B,)`, and `implicit_accuracy`, the
-        share of pairs with m > 0, ties counting half (a scalar). A `ValueError` says what does not go together.
+        `PreferenceLoss`. A `ValueError` names an argument that is out of range, missing, or not one of the loss.
     """
     if loss_type not in LOSSES:
         raise ValueError(f"`loss_type` is {loss_type!r}, but must be one of {', '.join(LOSSES)}.")
-    kind = LOSSES[loss_type]
+    loss = LOSSES[loss_type]
     if errors.shape[0] % 2:
         raise ValueError(f"`errors` must hold as many winners as losers, but its length is {errors.shape[0]}.")
-    if not kind.needs_reference:
+    if not loss.needs_reference:
         ref_errors = torch.zeros_like(errors)
     elif ref_errors is None:
-        raise ValueError(f"loss type {loss_type!r} needs `ref_errors`, the errors of the reference model.")
+        raise ValueError(f"`loss_type` {loss_type!r} needs `ref_errors`, the errors of the reference model.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"`label_smoothing` is {label_smoothing}, but must be in [0, 0.5).")
-    if label_smoothing and not kind.has_label_smoothing:
-        raise ValueError(f"loss type {loss_type!r} has no `label_smoothing`; 'dpo' and 'cpo' have.")
-    if sft_weight is not None and kind.sft_weight is None:
-        raise ValueError(f"loss type {loss_type!r} has no `sft_weight`: it is the winner's error alone.")
-    beta = kind.beta if beta is None else beta
-    sft_weight = kind.sft_weight or 0.0 if sft_weight is None else sft_weight
+    if label_smoothing and not loss.has_label_smoothing:
+        raise ValueError(f"`loss_type` {loss_type!r} has no `label_smoothing`; 'dpo' and 'cpo' have it.")
+    if sft_weight is not None and loss.sft_weight is None:
+        raise ValueError(f"`loss_type` {loss_type!r} has no `sft_weight`: it is the winner's error alone.")
+    beta = loss.beta if beta is None else beta
+    sft_weight = loss.sft_weight or 0.0 if sft_weight is None else sft_weight
 
-    def losses_and_margin(errors, ref_errors, error_gradients):
+    def losses_and_margin(errors, ref_errors):
         errors_w, errors_l = errors.chunk(2)
         ref_errors_w, ref_errors_l = ref_errors.chunk(2)
-        if error_gradients is not None:
-            constant = errors_l.detach()
-            errors_l = constant + _safeguard(error_gradients).to(constant) * (errors_l - constant)
         margin = (ref_errors_w - ref_errors_l) - (errors_w - errors_l)
-        pairs = Pairs(errors_w, errors_l, margin, 0.5 * beta * margin, beta, label_smoothing, target_margin)
-        return kind.losses(pairs) + sft_weight * errors_w, margin
+        inputs = LossInputs(errors_w, errors_l, margin, 0.5 * beta * margin, beta, label_smoothing, target_margin)
+        return loss.function(inputs) + sft_weight * errors_w, margin
 
-    losses, margin = losses_and_margin(errors, ref_errors, error_gradients)
+    losses, margin = losses_and_margin(errors, ref_errors)
     if winner_probability is not None:
         half = errors.shape[0] // 2
-        exchanged = (None if x is None else x.roll(half, 0) for x in (errors, ref_errors, error_gradients))
-        losses = winner_probability * losses + (1 - winner_probability) * losses_and_margin(*exchanged)[0]
+        exchanged_losses, _ = losses_and_margin(errors.roll(half, 0), ref_errors.roll(half, 0))
+        losses = winner_probability * losses + (1 - winner_probability) * exchanged_losses
     return PreferenceLoss(losses.mean(), margin, (0.5 * (margin.sign() + 1)).mean())
-
-
-def _safeguard(error_gradients, mu=0.9):
-    gradients = error_gradients.flatten(1)
-    g_w, g_l = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).chunk(2)
-    inner, limit = (g_w * g_l).sum(dim=1), (1 - mu) * g_w.square().sum(dim=1)
-    return torch.where(inner > limit, limit / inner, 1.0)
-
-
-# The unit of errors, and timesteps
-
-
-def spread_timesteps(timesteps, first, count, offset):
-    """
-    Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
-    it is cut off: multiples of the golden ratio modulo 1, from `offset` in [0, 1) on.
-    """
-    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
-    return timesteps[(positions * len(timesteps)).long()]
 
 
 def error_scale(latent_margins, feature_margins):
     """
-    The unit ρ that gives errors in feature space the size of those in latent space, so that β, λ and learning rates keep
-    their meaning: log ρ = mean(log|m_latent| - log|m_feature|). Margins, unlike errors, are what losses see; their tails are
-    heavy, so that of a few hundred pairs the geometric mean is steady, and standard deviations are not.
+    The factor ρ that gives margins in feature space the size they have in latent space, so that β, λ and the learning
+    rate mean the same in both: log ρ = mean(log|m_latent| - log|m_feature|). Margins have heavy tails; their geometric
+    mean is stable with a few hundred pairs, and their standard deviation is not.
 
     Args:
-        latent_margins (`torch.Tensor` of shape `(B,)`): (r_w - r_l) - (e_w - e_l) in latent space, under a small random
-            change of the policy, at timesteps from [`spread_timesteps`].
+        latent_margins (`torch.Tensor` of shape `(B,)`): (r_w - r_l) - (e_w - e_l) in latent space, for a policy with a
+            small random change, at evenly spread timesteps.
         feature_margins (`torch.Tensor` of shape `(B,)`): the same in feature space, with an `error_scale` of 1.
 
     Returns:
-        `tuple[float, float]`: ρ, and the standard error of log ρ. Margins of 0, as at the first timestep, do not count; a
-        `ValueError` if fewer than two are left.
+        `tuple[float, float]`: ρ and the standard error of log ρ. Pairs with a margin of 0 do not count; if fewer than
+        two others are left, there is a `ValueError`.
     """
-    ratios = latent_margins.double().abs().log() - feature_margins.double().abs().log()
-    ratios = ratios[ratios.isfinite()]
-    if len(ratios) < 2:
-        raise ValueError(f"{len(ratios)} pairs have margins other than 0 in both spaces, but two or more must have.")
-    return ratios.mean().exp().item(), ratios.std().item() / math.sqrt(len(ratios))
+    log_ratios = latent_margins.double().abs().log() - feature_margins.double().abs().log()
+    log_ratios = log_ratios[log_ratios.isfinite()]
+    if len(log_ratios) < 2:
+        raise ValueError(f"{len(log_ratios)} pairs have margins other than 0 in both spaces, but 2 are needed.")
+    return log_ratios.mean().exp().item(), log_ratios.std().item() / math.sqrt(len(log_ratios))
 
 
-def margin_profile(timesteps, margins, all_timesteps, num_bins=8):
+# One U-Net as policy, reference and perceptual encoder
+
+
+def adapters_disabled(unet):
     """
-    The size of margins by timestep: the mean of log|m|, of shape `(num_bins,)`, in equal bins of `all_timesteps`, of shape
-    `(T,)` and ascending; fewer bins if T is less. `timesteps` and `margins`, both `(B,)`, are those of one space.
+    Context manager that turns off all PEFT adapters of a U-Net, if it has any. Blocks may be nested; `requires_grad`
+    does not change. `unet` is the model itself, not a distributed wrapper.
     """
-    num_bins, logs = min(num_bins, len(all_timesteps)), margins.double().abs().log()
-    bins = torch.searchsorted(all_timesteps, timesteps) * num_bins // len(all_timesteps)
-    return torch.stack([logs[logs.isfinite() & (bins == index)].mean() for index in range(num_bins)])
+    return _switched_adapters(unet, None)
 
 
-def smooth_curve(values, length):
-    """`length` points of the cosine series that takes `values`, of shape `(K,)`, at the centres of K equal bins."""
-
-    def cosines(count):
-        positions = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return torch.cos(math.pi * positions[:, None] * torch.arange(len(values)))
-
-    return cosines(length) @ torch.linalg.solve(cosines(len(values)), values)
-
-
-def timestep_weights(weighting, latent_profile, feature_profile, loss_space, length):
+def reference_model(unet):
     """
-    Weights of errors by timestep, of shape `(length,)`, smooth, positive, and 1 in the mean, from both spaces'
-    [`margin_profile`]: "balanced" is 1 over the size of margins in `loss_space` ("latent" or "ncp"), so that they spread
-    alike at all timesteps; "ncp" gives latent errors the profile of perceptual ones; "none" is 1.
+    Context manager in which a U-Net with LoRAs predicts as the reference: layers with an adapter named "reference" use
+    it alone, and the adapters of all other layers are off. Otherwise it is like [`adapters_disabled`].
     """
-    balanced = -(latent_profile if loss_space == "latent" else feature_profile)
-    profiles = {"none": 0 * balanced, "balanced": balanced, "ncp": feature_profile - latent_profile}
-    weights = smooth_curve(profiles[weighting], length).exp()
-    return weights / weights.mean()
+    return _switched_adapters(unet, REFERENCE_ADAPTER)
 
 
 @contextlib.contextmanager
-def adapters_disabled(unet):
-    """
-    Makes a U-Net with LoRA adapters its own reference model within the `with` block; a U-Net without is left alone. Blocks
-    may be nested; what requires a gradient is left as it is. `unet` is the model itself, not a distributed wrapper.
-    """
-    layers = [layer for layer in _adapter_layers(unet) if not layer.disable_adapters]
-    # Of PEFT's switch only this: the rest of it takes every step of SDXL 0.2 s to visit all parameters.
-    for layer in layers:
-        layer._disable_adapters = True
+def _switched_adapters(unet, adapter_name):
+    # PEFT's own switches visit all parameters, which takes 0.2 s in each step of SDXL.
+    switches = [(layer, layer._disable_adapters, layer._active_adapter) for layer in _adapter_layers(unet)]
+    for layer, _, _ in switches:
+        layer._disable_adapters = adapter_name is None or adapter_name not in layer.r
+        if not layer._disable_adapters:
+            layer._active_adapter = [adapter_name]
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, disable_adapters, active_adapter in switches:
+            layer._disable_adapters, layer._active_adapter = disable_adapters, active_adapter
 
 
-def _adapter_layers(unet):
-    modules = [unet]
-    while modules:
-        module = modules.pop()
-        # A class attribute of PEFT's layers; what is below them is theirs.
-        if hasattr(type(module), "_disable_adapters"):
-            yield module
-        else:
-            modules.extend(module.children())
+def _adapter_layers(module):
+    # All of PEFT's layers have this class attribute. The modules inside such a layer are not searched.
+    if hasattr(type(module), "_disable_adapters"):
+        yield module
+    else:
+        for child in module.children():
+            yield from _adapter_layers(child)
 
 
 class StepTable(NamedTuple):
-    """
-    The step x_{t'}(pred) = x_weight·x_t + pred_weight·pred + sigma·z, eq. 12, its derivative k with respect to the
-    prediction, and t', for every t. All of shape `(T,)`, float64 but for the timesteps.
-    """
+    """The step x_{t'} = x_weight·x_t + pred_weight·pred + sigma·z (eq. 12) of every timestep t: float64, `(T,)`."""
 
     x_weight: torch.Tensor
     pred_weight: torch.Tensor
     sigma: torch.Tensor
-    k: torch.Tensor
-    timesteps: torch.Tensor
+    k: torch.Tensor  # k_t, the derivative of the compared latents
+    timesteps: torch.Tensor  # t'
 
     @classmethod
     def from_scheduler(cls, noise_scheduler, target_timestep):
+        """The table for `noise_scheduler`; a `ValueError` if the step to `target_timestep` is unknown or infinite."""
         if target_timestep not in TARGET_TIMESTEPS:
-            known = ", ".join(TARGET_TIMESTEPS)
-            raise ValueError(f"`target_timestep` is {target_timestep!r}, but must be one of {known}.")
+            raise ValueError(f"`target_timestep` is {target_timestep!r}, but must be previous, current or zero.")
         alpha_bar = noise_scheduler.alphas_cumprod.double().cpu()
         timesteps = torch.arange(alpha_bar.shape[0])
         zeros, ones = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
 
-        # The predicted clean latents, a·x_t + b·pred
+        # The predicted clean latents are a·x_t + b·pred.
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type == "epsilon":
             if alpha_bar[-1] == 0:
-                what = "An epsilon prediction says nothing of the clean latents at zero terminal SNR: the scheduler's"
-                raise ValueError(f"{what} `prediction_type` must be another, or its `rescale_betas_zero_snr` False.")
+                raise ValueError("Zero terminal SNR (`rescale_betas_zero_snr`) rules out `prediction_type` epsilon.")
             a, b = alpha_bar.rsqrt(), -((1 - alpha_bar) / alpha_bar).sqrt()
         elif prediction_type == "v_prediction":
             a, b = alpha_bar.sqrt(), -(1 - alpha_bar).sqrt()
         elif prediction_type == "sample":
             a, b = zeros, ones
         else:
-            known = "'epsilon', 'v_prediction' or 'sample'"
-            raise ValueError(f"The scheduler's `prediction_type` is {prediction_type!r}, but must be {known}.")
+            raise ValueError(f"`prediction_type` is {prediction_type!r}, but must be epsilon, v_prediction or sample.")
         if target_timestep == "zero":
             return cls(a, b, zeros, b, torch.zeros_like(timesteps))
 
-        # DDPM's posterior q(x_{t'} | x_t, x_0) (arXiv:2006.11239, eq. 7). At t = 0 it stays where it is.
+        # DDPM's posterior q(x_{t'} | x_t, x_0) (arXiv:2006.11239, eq. 7). At t = 0 there is no step: t' = 0, k = 0.
         previous = (timesteps - 1).clamp_min(0)
         alpha_bar_previous = alpha_bar[previous]
         alpha = alpha_bar / alpha_bar_previous
@@ -381,7 +314,7 @@ class StepTable(NamedTuple):
         return cls(x_weight, k, sigma, k, previous)
 
     def at(self, timesteps, dtype):
-        """The row of every timestep: coefficients of shape `(N, 1, 1, 1)` in `dtype`, and t' of shape `(N,)`."""
+        """The rows of `timesteps`, `(N,)`: coefficients of shape `(N, 1, 1, 1)` in `dtype`, and t' of shape `(N,)`."""
         coefficients = torch.stack(self[:-1]).to(dtype).to(timesteps.device)[:, timesteps]
         return StepTable(*coefficients.view(4, -1, 1, 1, 1), self.timesteps.to(timesteps.device)[timesteps])
 
@@ -391,51 +324,44 @@ def _rms(x):
 
 
 def _tf32_allowed():
-    # Since PyTorch 2.9 the older switches cannot be read once a newer one was set.
+    # Since PyTorch 2.9, reading an older switch raises an error if a newer one was set.
     if hasattr(torch.backends, "fp32_precision"):
         return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
 
 class Anchor(NamedTuple):
-    """
-    What is known of a batch of N samples before the policy's prediction is. `ref_errors` is for the caller, the rest between
-    [`NoiseConditionedPerception.anchor`] and [`NoiseConditionedPerception.error`].
-    """
+    """What is known about a batch of N samples before the policy predicts. Callers read `ref_errors` only."""
 
     center: torch.Tensor  # x_{t'}(center_pred), (N, C, H, W)
-    center_pred: torch.Tensor  # the reference's prediction if there is one, else the target, (N, C, H, W)
+    center_pred: torch.Tensor  # the reference's prediction, or the target without a reference, (N, C, H, W)
     k: torch.Tensor  # (N, 1, 1, 1)
-    conditioning: tuple  # what f takes beside latents: t', encoder_hidden_states, added_cond_kwargs
-    center_features: torch.Tensor | None  # f(center), for one-sided differences
-    ref_change: torch.Tensor | float  # the derivative of f along k * (ref_pred - target)
-    ref_errors: torch.Tensor | None  # (N,)
+    conditioning: tuple  # what `_features` takes after the latents
+    center_features: torch.Tensor | None  # f(center); `None` for central differences
+    ref_change: torch.Tensor | float  # the derivative of f along k * (ref_pred - target); 0 without a reference
+    ref_errors: torch.Tensor | None  # the reference's errors, (N,); `None` without a reference
 
 
 class NoiseConditionedPerception:
     r"""
-    The perceptual error of a prediction, eq. 12 and 13: how far apart the frozen U-Net's encoder f sees the latents that a
-    denoising step leads to with this prediction, and with the target,
+    The perceptual error of a prediction (eq. 12 and 13): the distance between the features of the latents after a
+    denoising step with this prediction, and after the same step with the target,
 
         e = error_scale · mean‖f(x_{t'}(pred), c, t') - f(x_{t'}(target), c, t')‖²
 
-    f is the U-Net's own encoder with its adapters off, so that no second U-Net is held.
-
     Args:
-        unet (`UNet2DConditionModel`): a U-Net with PEFT adapters, or a plain frozen one.
-        noise_scheduler (`DDPMScheduler`): its `alphas_cumprod` and `prediction_type` ("epsilon", "v_prediction" or
-            "sample") define the step.
+        unet (`UNet2DConditionModel`): a U-Net, whose encoder with all PEFT adapters off is f. No second one is held.
+        noise_scheduler (`DDPMScheduler`): its `alphas_cumprod` and `prediction_type` define the step.
         layer (`str`): f is the output of the "mid" block or of the "down" blocks.
-        target_timestep (`str`): "previous" is t' = t - 1, the posterior's step (the paper). "current" takes a step of the
-            same k_t from x_t itself, seen at t' = t. "zero" compares the predicted clean latents, seen at t' = 0.
+        target_timestep (`str`): "previous" takes the posterior's step to t' = t - 1 (the paper). "current" takes a
+            step of the same k_t from x_t itself, with t' = t. "zero" compares predicted clean latents, with t' = 0.
         probe_rms (`float`, *optional*): root mean square in latent space to which smaller steps are enlarged; 0 is the
-            literal formula. By default 0 in fp64, 5e-4 in fp32 (few steps are smaller), 0.05 in fp16 and TF32, 0.1 in
-            bf16. Half precision takes central differences: one more pass each, no second-order error.
-        error_scale (`float`): ρ, the unit of the error; 1 is the paper as written.
+            formula as printed. By default 0 in fp64, 5e-4 in fp32 (few steps are smaller), 0.05 in fp16 and TF32, 0.1
+            in bf16. Half precision takes central differences: one more pass each, and no second-order error.
+        error_scale (`float`): ρ, a factor of all errors; 1 is the paper as written.
 
     Raises:
-        `ValueError`: unknown `layer` or `target_timestep`, negative `probe_rms`, or a scheduler for which the error is
-        infinite (epsilon prediction with zero terminal SNR) or unknown (another prediction type).
+        `ValueError`: an unknown or negative argument, an unknown prediction type, or epsilon with zero terminal SNR.
     """
 
     def __init__(
@@ -447,7 +373,6 @@ class NoiseConditionedPerception:
             raise ValueError(f"`probe_rms` is {probe_rms}, but must be at least 0.")
         self.unet = unet
         self.layer = layer
-        self.target_timestep = target_timestep
         self.probe_rms = probe_rms
         self.error_scale = error_scale
         self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep)
@@ -463,7 +388,8 @@ class NoiseConditionedPerception:
         ref_pred=None,
     ):
         """
-        Everything about a batch that does not depend on the policy, without gradient.
+        The `Anchor` of a batch: everything that does not depend on the policy, without gradient. Its `ref_errors`,
+        `(N,)`, are the reference's errors.
 
         Args:
             noisy_latents (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
@@ -472,11 +398,8 @@ class NoiseConditionedPerception:
             encoder_hidden_states (`torch.Tensor` of shape `(N, L, D)`): the text embeddings.
             added_cond_kwargs (`dict`, *optional*): SDXL's `text_embeds` `(N, P)` and `time_ids` `(N, 6)`.
             variance_noise (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): z of eq. 12, by default 0.
-            ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors are
-                the reference's plus the policy's change, which two separately rounded errors would drown early in training.
-
-        Returns:
-            `Anchor`: for [`~NoiseConditionedPerception.error`]; its `ref_errors` `(N,)` are the reference's.
+            ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors
+                are the reference's plus the policy's change, which separate rounding would hide early in training.
         """
         dtype = self._error_dtype
         target = target.to(dtype)
@@ -499,38 +422,35 @@ class NoiseConditionedPerception:
             if not self._central:
                 center_features, features = features.tensor_split([center.shape[0]])
             if ref_pred is not None:
-                # The probe went from the reference to the target; the change is the other way.
+                # The probe goes from the reference's prediction to the target, and the change goes the other way.
                 ref_change = -self._change(features, center_features, inverse_scale)
                 ref_errors = self.error_scale * ref_change.square().mean(dim=(1, 2, 3))
         return Anchor(center, center_pred, step.k, conditioning, center_features, ref_change, ref_errors)
 
     def error(self, model_pred, anchor):
         """
-        Perceptual error of the policy's prediction `model_pred`, `(N, C, H, W)`, per sample, eq. 13 times `error_scale`.
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`: the errors in at least float32, once differentiable with respect to
-            `model_pred`. Where this equals the reference's prediction, they equal `anchor.ref_errors` exactly.
+        Perceptual errors of the policy's predictions `model_pred`, `(N, C, H, W)`: `(N,)`, in at least float32, once
+        differentiable. Where `model_pred` is the reference's prediction, they are `anchor.ref_errors` exactly.
         """
         if torch.is_grad_enabled() and model_pred.requires_grad:
             return _ErrorFunction.apply(model_pred, self, anchor)
         return self._error_and_gradient(model_pred, anchor, needs_gradient=False)[0]
 
     def _error_and_gradient(self, model_pred, anchor, needs_gradient):
-        # With J the encoder's Jacobian and n features, a = J·k(ref_pred - target) and Δ = J·k(pred - ref_pred):
-        # e = mean (a + Δ)² = r + mean Δ(2a + Δ), and ∂e/∂pred = 2k/n · Jᵀ(a + Δ). Without a reference a = 0, r = 0 and
-        # Δ = J·k(pred - target).
+        # With the encoder's Jacobian J, n features, a = J·k(ref_pred - target) and Δ = J·k(pred - ref_pred):
+        # e = mean (a + Δ)² = r + mean Δ(2a + Δ), and ∂e/∂pred = 2k/n · Jᵀ(a + Δ). Without a reference, a = 0, r = 0
+        # and Δ = J·k(pred - target).
         dtype = self._error_dtype
         delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
         points, inverse_scale = self._probe(anchor.center, delta)
-        # The backward pass belongs in here: gradient checkpointing runs the encoder again, and autocast would round.
+        # The backward pass is inside the block too: checkpointing runs the encoder again, and autocast would round.
         with torch.set_grad_enabled(needs_gradient), self._frozen_encoder():
             features = self._features(points.requires_grad_(needs_gradient), *anchor.conditioning)
             change = self._change(features.detach(), anchor.center_features, inverse_scale)
             slope = anchor.ref_change + change
             if needs_gradient:
-                # Pulled back with an rms of 1, cotangents stay clear of both ends of fp16's range; their true size, about
-                # 1/n, comes in afterwards.
+                # The true cotangents have the size 1/n, which can underflow in fp16. They are pulled back with a root
+                # mean square of 1 instead, and the result is multiplied by their size.
                 slope_rms = _rms(slope)
                 cotangents = (slope / slope_rms.clamp_min(torch.finfo(dtype).tiny)).to(features.dtype)
                 sides = points.shape[0] // delta.shape[0]
@@ -545,8 +465,8 @@ class NoiseConditionedPerception:
         return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * slope_rms * pulled_back
 
     def _probe(self, center, delta):
-        # The point s·delta away from the center (and the one opposite), and 1/s per sample. 0 for 1/s where delta is 0
-        # makes the change exactly 0 there, whatever the encoder's rounding does.
+        # The points center + s·delta (and center - s·delta for central differences), and 1/s. Where delta is 0, 1/s is
+        # set to 0, so that the change is exactly 0 whatever the encoder rounds.
         rms = _rms(delta)
         scale = (self._probe_rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_min(1)
         points = center + scale * delta
@@ -555,16 +475,16 @@ class NoiseConditionedPerception:
         return points, (rms > 0) / scale
 
     def _change(self, features, center_features, inverse_scale):
-        # The derivative of f along delta from its values at the points of `_probe`.
+        # The derivative of f along delta, from the features at the points of `_probe`.
         features = features.to(self._error_dtype)
         if self._central:
             plus, minus = features.chunk(2)
             return (plus - minus) * (0.5 * inverse_scale)
         return (features - center_features.to(self._error_dtype)) * inverse_scale
 
-    def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs=None):
-        # `UNet2DConditionModel.forward` up to the wanted layer, in the dtype of the weights. For x a multiple of the
-        # batch the conditioning is repeated.
+    def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs):
+        # `UNet2DConditionModel.forward` up to `layer`, in the dtype of the weights. x holds one or more copies of the
+        # batch, and the conditioning is repeated for each.
         unet = self.unet
         repeats = x.shape[0] // timesteps.shape[0]
         timesteps = timesteps.repeat(repeats)
@@ -584,8 +504,8 @@ class NoiseConditionedPerception:
         x = unet.conv_in(x)
         blocks = [*unet.down_blocks, unet.mid_block] if self.layer == "mid" else unet.down_blocks
         for block in blocks:
-            attended = getattr(block, "has_cross_attention", False)
-            output = block(x, embedding, **({"encoder_hidden_states": encoder_hidden_states} if attended else {}))
+            has_text = getattr(block, "has_cross_attention", False)
+            output = block(x, embedding, **({"encoder_hidden_states": encoder_hidden_states} if has_text else {}))
             # Down blocks return their skip connections as well.
             x = output[0] if isinstance(output, tuple) else output
         return x
@@ -593,7 +513,7 @@ class NoiseConditionedPerception:
     @contextlib.contextmanager
     def _frozen_encoder(self):
         device_type = self.unet.conv_in.weight.device.type
-        # There is no autocast for the meta device.
+        # The meta device has no autocast.
         available = torch.amp.is_autocast_available(device_type)
         no_autocast = torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
         with adapters_disabled(self.unet), no_autocast:
@@ -605,7 +525,7 @@ class NoiseConditionedPerception:
 
     @property
     def _precision(self):
-        # TF32 has float16's mantissa.
+        # TF32 has the mantissa of float16.
         weight = self.unet.conv_in.weight
         return torch.float16 if weight.dtype == torch.float32 and weight.is_cuda and _tf32_allowed() else weight.dtype
 
@@ -619,8 +539,8 @@ class NoiseConditionedPerception:
 
 
 class _ErrorFunction(torch.autograd.Function):
-    # The encoder's forward and backward run at once, within the policy's forward: adapters are off for both, activations
-    # are freed before the policy's backward, and only the gradient, of latent size, is kept.
+    # The encoder's forward and backward run during the policy's forward. So adapters are off in both, the encoder's
+    # activations are freed before the policy's backward, and only the gradient, of the latents' size, is kept.
 
     @staticmethod
     def forward(ctx, model_pred, perception, anchor):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Stable Diffusion U-Nets of the real classes and block layout, small enough for a test, with random weights."""
+"""Small Stable Diffusion U-Nets with the real classes and block layout, and with random weights."""
 
 import torch
 from peft import LoraConfig
@@ -23,6 +23,7 @@ from diffusers import UNet2DConditionModel
 TEXT_DIM = 16
 POOLED_DIM = 8
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv_in", "conv1", "conv2"]
 
 
 def sd15_unet(seed=0, **overrides):
@@ -42,7 +43,7 @@ def sd15_unet(seed=0, **overrides):
 
 
 def sdxl_unet(seed=0, **overrides):
-    """Blocks as in SDXL: no attention at full size, deeper transformers further down, micro-conditioning."""
+    """Blocks as in SDXL: no attention at the full size, deeper transformers in the lower blocks, micro-conditioning."""
     torch.manual_seed(seed)
     config = {
         "sample_size": 8,
@@ -66,7 +67,7 @@ UNETS = {"sd15": sd15_unet, "sdxl": sdxl_unet}
 
 
 def conditioning(unet, batch_size, seed=0):
-    """`(encoder_hidden_states, added_cond_kwargs)` for `unet`, in its dtype and on its device; `None` where not used."""
+    """`(encoder_hidden_states, added_cond_kwargs)` for `unet`, in its dtype and on its device. SD1.5 has `None` second."""
     generator = torch.Generator().manual_seed(seed)
     config = unet.config
     encoder_hidden_states = torch.randn(batch_size, 7, config.cross_attention_dim, generator=generator).to(
@@ -77,20 +78,19 @@ def conditioning(unet, batch_size, seed=0):
     pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return encoder_hidden_states, {
         "text_embeds": torch.randn(batch_size, pooled_dim, generator=generator).to(unet.device, unet.dtype),
-        # (original height, width, crop top, left, target height, width), different for each image
+        # (original height, width, crop top, left, target height, width), different for each image.
         "time_ids": torch.randint(0, 1024, (batch_size, 6), generator=generator).to(unet.device, unet.dtype),
     }
 
 
-def add_lora(unet, rank=2, std=0.2, seed=0):
-    """Adds an adapter as the scripts do, but with up-weights that are not zero: it really changes the output."""
+def add_lora(unet, rank=2, std=0.2, seed=0, adapter_name="default", target_modules=LORA_TARGETS):
+    """Adds an adapter as the scripts do, but with random up-weights, so that it changes the output."""
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS),
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules)
+    unet.add_adapter(config, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in unet.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and f".{adapter_name}." in name:
             with torch.no_grad():
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return unet
