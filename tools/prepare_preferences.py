@@ -686,6 +686,8 @@ def read_folders(args, skipped):
             else:
                 caption_file = Path(f"{winners[name].with_suffix('')}{args.caption_extension}")
                 try:
+                    if leads_out(caption_file, args.winners):
+                        raise ValueError(LEADS_OUT)
                     caption = " ".join(caption_file.read_text(encoding="utf-8-sig").split())
                 except (OSError, ValueError) as error:
                     skipped.add(winners[name], "its caption file cannot be read", f"{caption_file}: {error}")
@@ -695,21 +697,38 @@ def read_folders(args, skipped):
     return SCHEMA, candidates()
 
 
-def find_images(folder, name_of, skipped=None, caption_extension=""):
-    """`{name_of(path): path}` of the images below a folder. Files that are no images or captions go to `skipped`."""
+LEADS_OUT = "a link that leads out of the folder"
+
+
+def leads_out(path, folder):
+    return not path.resolve().is_relative_to(Path(folder).resolve())
+
+
+def find_images(folder, name_of, skipped, caption_extension=None):
+    """
+    `{name_of(path): path}` of the images below a folder. Links that lead out of it are skipped, as in training. With
+    `caption_extension`, files that are neither images nor captions are named as skipped.
+    """
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder")
 
     def stop(error):
         raise error
 
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        found = [Path(parent, name) for name in (*folders, *files)]
+        outside = {path.name for path in found if leads_out(path, folder)}
+        for name in sorted(outside):
+            skipped.add(Path(parent, name), LEADS_OUT)
+        folders[:] = [name for name in folders if name not in outside]
+        paths += [Path(parent, name) for name in files if name not in outside]
     images = {}
-    walk = os.walk(folder, onerror=stop, followlinks=True)
-    for path in sorted(Path(root, name) for root, _, names in walk for name in names):
+    for path in sorted(paths):
         if path.name.lower().endswith(IMAGE_EXTENSIONS):
             if (other := images.setdefault(name_of(path), path)) != path:
                 raise ValueError(f"{other} and {path} have the same name; keep one of them")
-        elif skipped is not None and not path.name.endswith(caption_extension):
+        elif caption_extension is not None and not path.name.endswith(caption_extension):
             skipped.add(path, "not an image, by its extension")
     return images
 
@@ -718,7 +737,7 @@ def read_pick_a_pic(args, skipped):
     """`convert pick_a_pic`: metadata with the uids of images that are kept elsewhere. Ties stay, since `filter` needs them."""
     uid_columns = flags_of(args, "image_0_uid_column", "image_1_uid_column")
     rows = load_rows(args, {**flags_of(args, "label_column", "caption_column"), **uid_columns})
-    find_image = image_finder(args)
+    find_image = image_finder(args, skipped)
     metadata = metadata_features(rows.features, args)
 
     def candidates():
@@ -734,12 +753,12 @@ def read_pick_a_pic(args, skipped):
     return Features({**SCHEMA, **metadata}), candidates()
 
 
-def image_finder(args):
+def image_finder(args, skipped):
     """A function from a uid to its image in `--images_dir` or `--images_dataset`, or to `None`."""
     if (args.images_dir is None) == (args.images_dataset is None):
         raise ValueError("give either --images_dir or --images_dataset, and not both")
     if args.images_dir is not None:
-        return find_images(args.images_dir, lambda path: path.stem).get
+        return find_images(args.images_dir, lambda path: path.stem, skipped).get
     images = open_dataset(args.images_dataset, None, args.images_split_name, args.cache_dir, in_place=False)
     columns = flags_of(args, "uid_column", "image_column")
     require_columns(columns, images.features, f"--images_dataset {args.images_dataset}")

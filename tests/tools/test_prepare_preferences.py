@@ -1053,10 +1053,9 @@ def test_pair_ranks():
 
 def test_convert_folders(tmp_path, caplog, capsys):
     winners, losers = tmp_path / "winners", tmp_path / "losers"
-    (tmp_path / "elsewhere").mkdir()
     for folder, shade in ((winners, 10), (losers, 20)):
         folder.mkdir()
-        (folder / "sub").mkdir() if folder == winners else (folder / "sub").symlink_to(tmp_path / "elsewhere")
+        (folder / "sub").mkdir()
         (folder / "a.png").write_bytes(png(shade))
         (folder / "sub" / "a.jpg").write_bytes(png(shade + 1))
     (winners / "a.txt").write_text("\ufeffa cat,\n  asleep\n", encoding="utf-8")
@@ -1085,6 +1084,36 @@ def test_convert_folders(tmp_path, caplog, capsys):
     (losers / "a.webp").write_bytes(png(1))
     assert run("convert", "folders", *flags, "--output_dir", tmp_path / "new") == 2
     assert f"{losers}/a.png and {losers}/a.webp have the same name" in capsys.readouterr().err
+
+
+@pytest.mark.bad_input
+def test_conversions_do_not_follow_links_out_of_a_folder(tmp_path, caplog):
+    outside, folders = tmp_path / "outside", [tmp_path / "winners", tmp_path / "losers"]
+    for folder in (outside, *folders):
+        folder.mkdir()
+        for name in "abc":
+            (folder / f"{name}.png").write_bytes(png(7))
+            (folder / f"{name}.txt").write_text(f"{folder.name} {name}")
+    for link in (folders[0] / "b.png", folders[0] / "c.txt", folders[1] / "more"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(outside / link.name if link.suffix else outside)
+    # A link within the folder, and a folder that is a link itself.
+    (folders[1] / "a.png").rename(folders[1] / "real.webp")
+    (folders[1] / "a.png").symlink_to(folders[1] / "real.webp")
+    folders[0].rename(tmp_path / "renamed")
+    folders[0].symlink_to(tmp_path / "renamed")
+    flags = ["--winners", folders[0], "--losers", folders[1], "--output_dir", tmp_path / "out"]
+    assert run("convert", "folders", *flags) == 0
+    assert [row["caption"] for row in load(tmp_path / "out")] == ["winners a"]
+    for link in (folders[0] / "b.png", folders[1] / "more", folders[0] / "c.png"):
+        assert any(message.startswith(f"skipped {link}: ") for message in caplog.messages)
+
+    metadata = {"image_0_uid": ["a", "b"], "image_1_uid": ["c", "a"], "label_0": [1.0, 1.0], "caption": ["p", "p"]}
+    folder = write_parquet(tmp_path / "metadata", metadata)
+    flags = ["--dataset_name", folder, "--images_dir", folders[0], "--output_dir", tmp_path / "new"]
+    assert run("convert", "pick_a_pic", *flags) == 0
+    assert len(load(tmp_path / "new")) == 1
+    assert caplog.messages[-1].startswith("skipped row 1: ") and "uid b" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("images", ["files", "dataset"])
