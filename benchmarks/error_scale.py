@@ -12,12 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the error scale is for, shown in the small world: `python small_world/experiment.py pairs`,
-then `python benchmarks/error_scale.py`.
+"""Shows in the small world what the error scale does.
 
-How far the measured scale moves between seeds; NCP-DPO with β = 5000 at one learning rate, with perceptual errors as the
-paper has them (scale 1) and at the measured scale; then NCP-SFT at both, whose gradients are held against Adam's ε. Writes
-tables to standard output.
+    python small_world/experiment.py pairs
+    python benchmarks/error_scale.py
+
+prints three results: the scales that are measured with different seeds; NCP-DPO with β = 5000 at one learning rate, with a
+scale of 1 (the paper as written) and with the measured scale; and the gradients of NCP-SFT with both, compared with Adam's ε.
 """
 
 import argparse
@@ -42,7 +43,7 @@ WINDOW = 25
 
 
 def train(folder, name, **options):
-    """Trains as a user would and returns all scalars that were logged, by name, one per step."""
+    """Trains with the script and returns the logged scalars by name, each with a value per step."""
     output_dir = folder / "error_scale" / name
     shutil.rmtree(output_dir, ignore_errors=True)
     options = {
@@ -63,13 +64,13 @@ def train(folder, name, **options):
 
 
 def count_up_weights(folder):
-    """Those that have a gradient as long as they are zero."""
+    """The number of up-weights. As long as they are zero, only they have a gradient."""
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
     return sum(weight.numel() for name, weight in weights.items() if ".lora.up." in name)
 
 
 def print_scales(folder, num_seeds):
-    """What `--ncp_error_scale auto` measures for seeds 0, 1 and so on: pairs, timesteps, noise and LoRA differ."""
+    """Prints the scales of `--ncp_error_scale auto` for different seeds: pairs, timesteps, noise and LoRA differ."""
     scales = []
     for seed in range(num_seeds):
         options = {"max_train_steps": 1, "learning_rate": 0, "train_batch_size": 16, "seed": seed}
@@ -122,8 +123,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("small-world"), help="where the small world's pairs are")
-    parser.add_argument("--num_seeds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--folder", type=Path, default=Path("small-world"), help="folder with the small world's pairs")
+    parser.add_argument("--num_seeds", type=int, default=12, help="number of scales that are measured")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of NCP-DPO")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     main(parser.parse_args())

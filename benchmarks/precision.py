@@ -12,15 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How well half precision computes the perceptual error, its gradient and the margin of eq. 13.
+"""Measures how well half precision computes the perceptual error, its gradient and the margin of eq. 13.
 
     python benchmarks/precision.py                                # random weights, some minutes on a CPU
-    python benchmarks/precision.py --model PATH --json FILE       # real weights, by timestep; a GPU for full-size models
+    python benchmarks/precision.py --model PATH --json FILE       # real weights, by timestep; full-size models need a GPU
 
-prints every way of computing them against the paper's formula, literally, in float64. Weights are exact in every precision
-compared, so that only the arithmetic differs. The random U-Nets have the blocks of Stable Diffusion 1.5 and SDXL and fewer
-channels. A real one is shown pictures that it has drawn itself, and its own predictions; policy and reference differ by a small
-random LoRA in both.
+Every variant is compared with the paper's formula in float64. The weights are exact in all precisions, so only the
+arithmetic differs. The random U-Nets have the blocks of Stable Diffusion 1.5 and SDXL and fewer channels. A real model gets
+images that it has generated and makes its own predictions. A small random LoRA is the difference of policy and reference.
 """
 
 import argparse
@@ -55,7 +54,7 @@ SCHEDULERS = {
 }
 PREDICTION_RMS = (0.3, 0.05)
 RESOLUTION = 16
-# For a real model: bins of timesteps, and what it draws.
+# For a real model: the number of timestep ranges, and the prompts of its images.
 NUM_BINS = 8
 PROMPTS = (
     "a photograph of a red bicycle leaning on a brick wall",
@@ -71,7 +70,7 @@ PROMPTS = (
 
 class Variant(NamedTuple):
     dtype: torch.dtype
-    probe_rms: float | None = None  # as in `NoiseConditionedPerception`: 0 is the literal formula
+    probe_rms: float | None = None  # as in `NoiseConditionedPerception`; 0 is the formula as printed
 
 
 VARIANTS = {
@@ -84,20 +83,33 @@ VARIANTS = {
 
 
 class Precision(NamedTuple):
-    min_cosine: dict  # of ∂e/∂pred with the exact one, the smallest over samples; by prediction-error rms
-    mean_error: dict  # of e, relative to the exact one, mean over samples; by prediction-error rms
+    """How well a variant agrees with the exact formula. The `dict`s have the rms of the prediction error as keys."""
+
+    mean_cosine: dict  # of ∂e/∂pred with the exact gradient, the mean over the samples
+    min_cosine: dict  # the smallest over the samples
+    mean_error: dict  # of e, relative to the exact one, the mean over the samples
     correlation: float  # of the margins with the exact ones
-    right_sign: float  # share of pairs whose margin has the exact one's sign
-    zeros: float  # share of elements of ∂e/∂pred that are exactly zero
+    right_sign: float  # the share of pairs whose margin has the sign of the exact one
+    zeros: float  # the share of elements of ∂e/∂pred that are exactly zero
 
 
 class Comparison(NamedTuple):
-    """Of one variant with the exact formula, for a batch: as in `Precision`, of each sample and pair."""
+    """The same of one batch, with a value for each sample or pair."""
 
     cosine: torch.Tensor
     error: torch.Tensor
     zeros: torch.Tensor
     margin: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """Winners first, then their losers, in float64."""
+
+    x_t: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    condition: tuple  # the text embeddings, and SDXL's `added_cond_kwargs` or `None`
+    variance_noise: torch.Tensor  # z of eq. 12
 
 
 def sd15_shaped_unet(width):
@@ -135,7 +147,7 @@ UNETS = {"SD1.5": sd15_shaped_unet, "SDXL": sdxl_shaped_unet}
 
 
 def exact_in_half(x):
-    """Rounds to what float16 and bfloat16 both represent."""
+    """Rounds to numbers that float16 and bfloat16 can both represent."""
     return x.bfloat16().half()
 
 
@@ -144,7 +156,7 @@ class _Stop(Exception):
 
 
 def literal_features(unet, x, timesteps, encoder_hidden_states, added_cond_kwargs):
-    """Output of the mid block, from the U-Net's own forward; the up blocks never run."""
+    """Output of the mid block from the U-Net's own forward pass, which is stopped before the up blocks."""
     captured = []
 
     def stop(module, inputs, output):
@@ -161,41 +173,45 @@ def literal_features(unet, x, timesteps, encoder_hidden_states, added_cond_kwarg
     return captured[0]
 
 
-def literal_step(prediction, x_t, timesteps, scheduler):
-    """Eq. 12 with z = 0."""
-    alphas_cumprod = scheduler.alphas_cumprod.double().to(timesteps.device)
-    abar, abar_previous = (alphas_cumprod[t].view(-1, 1, 1, 1) for t in (timesteps, timesteps - 1))
+def literal_step(prediction, batch, scheduler):
+    """x_{t'} of eq. 12."""
+    alphas_cumprod = scheduler.alphas_cumprod.double().to(batch.timesteps.device)
+    abar, abar_previous = (alphas_cumprod[t].view(-1, 1, 1, 1) for t in (batch.timesteps, batch.timesteps - 1))
     alpha = abar / abar_previous
     if scheduler.config.prediction_type == "v_prediction":
-        prediction = abar.sqrt() * prediction + (1 - abar).sqrt() * x_t
-    return (x_t - (1 - alpha) / (1 - abar).sqrt() * prediction) / alpha.sqrt()
+        prediction = abar.sqrt() * prediction + (1 - abar).sqrt() * batch.x_t
+    sigma = ((1 - abar_previous) / (1 - abar) * (1 - alpha)).sqrt()
+    mean = (batch.x_t - (1 - alpha) / (1 - abar).sqrt() * prediction) / alpha.sqrt()
+    return mean + sigma * batch.variance_noise
 
 
-def literal_errors(unet, predictions, x_t, timesteps, target, condition, scheduler):
-    """Eq. 13 in float64 for each of `predictions`, with the gradient for the first."""
+def literal_errors(unet, predictions, batch, scheduler):
+    """Eq. 13 in float64 for each of `predictions`, and the gradient of the first error."""
+
+    def features(prediction):
+        x = literal_step(prediction, batch, scheduler)
+        return literal_features(unet, x, batch.timesteps - 1, *batch.condition)
+
     with torch.no_grad():
-        seen = literal_features(unet, literal_step(target, x_t, timesteps, scheduler), timesteps - 1, *condition)
+        target_features = features(batch.target)
     errors, gradient = [], None
     for prediction in predictions:
         prediction = prediction.detach().requires_grad_(gradient is None)
         with torch.set_grad_enabled(prediction.requires_grad):
-            features = literal_features(
-                unet, literal_step(prediction, x_t, timesteps, scheduler), timesteps - 1, *condition
-            )
-            errors.append((features - seen).square().mean(dim=(1, 2, 3)))
+            errors.append((features(prediction) - target_features).square().mean(dim=(1, 2, 3)))
         if gradient is None:
             gradient = torch.autograd.grad(errors[0].sum(), prediction)[0]
     return [error.detach() for error in errors], gradient
 
 
 def cosine_of(a, b):
-    # F.cosine_similarity takes norms below 1e-8 for zero, and the exact gradient's is smaller.
+    # F.cosine_similarity replaces norms below 1e-8, and the norm of the exact gradient is smaller.
     a, b = a.flatten(1), b.flatten(1)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-300)
 
 
 def add_random_lora(unet, lora_std):
-    """A small random LoRA that is switched off."""
+    """Adds a small random LoRA and switches it off."""
     unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
@@ -206,7 +222,7 @@ def add_random_lora(unet, lora_std):
 
 @torch.no_grad()
 def predict(unet, x_t, timesteps, condition):
-    """With the LoRA, and without."""
+    """The predictions with the LoRA and without it."""
     predictions = []
     for switch in (unet.enable_adapters, unet.disable_adapters):
         switch()
@@ -217,8 +233,8 @@ def predict(unet, x_t, timesteps, condition):
 
 def accumulate_in_float32(unet):
     """
-    Gives `unet` a GPU's half-precision arithmetic: exact products, summed in float32, rounded once. A CPU's own takes up to
-    sixty times as long as that, where it has no instructions for it.
+    Gives `unet` the half-precision arithmetic of a GPU: exact products are summed in float32, and the sum is rounded once.
+    The half-precision arithmetic of a CPU without instructions for it takes up to sixty times as long.
     """
 
     def conv2d(module, x):
@@ -243,34 +259,48 @@ def gradient_of(perception, anchor, prediction):
     return errors.detach(), prediction.grad
 
 
-def compare(variants, unets, exact, scheduler, x_t, timesteps, target, predictions, condition):
+def compare(variants, unets, exact, scheduler, batch, predictions):
     """
-    Compares variants on a batch, winners first, in float64: `predictions` are the policy's and the reference's, `unets` by the
-    variants' dtypes, `exact` in float64.
+    Compares variants on a batch.
+
+    Args:
+        variants (`dict` of `Variant`): the variants by name.
+        unets (`dict` of `UNet2DConditionModel`): the U-Net for each dtype of the variants.
+        exact (`UNet2DConditionModel`): the U-Net in float64.
+        scheduler (`DDPMScheduler`): of one of the prediction types "epsilon" and "v_prediction".
+        batch (`Batch`): the inputs.
+        predictions (pair of `torch.Tensor`): the policy's and the reference's, in float64.
 
     Returns:
-        `Comparison`s by the names of `variants`, and the exact margins, all in units of the pair's own error.
+        `Comparison`s by the names of `variants`, and the exact margins. The unit of margins is the pair's own error.
     """
-    (e, r), gradient = literal_errors(exact, predictions, x_t, timesteps, target, condition, scheduler)
+    (e, r), gradient = literal_errors(exact, predictions, batch, scheduler)
     policy_pred, ref_pred = predictions
+    encoder_hidden_states, added = batch.condition
+    inputs = {
+        "noisy_latents": batch.x_t.float(),
+        "timesteps": batch.timesteps,
+        "target": batch.target.float(),
+        "encoder_hidden_states": encoder_hidden_states.float(),
+        "added_cond_kwargs": added and {name: value.float() for name, value in added.items()},
+        "variance_noise": batch.variance_noise.float(),
+    }
 
     def margin_of(errors, ref_errors):
-        # The unit varies a thousandfold with the timestep.
+        # The size of errors varies a thousandfold with the timestep.
         return preference_loss(errors.double(), ref_errors.double()).margin / r.view(2, -1).mean(dim=0)
 
     compared = {}
     for name, variant in variants.items():
         perception = NoiseConditionedPerception(unets[variant.dtype], scheduler, probe_rms=variant.probe_rms)
-        inputs = (x_t.float(), timesteps, target.float(), condition[0].float())
-        kwargs = {"added_cond_kwargs": condition[1] and {key: value.float() for key, value in condition[1].items()}}
-        alone = perception.anchor(*inputs, **kwargs)
-        results = [gradient_of(perception, alone, policy_pred)]
+        anchor_without_reference = perception.anchor(**inputs)
+        results = [gradient_of(perception, anchor_without_reference, policy_pred)]
         if variant.probe_rms == 0:
-            # As the formula is written: two errors, each rounded by itself.
+            # As the formula is printed: two errors, each rounded by itself.
             with torch.no_grad():
-                ref_errors = perception.error(ref_pred.float(), alone)
+                ref_errors = perception.error(ref_pred.float(), anchor_without_reference)
         else:
-            anchor = perception.anchor(*inputs, **kwargs, ref_pred=ref_pred.float())
+            anchor = perception.anchor(**inputs, ref_pred=ref_pred.float())
             ref_errors = anchor.ref_errors
             results.append(gradient_of(perception, anchor, policy_pred))
         compared[name] = Comparison(
@@ -288,13 +318,13 @@ def correlation_of(a, b):
 
 def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
     """
-    Compares variants on random U-Nets of both shapes, both prediction types, all timesteps and both prediction errors.
+    Compares variants on random U-Nets of both shapes, at all timesteps, with both prediction types and prediction errors.
 
     Args:
-        variants (`dict` of `Variant`): what to compare.
-        pairs (`int`): pairs per combination of the above.
+        variants (`dict` of `Variant`): the variants by name.
+        pairs (`int`): the number of pairs per combination of the above.
         width (`int`): channels of the U-Nets' first block.
-        lora_std (`float`): standard deviation of the up-weights of the LoRA by which policy and reference differ.
+        lora_std (`float`): standard deviation of the up-weights of the LoRA that the policy has and the reference has not.
 
     Returns:
         `dict` of `Precision`: by the names of `variants`.
@@ -302,7 +332,7 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
     torch.manual_seed(seed)
     cosines, errors, margins, zeros = ({name: [] for name in variants} for _ in range(4))
     exact_margins = []
-    # Winners first, then losers, which share timestep and noise.
+    # Winners first, then losers. A pair shares timestep, noise and variance noise.
     timesteps = torch.tensor(TIMESTEPS * pairs * 2)
     n = len(timesteps)
     for make_unet in UNETS.values():
@@ -322,6 +352,7 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
         condition = (exact_in_half(torch.randn(n, 77, 64)).double(), added)
         x0 = torch.randn(n, 4, RESOLUTION, RESOLUTION).double()
         noise = torch.randn(n // 2, 4, RESOLUTION, RESOLUTION).double().repeat(2, 1, 1, 1)
+        variance_noise = torch.randn(n // 2, 4, RESOLUTION, RESOLUTION).double().repeat(2, 1, 1, 1)
         x_t = SCHEDULERS["epsilon"].add_noise(x0, noise, timesteps).float().double()
         add_random_lora(exact, lora_std)
         change = torch.sub(*predict(exact, x_t, timesteps, condition))
@@ -329,12 +360,12 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
             target = noise if prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, timesteps)
             target = target.float().double()
             for rms in PREDICTION_RMS:
-                # A random U-Net's own error is that of no training at all. White noise of the size of a trained one's
-                # stands in for it; what the LoRA changes is real.
+                # The predictions of a random U-Net say nothing, so white noise replaces the reference's error. The change
+                # by the LoRA is real.
                 ref_pred = (target + rms * torch.randn(target.shape)).float().double()
                 predictions = ((ref_pred + change).float().double(), ref_pred)
-                batch = x_t, timesteps, target, predictions, condition
-                compared, margin = compare(variants, unets, exact, scheduler, *batch)
+                batch = Batch(x_t, timesteps, target, condition, variance_noise)
+                compared, margin = compare(variants, unets, exact, scheduler, batch, predictions)
                 margin_rms = margin.square().mean().sqrt()
                 exact_margins.append(margin / margin_rms)
                 for name, comparison in compared.items():
@@ -351,6 +382,7 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
     for name in variants:
         margin = torch.cat(margins[name])
         result[name] = Precision(
+            mean_cosine={rms: at(rms, cosines[name]).mean().item() for rms in PREDICTION_RMS},
             min_cosine={rms: at(rms, cosines[name]).min().item() for rms in PREDICTION_RMS},
             mean_error={rms: at(rms, errors[name]).mean().item() for rms in PREDICTION_RMS},
             correlation=correlation_of(margin, exact_margin),
@@ -361,7 +393,7 @@ def measure(variants=VARIANTS, pairs=1, width=64, lora_std=0.02, seed=0):
 
 
 def encoder_of(unet, dtype):
-    """A copy without the up blocks, which the perceptual error does not run."""
+    """A copy in `dtype` without the up blocks, which the perceptual error does not need."""
     up_blocks, unet.up_blocks = unet.up_blocks, torch.nn.ModuleList()
     encoder = copy.deepcopy(unet).to(dtype)
     unet.up_blocks = up_blocks
@@ -372,7 +404,7 @@ def encoder_of(unet, dtype):
 
 @torch.no_grad()
 def draw_pairs(pipeline, num_pairs, resolution, seed):
-    """Pairs of pictures of one prompt each as latents `(2, C, h, w)`, and what the U-Net takes for the prompt, in float64."""
+    """Generates two images per prompt. Yields their latents, `(2, C, h, w)`, and the prompt's condition, in float64."""
     options = {"height": resolution, "width": resolution, "num_inference_steps": 20, "output_type": "latent"}
     for index in range(num_pairs):
         prompt = PROMPTS[index % len(PROMPTS)]
@@ -390,20 +422,20 @@ def draw_pairs(pipeline, num_pairs, resolution, seed):
 
 def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, seed=0, device="cpu"):
     """
-    Compares variants on the weights of a model, rounded to what all dtypes have in common, in bins of timesteps.
+    Compares variants on the weights of a model in each of `NUM_BINS` ranges of timesteps.
 
     Yields:
-        A bin ("0-124") and, by variant, "min_cosine" and "mean_error" over samples, "correlation" and "right_sign" of margins.
+        The range ("0-124") and, for each variant, the fields of `Precision` but `zeros`, as numbers.
     """
     torch.manual_seed(seed)
-    # TF32 would make fp32 another precision.
+    # With TF32, fp32 would be another precision.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     unet, scheduler = pipeline.unet.requires_grad_(False), DDPMScheduler.from_config(pipeline.scheduler.config)
     for parameter in unet.parameters():
         parameter.data = exact_in_half(parameter.data).float()
-    # SDXL's own takes four times the time, and its memory in float64.
+    # SDXL's own resolution takes four times the time and memory.
     resolution = min(unet.config.sample_size * pipeline.vae_scale_factor, 512)
     drawn = list(draw_pairs(pipeline, pairs, resolution, seed))
     unets = {dtype: encoder_of(unet, dtype) for dtype in {torch.float64, *(v.dtype for v in variants.values())}}
@@ -416,18 +448,20 @@ def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, s
         for x0, condition in drawn:
             timesteps = torch.randint(max(first, 1), last, (1,)).repeat(2).to(device)
             noise = torch.randn(1, *x0.shape[1:]).to(x0).repeat(2, 1, 1, 1)
+            variance_noise = torch.randn(1, *x0.shape[1:]).to(x0).repeat(2, 1, 1, 1)
             x_t = scheduler.add_noise(x0, noise, timesteps).float()
             target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, timesteps)}
             added = condition[1] and {name: value.float() for name, value in condition[1].items()}
             predictions = [p.double() for p in predict(unet, x_t, timesteps, (condition[0].float(), added))]
             target = target[scheduler.config.prediction_type].float().double()
-            batch = x_t.double(), timesteps, target, predictions, condition
-            results.append(compare(variants, unets, unets[torch.float64], scheduler, *batch))
+            batch = Batch(x_t.double(), timesteps, target, condition, variance_noise)
+            results.append(compare(variants, unets, unets[torch.float64], scheduler, batch, predictions))
         exact_margin = torch.cat([margin for _, margin in results])
         measured = {}
         for name in variants:
             cosine, error, _, margin = map(torch.cat, zip(*(compared[name] for compared, _ in results)))
             measured[name] = {
+                "mean_cosine": cosine.mean().item(),
                 "min_cosine": cosine.min().item(),
                 "mean_error": error.mean().item(),
                 "correlation": correlation_of(margin, exact_margin),
@@ -437,28 +471,27 @@ def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, s
 
 
 def markdown(result):
-    lines = [
-        "| | cosine, rms 0.3 | cosine, rms 0.05 | error of `e` | correlation of margins | right sign |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A table of `Precision`s. The columns of cosines are for the two sizes of the prediction error."""
+    columns = [f"{kind} cosine, rms {rms}" for rms in PREDICTION_RMS for kind in ("mean", "smallest")]
+    lines = [f"| | {' | '.join(columns)} | error of `e` | correlation of margins | right sign |", "|---" * 8 + "|"]
     for name, p in result.items():
+        cosines = " | ".join(f"{p.mean_cosine[rms]:.4f} | {p.min_cosine[rms]:.4f}" for rms in PREDICTION_RMS)
         error = sum(p.mean_error.values()) / len(p.mean_error)
-        lines.append(
-            f"| {name} | {p.min_cosine[0.3]:.4f} | {p.min_cosine[0.05]:.4f} | {error:.2%} | {p.correlation:.4f} |"
-            f" {p.right_sign:.1%} |"
-        )
+        lines.append(f"| {name} | {cosines} | {error:.2%} | {p.correlation:.4f} | {p.right_sign:.1%} |")
     return "\n".join(lines)
 
 
 def model_markdown(bins):
+    """A table of the results of `measure_model`."""
     lines = [
-        "| timesteps | | smallest cosine | error of `e` | correlation of margins | right sign |",
-        "|---|---|---|---|---|---|",
+        "| timesteps | | mean cosine | smallest cosine | error of `e` | correlation of margins | right sign |",
+        "|---" * 7 + "|",
     ]
     for span, result in bins.items():
         for name, values in result.items():
-            numbers = f"{values['min_cosine']:.4f} | {values['mean_error']:.2%} | {values['correlation']:.4f}"
-            lines.append(f"| {span} | {name} | {numbers} | {values['right_sign']:.1%} |")
+            cosines = f"{values['mean_cosine']:.4f} | {values['min_cosine']:.4f}"
+            numbers = f"{values['mean_error']:.2%} | {values['correlation']:.4f} | {values['right_sign']:.1%}"
+            lines.append(f"| {span} | {name} | {cosines} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -474,7 +507,7 @@ def main(args):
         pairs = args.pairs or len(PROMPTS)
         for span, measured in measure_model(args.model, VARIANTS, pairs, args.lora_std, args.seed, device):
             report["bins"][span] = measured
-            # As it goes, for it may be cut off.
+            # The file is written after each range, because the run may be interrupted.
             if args.json is not None:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -484,10 +517,12 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id or folder of a Stable Diffusion, instead of random weights")
-    parser.add_argument("--json", type=Path, help="file to write the model's results to")
-    parser.add_argument("--pairs", type=int, help="per timestep, prediction type and U-Net (2), or per bin (8)")
+    parser.add_argument("--model", help="hub id or folder of a Stable Diffusion model; default: random weights")
+    parser.add_argument("--json", type=Path, help="file for the results of --model")
+    parser.add_argument(
+        "--pairs", type=int, help="number of pairs; default: 2 per timestep, prediction type and U-Net, 8 per range"
+    )
     parser.add_argument("--width", type=int, default=64, help="channels of the random U-Nets' first block")
-    parser.add_argument("--lora_std", type=float, default=0.02, help="size of the LoRA's up-weights")
+    parser.add_argument("--lora_std", type=float, default=0.02, help="standard deviation of the LoRA's up-weights")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The perceptual error in half precision against the literal formula in float64. See `benchmarks/precision.py`."""
+"""Compares the perceptual error in half precision with the literal formula in float64, by `benchmarks/precision.py`."""
 
 import copy
 
@@ -31,7 +31,7 @@ DEFAULTS = {
 }
 HALF = ["fp16", "bf16"]
 
-# One process measures for all.
+# The tests share one measurement, so they run in one process.
 pytestmark = pytest.mark.xdist_group("precision")
 
 
@@ -66,7 +66,7 @@ def test_gradient_does_not_underflow(measured, name):
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
 def test_many_features_do_not_underflow_in_fp16(loss_scale):
     torch.manual_seed(0)
-    # Features as large as the latents, and sixteen times as many.
+    # The features have the height and width of the latents and sixteen times as many channels.
     base = UNet2DConditionModel(
         block_out_channels=(64,),
         layers_per_block=1,
@@ -86,10 +86,10 @@ def test_many_features_do_not_underflow_in_fp16(loss_scale):
     encoder_hidden_states = precision.exact_in_half(torch.randn(3, 7, 16))
     condition = (encoder_hidden_states.double(), None)
 
-    (errors,), expected = precision.literal_errors(
-        exact, (prediction.double(),), latents.double(), timesteps, target.double(), condition, scheduler
-    )
-    # A plain backward pass would start from the last digit that fp16 has, or from zero.
+    no_noise = torch.zeros_like(latents).double()
+    batch = precision.Batch(latents.double(), timesteps, target.double(), condition, no_noise)
+    (errors,), expected = precision.literal_errors(exact, (prediction.double(),), batch, scheduler)
+    # A plain backward pass would start with numbers that fp16 rounds to its smallest one, or to zero.
     n = precision.literal_features(exact, latents.double(), timesteps, *condition)[0].numel()
     assert n == 16 * latents[0].numel()
     assert (2 / n * errors.sqrt()).max() < 2**-23
