@@ -17,7 +17,7 @@
     python small_world/base.py     # from scratch: half an hour on two cores
     python small_world/base.py --size strong --output_dir small-world-strong/base     # an hour, six million parameters
 
-It draws what `scenes.py` shows it, well or badly, so that there is something to prefer.
+`scenes.py` draws its training pictures, well or badly. So it draws well or badly too, and there is something to prefer.
 """
 
 import argparse
@@ -48,7 +48,7 @@ VAE_BATCH_SIZE, UNET_BATCH_SIZE = 8, 32
 
 
 class Size(NamedTuple):
-    """Of a base model, and how long it is trained."""
+    """The channels of a base model, and the steps that it is trained for."""
 
     vae_channels: tuple
     vae_steps: int
@@ -63,11 +63,11 @@ SIZES = {
 
 
 def build_tokenizer():
-    """A CLIP tokenizer to which every word of a caption is one token."""
+    """Returns a CLIP tokenizer for which every word of a caption is one token."""
     words = sorted({word for scene in SCENES for word in scene.caption.split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Given beforehand, letters that end words have the same numbers, and break ties between merges the same way, every time.
+    # As special tokens the last letters have fixed numbers, so that ties between merges are broken the same way every time.
     last_letters = sorted({f"{word[-1]}</w>" for word in words})
     bpe.train_from_iterator(
         words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False)
@@ -82,7 +82,7 @@ def build_tokenizer():
 
 
 def save_vocabulary(folder):
-    """Writes `vocab.json` and `merges.txt`, which transformers 4 reads, from the `tokenizer.json` in a tokenizer's folder."""
+    """Writes `vocab.json` and `merges.txt` from a tokenizer's `tokenizer.json`. Transformers 4 reads these."""
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
     merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"])])
@@ -91,7 +91,7 @@ def save_vocabulary(folder):
 
 
 def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch):
-    """AdamW with a cosine schedule; leaves the moving average of the weights in `model`, frozen."""
+    """Trains by AdamW with a cosine schedule. `model` then has the moving average of its weights, and is frozen."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_steps // 50, num_steps)
     ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True)
@@ -112,7 +112,7 @@ def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch)
 
 
 def train_vae(pictures, size):
-    """An autoencoder for `pictures` `(N, 3, H, W)` in [-1, 1], whose scaled latents have unit variance."""
+    """Trains an autoencoder on `pictures` `(N, 3, H, W)` in [-1, 1]. Its scaled latents have unit variance."""
     vae = AutoencoderKL(
         block_out_channels=size.vae_channels,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -141,7 +141,7 @@ def encode(vae, pictures):
 
 
 def train_denoiser(tokenizer, captions, latents, size):
-    """U-Net and text encoder, together, with classifier-free guidance's empty captions now and then."""
+    """Trains the text encoder and the U-Net together. Some captions are left empty, for classifier-free guidance."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -185,8 +185,8 @@ def train_denoiser(tokenizer, captions, latents, size):
 
 
 def train_base(folder, size):
-    """Trains the world's Stable Diffusion on its pictures, good and bad, and saves it in half precision."""
-    # Sums are in the order of the threads.
+    """Trains a Stable Diffusion on well and badly drawn pictures, and saves it in half precision."""
+    # Another number of threads adds up in another order, which gives another model.
     torch.set_num_threads(2)
     random.seed(SEED)
     torch.manual_seed(SEED)

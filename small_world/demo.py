@@ -16,8 +16,8 @@
 
 A Stable Diffusion of two million parameters (`assets/small-world`) draws coloured shapes, well or badly. Pairs of its
 pictures are labelled by a hidden preference: for sharp pictures of what was asked for, with a dark outline.
-`tools/prepare_preferences.py` keeps those with absolute winners, `tools/encode_preferences.py` encodes them,
-`train_ncp_dpo_sd15.py` trains a LoRA on them, and other captions are drawn with and without it from the same noise.
+`tools/prepare_preferences.py` keeps the pairs that an absolute winner won. `tools/encode_preferences.py` encodes them.
+`train_ncp_dpo_sd15.py` trains a LoRA on them. Other captions are then drawn with and without it, from the same noise.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import experiment
+import protocol
 from PIL import Image, ImageDraw, ImageFont
 from scenes import Explanations, reward
 
@@ -44,7 +45,7 @@ def say(text):
 
 
 def save_before_after(scenes, before, after, path):
-    """Writes both rows of pictures `(N, 3, H, W)` in [0, 1], enlarged, one above the other, with their captions."""
+    """Saves one picture with two rows of enlarged pictures `(N, 3, H, W)` in [0, 1], under their captions."""
     side, margin, header = 112, 8, 44
     grid = Image.new("RGB", (len(scenes) * (side + margin) + margin, header + 2 * (side + 28)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
@@ -66,24 +67,24 @@ def main(output_dir):
     lora = output_dir / "lora"
 
     pipeline, explanations = experiment.load_pipeline(experiment.ASSETS), Explanations()
-    _, _, test = experiment.split_scenes()
+    _, _, test = protocol.split_scenes()
 
-    say("1/5 The base model draws pictures, which are compared")
+    say("1/5 The base model draws pictures, and pairs of them are labelled")
     experiment.make_training_pairs(pipeline, explanations, output_dir)
 
-    say("2/5 It draws other captions, to measure with")
+    say("2/5 The base model draws captions that are not trained on")
     pictures = {0: experiment.draw(pipeline, test, experiment.TEST_NOISE)}
 
-    say("3/5 The pairs with absolute winners are encoded")
+    say("3/5 The pairs that an absolute winner won are encoded")
     experiment.encode_pairs(output_dir, "filtered")
 
     say("4/5 A LoRA is trained on them")
-    # Or else that of an earlier demo would be taken up.
+    # Otherwise training would resume the LoRA of an earlier demo.
     shutil.rmtree(lora, ignore_errors=True)
-    settings = METHOD, LEARNING_RATE, experiment.BETA_DPO, experiment.SEED
+    settings = METHOD, LEARNING_RATE, protocol.BETA_DPO, protocol.SEED
     experiment.train(experiment.training_options(output_dir, lora, *settings, STEPS))
 
-    say("5/5 The other captions again, from the same noise")
+    say("5/5 These captions are drawn with the LoRA, from the same noise")
     for step in STEPS:
         pipeline.load_lora_weights(lora / f"checkpoint-{step}")
         pictures[step] = experiment.draw(pipeline, test, experiment.TEST_NOISE)
@@ -103,5 +104,7 @@ def main(output_dir):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="Where everything is written.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("demo"), help="Folder for everything that the demo writes."
+    )
     main(parser.parse_args().output_dir)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The README's picture of the method, with a pair of this world: `python small_world/method.py`."""
+"""Draws README's picture of the method, with a pair of this world: `python small_world/method.py`."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,7 @@ BLUE, GREY, LIGHT = "#1f5fa8", "#8a8a8a", "#eef3fa"
 
 
 def box(axis, x, y, width, text, color=BLUE, face=LIGHT, style="-"):
-    """A labelled box of a height of 0.9, its middle at (x, y)."""
+    """Draws a box with text around (x, y). Its height is 0.9."""
     shape = FancyBboxPatch(
         (x - width / 2, y - 0.45), width, 0.9, "round,pad=0,rounding_size=0.12", lw=1.4, ls=style, ec=color, fc=face
     )
@@ -51,7 +51,7 @@ def draw_method(path):
     generator = torch.Generator().manual_seed(4)
     scene = SCENES[31]
     winner = render([scene] * 40, generator, well_drawn=1.0)
-    # With an outline they are darker.
+    # The darkest picture has an outline.
     winner = winner[winner.mean(dim=(1, 2, 3)).argmin()]
     loser = gaussian_blur(render([scene], generator, well_drawn=1.0)[0], 1.6)
     noise = torch.randn(winner.shape, generator=generator)

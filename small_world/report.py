@@ -13,34 +13,52 @@
 # limitations under the License.
 
 
-"""Tables and a plot of what `experiment.py` has measured: `python small_world/report.py` reads `small_world/results/runs` and
-writes beside it. Rows that are not complete yet are left out.
+"""Writes tables and a plot of what `experiment.py` and `rounds.py` have measured. It measures nothing itself.
+
+    python small_world/report.py    # reports of both bases, and the tables in README.md and docs/results.md
+    python small_world/report.py --output_dir small_world/results    # only the report of the runs in this folder
+
+A row is left out until all its runs are there.
 """
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import experiment
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import protocol
+from protocol import ROOT
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from eval_win_rate import compare  # noqa: E402
+from doc_tables import write_table  # noqa: E402
 from ncp_loss import LOSSES  # noqa: E402
 
 
 matplotlib.use("Agg")
 
 
+COMMAND = "python small_world/report.py"
+STRONG_RESULTS = Path(__file__).with_name("results_strong")
+ROUNDS_NAME = "rounds.jsonl"
 BASELINE = "dpo-latent"
-# Methods that differ in one thing
+# Methods that the trainer no longer offers, and the methods whose steps took as long.
+WITHDRAWN = {
+    "dpo-latent-balanced": "dpo-latent",
+    "dpo-ncp-balanced": "dpo-ncp",
+    "dpo-latent-profile": "dpo-latent",
+    "dpo-latent-safeguard": "dpo-latent-safeguard",
+    "dpo-ncp-safeguard": "dpo-ncp-safeguard",
+    "dpo-sum": "dpo-sum",
+    "dpo-latent-inverted": "dpo-latent-inverted",
+}
+# Pairs of methods that differ in one thing.
 DUELS = (
     ("dpo-latent-balanced", "dpo-latent"),
     ("dpo-latent-profile", "dpo-latent"),
@@ -70,7 +88,7 @@ DUELS = (
     ("simpo-ncp-filtered", "dpo-ncp-filtered"),
     ("simpo-ncp-filtered", "simpo-latent-filtered"),
 )
-# What errors are measured in, and how much each timestep weighs
+# DPO by the space of its errors and the weights of its timesteps.
 PARTS_OF_NCP = {
     "latent space": {
         "as in latent DPO": "dpo-latent",
@@ -79,16 +97,36 @@ PARTS_OF_NCP = {
     },
     "feature space": {"balanced": "dpo-ncp-balanced", "as in NCP": "dpo-ncp"},
 }
+ROUND_DUELS = (
+    ("round 1", "base"),
+    ("round 2", "round 1"),
+    ("round 2", "control 2"),
+    ("round 3", "round 2"),
+    ("round 3", "control 3"),
+)
+# The rows of README's table, and what it calls them.
+SUMMARY = {
+    "base": "base",
+    "dpo-latent": "latent DPO",
+    "dpo-ncp": "NCP-DPO",
+    "dpo-latent-filtered": "latent DPO, filtered pairs",
+    "dpo-ncp-filtered": "NCP-DPO, filtered pairs",
+    "simpo-latent-filtered": "latent SimPO, filtered pairs",
+    "simpo-ncp-filtered": "NCP-SimPO, filtered pairs",
+}
+PARTS = ("quality", "match", "style")
+SETTINGS = ("trainings", "learning rate", "β", "steps")
+COMPARISONS = ("over latent DPO", "at equal steps", "at equal time", "beats latent DPO")
 
 
 class Row:
-    """A method's runs: `tried` with the first seed, and those `tested` at the settings that were chosen, by seed."""
+    """A method's runs: `tried` with the first seed, and `tested` with the chosen settings, by seed."""
 
     def __init__(self, method, runs):
         self.method = method
         self.tried = [run for run in runs if "choosing" in run]
         settings = {(run["learning_rate"], run["beta"]): run for run in self.tried}
-        chosen = experiment.choose(method, lambda rate, beta, steps: settings[rate, beta])
+        chosen = protocol.choose(method, lambda rate, beta, steps: settings[rate, beta])
         self.learning_rate, self.beta, self.steps, self.step = chosen
         chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
         steps = set(map(str, self.steps))
@@ -100,45 +138,47 @@ class Row:
         return np.median(self.seconds) if self.seconds else None
 
     @property
-    def costs(self):
-        """What decides how long a step takes."""
-        options = {"loss_type": "dpo", "loss_space": "ncp", **experiment.METHODS[self.method]}
-        passes = options["loss_type"] == "sft", LOSSES[options["loss_type"]].needs_reference
-        names = ("loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms", "sdpo_safeguard")
-        replaced = experiment.REPLACED.get(self.method)
-        return [*passes, replaced, *(name in options and options[name] for name in names)]
+    def work(self):
+        """Returns what a step computes. Rows with the same work share their times."""
+        same = WITHDRAWN.get(self.method, self.method)
+        if same not in protocol.METHODS:
+            return [same]
+        options = {"loss_type": "dpo", "loss_space": "ncp", **protocol.METHODS[same]}
+        names = ("loss_space", "ncp_layer", "mixed_precision", "ncp_probe_rms")
+        loss = options["loss_type"]
+        return [loss == "sft", LOSSES[loss].needs_reference, *(options.get(name) for name in names)]
 
     def rewards(self, seed, step=None):
-        """Of pictures, after a step or that which was chosen."""
+        """Returns the reward of every picture after a step, by default the chosen one."""
         return np.array(self.tested[seed]["test"][str(step or self.step)]["total"])
 
     def curve(self, seed, base):
-        """Mean rewards from the base on, always of the same pictures."""
+        """Returns mean rewards at step 0 (the base) and after all measured steps, of the same captions and noise."""
         number = min(len(self.rewards(seed, step)) for step in self.steps)
         rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in self.steps)]
         return np.array([values[:number].mean() for values in rewards])
 
     @property
     def goals(self):
-        """What pairs are labelled by, after the step that was chosen, by seed."""
+        """Returns the mean reward that labelled the pairs after the chosen step, by seed."""
         step = str(self.step)
-        return {seed: experiment.goal(self.method, run["test"][step]) for seed, run in self.tested.items()}
+        return {seed: protocol.goal(self.method, run["test"][step]) for seed, run in self.tested.items()}
 
     def part(self, name):
         return np.mean([run["test"][str(self.step)][name] for run in self.tested.values()])
 
 
 def load_rows(runs):
-    """Of all methods that have been chosen for and tested, by name."""
+    """Returns the rows whose settings are chosen and tested, by method. Withdrawn methods come last."""
     rows = {}
-    for method in experiment.METHODS:
+    for method in (*protocol.METHODS, *WITHDRAWN):
         try:
             row = Row(method, [run for run in runs if run["method"] == method])
         except KeyError:
-            continue  # a setting has not been tried yet
+            continue  # A setting has not been tried yet.
         if row.tested:
             rows[method] = row
-    for _, alike in itertools.groupby(sorted(rows.values(), key=lambda row: str(row.costs)), lambda row: row.costs):
+    for _, alike in itertools.groupby(sorted(rows.values(), key=lambda row: str(row.work)), lambda row: row.work):
         alike = list(alike)
         seconds = [value for row in alike for value in row.seconds]
         for row in alike:
@@ -147,7 +187,7 @@ def load_rows(runs):
 
 
 def mean_and_error(values, sign=""):
-    """Of one value for each training: their mean and its standard error."""
+    """Returns the mean of one value per training and its standard error, as text."""
     error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.3f}{error}"
 
@@ -157,7 +197,7 @@ def common_seeds(ours, theirs):
 
 
 def difference(ours, theirs, step=None, their_step=None):
-    """Mean difference of pictures from the same noise, a value for each seed that both have."""
+    """Returns the mean difference between pictures from the same noise, for each seed that both rows have."""
     differences = []
     for seed in common_seeds(ours, theirs):
         a, b = ours.rewards(seed, step), theirs.rewards(seed, their_step)
@@ -167,7 +207,7 @@ def difference(ours, theirs, step=None, their_step=None):
 
 
 def difference_at_equal_time(ours, theirs, base):
-    """The same at the time that their chosen step takes them, between our steps by interpolation."""
+    """Returns the same at the time that their chosen step takes. Our reward is interpolated between measured steps."""
     our_step = theirs.step * theirs.seconds_per_step / ours.seconds_per_step
     return [
         np.interp(our_step, [0, *ours.steps], ours.curve(seed, base))
@@ -178,14 +218,14 @@ def difference_at_equal_time(ours, theirs, base):
 
 def win_rate(ours, theirs):
     """
-    Share of pictures with the higher reward, ties counting half. Neither pictures of one caption nor those of one training are
-    independent: for the 95 % confidence interval both captions and trainings are drawn anew (bootstrap).
+    Returns the share of pictures with the higher reward, a tie counting half, and its 95 % confidence interval. Pictures of
+    one caption depend on each other, and so do those of one training. So the bootstrap draws captions and trainings anew.
 
     Args:
-        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): by training, rewards of pictures from
-            the same noise.
+        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): rewards by training. Pictures at
+            the same place are from the same noise.
     """
-    wins = np.array([[compare(a, b).win_rate for a, b in zip(x.T, y.T)] for x, y in zip(ours, theirs)])
+    wins = np.array([((a > b) + 0.5 * (a == b)).mean(axis=0) for a, b in zip(ours, theirs)])
     rng = np.random.default_rng(0)
     trainings, captions = (rng.integers(size, size=(10_000, size)) for size in wins.shape)
     resampled = wins[trainings[:, :, None], captions[:, None, :]].mean(axis=(1, 2))
@@ -194,8 +234,11 @@ def win_rate(ours, theirs):
 
 
 def row_win_rate(ours, theirs):
-    seeds, captions = common_seeds(ours, theirs), len(experiment.split_scenes()[2])
+    seeds, captions = common_seeds(ours, theirs), len(protocol.split_scenes()[2])
     return win_rate(*([row.rewards(seed).reshape(-1, captions) for seed in seeds] for row in (ours, theirs)))
+
+
+# Tables
 
 
 def markdown(columns, lines):
@@ -207,28 +250,35 @@ def settings(learning_rate, beta):
     return [f"{learning_rate:g}", "" if beta is None else f"{beta:g}"]
 
 
-def table(rows, references):
-    baseline, base, lines = rows[BASELINE], references["base"], []
-    columns = ["method", "trainings", "learning rate", "β", "steps", "reward", "quality", "match", "style"]
-    columns += ["over latent DPO", "at equal steps", "at equal time", "beats latent DPO", "seconds per step"]
-    parts = ("quality", "match", "style")
-    for name in ("best", "base"):
-        means = [np.mean(references[name]["total"]), *(references[name][part] for part in parts)]
-        title = {"best": "best possible"}.get(name, name)
-        lines.append([title, *4 * [""], *(f"{mean:.3f}" for mean in means), *5 * [""]])
-    for row in rows.values():
-        line = [row.method, len(row.tested), *settings(row.learning_rate, row.beta), row.step]
-        line += [mean_and_error([row.rewards(seed).mean() for seed in row.tested])]
-        line += [f"{row.part(part):.3f}" for part in parts]
-        if row is baseline:
-            line += 4 * [""]
-        else:
-            line += [mean_and_error(difference(row, baseline), "+")]
-            line += [mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")]
-            line += [mean_and_error(difference_at_equal_time(row, baseline, base), "+") if row.seconds else ""]
-            line += [row_win_rate(row, baseline)]
-        lines.append([*line, f"{row.seconds_per_step:.3f}" if row.seconds else ""])
-    return markdown(columns, lines)
+def reference_cells(name, reference):
+    """Returns the cells of the best possible pictures or of the base's, by column."""
+    parts = {part: f"{reference[part]:.3f}" for part in PARTS}
+    return {
+        "method": {"best": "best possible"}.get(name, name),
+        "reward": f"{np.mean(reference['total']):.3f}",
+        **parts,
+    }
+
+
+def row_cells(row, baseline, base):
+    """Returns a row's cells by column."""
+    cells = dict(zip(SETTINGS, [len(row.tested), *settings(row.learning_rate, row.beta), row.step]))
+    cells |= {"method": row.method, "reward": mean_and_error([row.rewards(seed).mean() for seed in row.tested])}
+    cells |= {part: f"{row.part(part):.3f}" for part in PARTS}
+    if row is not baseline:
+        cells["over latent DPO"] = mean_and_error(difference(row, baseline), "+")
+        cells["at equal steps"] = mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")
+        if row.seconds:
+            cells["at equal time"] = mean_and_error(difference_at_equal_time(row, baseline, base), "+")
+        cells["beats latent DPO"] = row_win_rate(row, baseline)
+    if row.seconds:
+        cells["seconds per step"] = f"{row.seconds_per_step:.3f}"
+    return cells
+
+
+def table(columns, lines):
+    """Returns a table of some columns of `lines`, which hold cells by column."""
+    return markdown(columns, [[line.get(column, "") for column in columns] for line in lines])
 
 
 def parts_table(rows):
@@ -243,8 +293,8 @@ def parts_table(rows):
     return markdown(["errors in", *(f"timesteps {weight}" for weight in weights)], lines)
 
 
-def duels(rows):
-    """Methods that differ in one thing, each at its best."""
+def duels_table(rows, withdrawn):
+    """Compares methods that differ in one thing, each at its best: those with a withdrawn method, or the others."""
     lines = [
         [
             ours,
@@ -253,7 +303,7 @@ def duels(rows):
             row_win_rate(rows[ours], rows[theirs]),
         ]
         for ours, theirs in DUELS
-        if ours in rows and theirs in rows
+        if ours in rows and theirs in rows and withdrawn == (ours in WITHDRAWN or theirs in WITHDRAWN)
     ]
     return markdown(["", "against", "reward", "wins"], lines)
 
@@ -276,9 +326,7 @@ def choosing_table(rows):
             row.method,
             *settings(run["learning_rate"], run["beta"]),
             *(
-                f"{experiment.goal(row.method, run['choosing'][str(step)]):.3f}"
-                if str(step) in run["choosing"]
-                else ""
+                f"{protocol.goal(row.method, run['choosing'][str(step)]):.3f}" if str(step) in run["choosing"] else ""
                 for step in all_steps(rows)
             ),
             "✓" if (run["learning_rate"], run["beta"]) == (row.learning_rate, row.beta) else "",
@@ -290,37 +338,48 @@ def choosing_table(rows):
 
 
 def labels_table(rows, base):
-    """What is learnt of pairs that are labelled by one part of the reward, as that part measures it."""
+    """Shows what is learnt from pairs labelled by one part of the reward, measured by that part."""
     lines = []
     for method, row in rows.items():
         kind, _, part = method.partition("-by-")
         line = [part, kind, len(row.tested), *settings(row.learning_rate, row.beta), row.step]
-        line += [f"{experiment.goal(method, base):.3f}", mean_and_error(list(row.goals.values()))]
+        line += [f"{protocol.goal(method, base):.3f}", mean_and_error(list(row.goals.values()))]
         latent = rows.get(method.replace("ncp", "latent"), row)
         differences = [row.goals[seed] - latent.goals[seed] for seed in common_seeds(row, latent)]
         lines.append([*line, "" if latent is row else mean_and_error(differences, "+")])
-    columns = ["labelled and measured by", "method", "trainings", "learning rate", "β", "steps", "base"]
-    return markdown([*columns, "that part", "over latent DPO"], lines)
+    return markdown(["labelled and measured by", "method", *SETTINGS, "base", "that part", "over latent DPO"], lines)
 
+
+def rounds_table(results):
+    """Compares the models of `rounds.py` with each other."""
+    captions = len(protocol.split_scenes()[2])
+    lines = []
+    for ours, theirs in ROUND_DUELS:
+        rewards = [
+            [np.array(result["rewards"][name]["total"]).reshape(-1, captions) for result in results]
+            for name in (ours, theirs)
+        ]
+        differences = [(a - b).mean() for a, b in zip(*rewards)]
+        lines.append([ours, theirs, mean_and_error(differences, "+"), win_rate(*rewards)])
+    return markdown(["", "against", "reward", "wins"], lines)
+
+
+# Reports
 
 PLOTS = {
     "all and filtered pairs": (
         *("dpo-latent", "dpo-ncp"),
         *(f"{loss}-{space}-filtered" for loss in ("dpo", "simpo") for space in ("latent", "ncp")),
     ),
-    "DPO, timesteps": tuple(
-        f"dpo-{row}" for row in ("latent-balanced", "ncp-balanced", "latent-profile", "latent-late", "ncp-late")
-    ),
     "losses": tuple(f"{loss}-{space}" for loss in ("dpo", "cpo", "simpo") for space in ("latent", "ncp")),
 }
 
 
 def plot(rows, base, path):
-    """Rewards by steps: which pairs, which timesteps, which loss."""
+    """Plots rewards by steps, in one panel for each of `PLOTS`."""
     shown = {title: [method for method in rows if method in methods] for title, methods in PLOTS.items()}
-    shown = {title: methods for title, methods in shown.items() if methods}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 4), sharey=True, squeeze=False)
-    for axis, (title, methods) in zip(axes[0], shown.items()):
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 4), sharey=True)
+    for axis, (title, methods) in zip(axes, shown.items()):
         for method in methods:
             curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
             steps = [0, *rows[method].steps]
@@ -330,82 +389,198 @@ def plot(rows, base, path):
             axis.fill_between(steps, *band, color=line.get_color(), alpha=0.12)
         axis.set(xlabel="steps", title=title)
         axis.legend(fontsize=7, loc="lower left")
-    axes[0, 0].set(ylabel="true reward on held-out captions")
+    axes[0].set(ylabel="true reward on held-out captions")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def main(args):
-    results = {file.stem: json.loads(file.read_text()) for file in sorted((args.output_dir / "runs").glob("*.json"))}
-    references = {name: result for name, result in results.items() if "method" not in result}
-    runs = [result for result in results.values() if "method" in result]
+class Results(NamedTuple):
+    """What a folder's runs gave. Rows are by method, cells by method and column."""
+
+    runs: list
+    references: dict
+    rows: dict
+    withdrawn: dict
+    labelled: dict
+    cells: dict
+
+
+def load_results(folder):
+    runs = protocol.load_runs(folder / protocol.RUNS_NAME)
+    references = {name: run for name, run in runs.items() if "method" not in run}
+    runs = [run for run in runs.values() if "method" in run]
     rows = load_rows(runs)
-    missing = [method for method in experiment.METHODS if method not in rows]
     labelled = {method: rows.pop(method) for method in list(rows) if "-by-" in method}
-    plot(rows, references["base"], args.output_dir / "rewards.png")
-    few, many = (
-        n * len(experiment.split_scenes()[2])
-        for n in (experiment.PICTURES_PER_CAPTION, experiment.TEST_PICTURES_PER_CAPTION)
-    )
-    report = f"""# Small world
+    cells = {name: reference_cells(name, references[name]) for name in ("best", "base")}
+    cells |= {method: row_cells(row, rows[BASELINE], references["base"]) for method, row in rows.items()}
+    withdrawn = {method: rows.pop(method) for method in list(rows) if method in WITHDRAWN}
+    return Results(runs, references, rows, withdrawn, labelled, cells)
 
-`python small_world/experiment.py` has made {len(runs)} runs, whose numbers and commands are in [`runs`](runs), and
-`python small_world/report.py --output_dir {os.path.relpath(args.output_dir, experiment.ROOT)}` this of them. {f"Not complete yet: {', '.join(missing)}." if missing else ""}
 
-{table(rows, references)}
+def method_table(results, columns, rows):
+    return table(columns, [results.cells[name] for name in rows])
+
+
+def describe(results, folder):
+    """Returns the report of a folder's results."""
+    rows, references, captions = results.rows, results.references, len(protocol.split_scenes()[2])
+    few, many = protocol.PICTURES_PER_CAPTION * captions, protocol.TEST_PICTURES_PER_CAPTION * captions
+    missing = [method for method in protocol.METHODS if method not in {**rows, **results.labelled}]
+    not_measured = f"Not measured: {', '.join(missing)}.\n" if missing else ""
+    columns = ["method", *SETTINGS, "reward", *PARTS, *COMPARISONS, "seconds per step"]
+    all_rows = {**rows, **results.withdrawn}
+    text = f"""# Small world
+
+`python small_world/experiment.py` has made {len(results.runs)} runs. Their numbers and commands are in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
+`{COMMAND} --output_dir {os.path.relpath(folder, ROOT)}` has written this page.
+{not_measured}
+{method_table(results, columns, ("best", "base", *rows))}
 
 ![Reward against steps](rewards.png)
 
-- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1], of {many}
-  pictures of held-out captions after the *steps* that were chosen. *best possible*: well-drawn, outlined pictures, encoded and
-  decoded by the base's VAE.
-- *learning rate*, *β*, *steps* are chosen per method with the first seed, on captions of their own ([below](#how-settings-were-chosen)).
-- *over latent DPO*: mean difference to the picture from the same noise by latent DPO trained with the same seed, each at its best; at
-  latent DPO's number of steps; and at the time that these take ({few} pictures, between steps by interpolation). *beats*: share of
-  pictures with the higher reward, with its 95 % interval over captions and trainings.
-- ± is the standard error over trainings. Those of two or three trainings are themselves known to a factor of two.
-- *seconds per step*: of one core of a machine that did other work as well, the fastest tenth of a run's, and of these the median over
-  all runs whose steps do the same.
+- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1]. It is
+  measured on {many} pictures of held-out captions after the chosen number of *steps*.
+- *best possible*: well-drawn, outlined pictures that the base's VAE has encoded and decoded.
+- *learning rate*, *β* and *steps* are chosen for each method with the first seed, on other captions
+  ([how](#how-settings-were-chosen)).
+- *over latent DPO* is the mean difference to latent DPO trained with the same seed, between pictures from the same noise, each method
+  at its best. *at equal steps* compares after latent DPO's steps. *at equal time* compares after the time that these take ({few}
+  pictures, interpolated between measured steps).
+- *beats latent DPO* is the share of pictures with the higher reward, with its 95 % interval over captions and trainings.
+- ± is the standard error over trainings. With two or three trainings it is itself uncertain by a factor of two.
+- *seconds per step*: one core of a machine that did other work as well. The fastest tenth of each run's steps counts, and the median
+  over all runs whose steps compute the same.
+
+## One difference at a time
+
+Each method is at its best.
+
+{duels_table(rows, withdrawn=False)}
 
 ## What NCP is made of
 
-Reward of DPO over latent DPO's, each at its best:
+The reward of DPO minus that of latent DPO, each at its best, by what errors are measured in and how timesteps are weighted.
+Other weights than a space has by itself (`--timestep_weighting`) are withdrawn.
 
-{parts_table(rows)}
+{parts_table(all_rows)}
+"""
+    if results.withdrawn:
+        text += f"""
+## Withdrawn methods
 
-## One thing apart
+They earned nothing, and the scripts no longer offer them. Their runs stay in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
 
-{duels(rows)}
+- *balanced* (`--timestep_weighting balanced`) divides errors by the spread of their margins at each timestep.
+- *profile* (`--timestep_weighting ncp`) weights errors in latent space so that margins spread over timesteps as they do in NCP.
+- *safeguard* (`--sdpo_safeguard`) weakens the loser's gradient where it would raise the winner's error.
+- *sum* uses the mean of the errors in latent space and in feature space.
+- *inverted* takes the noise from DDIM inversion of the picture by the reference, as in InPO (arXiv:2503.18454).
 
+{method_table(results, columns, results.withdrawn)}
+
+{duels_table(all_rows, withdrawn=True)}
+"""
+    if results.labelled:
+        text += f"""
 ## What is preferred
 
-The same pairs labelled by one part of the reward alone: by *match*, which is coarse, or by *drawing*, quality and outline, which is
-fine, and settings chosen by that part as well.
+The same pairs, labelled by one part of the reward. *match* is coarse. *drawing* is fine: the mean of quality and style. The same part
+chooses the settings.
 
-{labels_table(labelled, references["base"])}
-
+{labels_table(results.labelled, references["base"])}
+"""
+    return f"""{text}
 ## Reward by steps
 
-The mean of {few} pictures at the chosen learning rate and β; the base's is {np.mean(references["base"]["total"][:few]):.3f}.
+The mean of {few} pictures with the chosen learning rate and β. The base has {np.mean(references["base"]["total"][:few]):.3f}.
 
-{steps_table(rows, references["base"])}
+{steps_table(all_rows, references["base"])}
 
 ## How settings were chosen
 
-Every run with the first seed is measured after {", ".join(map(str, experiment.STEPS))} steps on captions of their own ({few} pictures; the base's reward is
-{np.mean(references["base-choosing"]["total"]):.3f}), on filtered pairs after {", ".join(map(str, experiment.FILTERED_STEPS))}, and its best counts. Learning rate and β are doubled and halved in
-turn as long as that is better, until neither is. With what was chosen a method is trained on, up to {experiment.MAX_STEPS} steps, as long as
-its last are its best.
+Every run with the first seed is measured on {few} pictures of captions that only choose settings, on which the base has
+{np.mean(references["base-choosing"]["total"]):.3f}. It is measured after {", ".join(map(str, protocol.STEPS))} steps, or on filtered pairs after {", ".join(map(str, protocol.FILTERED_STEPS))}, and its best
+step counts. Learning rate and β are doubled and halved in turn as long as that is better. A method is then trained on with the chosen
+settings, up to {protocol.MAX_STEPS} steps, as long as its last step is its best.
 
-{choosing_table({**rows, **labelled})}
+{choosing_table({**all_rows, **results.labelled})}
 """
-    (args.output_dir / "README.md").write_text(report)
-    print(report)
+
+
+def describe_rounds(results):
+    """Returns the report of `rounds.py`."""
+    settings, base = results[0]["settings"], results[0]["rewards"]["base"]
+    lines = [
+        [
+            name,
+            mean_and_error([np.mean(result["rewards"][name]["total"]) for result in results]),
+            *(mean_and_error([result["rewards"][name][part] for result in results]) for part in PARTS),
+        ]
+        for name in results[0]["rewards"]
+    ]
+    return f"""# Three rounds in the small world
+
+`python small_world/rounds.py` has measured {len(results)} seeds. Their numbers are in [`{ROUNDS_NAME}`]({ROUNDS_NAME}). This page is
+written from them.
+
+{markdown(["", "reward", *PARTS], lines)}
+
+{rounds_table(results)}
+
+- *round 1* is a LoRA trained on pairs of the base's pictures. *round 2* starts from the weights of round 1 and trains on pairs that
+  round 1 has drawn of the same captions. *round 3* starts from round 2 in the same way. Each LoRA replaces the one before.
+- *control 2* starts from round 1 and *control 3* from control 2. They train for as many steps as rounds 2 and 3, on the pairs of round 1.
+- The true reward with noise judges all pairs.
+- Every training is latent DPO for {settings["steps"]} steps of 8 pairs, rank 16, β {settings["beta_dpo"]:g}, learning rate {settings["learning_rate"]:g}, on {settings["num_scenes"]} captions with
+  {settings["pictures_per_scene"]} pictures each, of which every two are a pair.
+- Rewards are of {len(base["total"])} pictures of held-out captions for each seed, from the same noise for all models of a seed. ± is the standard
+  error over seeds. *wins* has a 95 % interval over captions and seeds.
+"""
+
+
+def document_tables():
+    """Returns the tables of README.md and docs/results.md, by file and name."""
+    small, strong = load_results(protocol.RESULTS), load_results(STRONG_RESULTS)
+    columns = ["method", *SETTINGS, "reward", *COMPARISONS]
+    summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
+    readme, page = ROOT / "README.md", ROOT / "docs" / "results.md"
+    tables = {
+        (readme, "small-world"): table(["method", "reward", *COMPARISONS], summary),
+        (page, "small-world-table"): method_table(small, columns, ("best", "base", *small.rows)),
+        (page, "small-world-duels"): duels_table(small.rows, withdrawn=False),
+        (page, "small-world-labels"): labels_table(small.labelled, small.references["base"]),
+        (page, "small-world-withdrawn"): method_table(small, columns, small.withdrawn),
+        (page, "small-world-strong"): method_table(strong, columns, ("best", "base", *strong.rows)),
+    }
+    rounds = protocol.load_runs(protocol.RESULTS / ROUNDS_NAME)
+    if rounds:
+        tables[page, "small-world-rounds"] = rounds_table(list(rounds.values()))
+    return tables
+
+
+def write_report(folder):
+    results = load_results(folder)
+    plot(results.rows, results.references["base"], folder / "rewards.png")
+    (folder / "README.md").write_text(describe(results, folder), encoding="utf-8")
+
+
+def write_rounds(folder):
+    results = list(protocol.load_runs(folder / ROUNDS_NAME).values())
+    (folder / "rounds.md").write_text(describe_rounds(results), encoding="utf-8")
+
+
+def main(args):
+    for folder in [args.output_dir] if args.output_dir else (protocol.RESULTS, STRONG_RESULTS):
+        write_report(folder)
+    if args.output_dir is None:
+        for (file, name), text in document_tables().items():
+            write_table(file, name, COMMAND, text)
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=experiment.RESULTS)
+    parser.add_argument("--output_dir", type=Path, help="folder of runs.jsonl; default: both bases' and the documents")
     return parser.parse_args(input_args)
 
 

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The small world: captions, the pictures that they may mean, and what is hidden from the model: how good a picture is.
+"""The small world: its captions, its pictures, and the reward of a picture, which is hidden from the model.
 
-A scene is one shape of one colour on a background of another, plain or with a dark outline. Pictures of it are drawn well
-or badly: blurred, grainy, pale. The reward of a picture is known, since the scene that explains it best can be
-found by trying all of them, on a fine grid of places and sizes.
+A scene is a shape of one colour on a background of another, plain or with a dark outline. Pictures of it are drawn well or
+badly: blurred, grainy or pale. The reward of a picture follows from the scene that explains it best. To find that scene, all
+scenes are tried on a fine grid of places and sizes.
 """
 
 import itertools
@@ -57,7 +57,7 @@ SCENES = [Scene(*values) for values in itertools.product(SIZES, COLOURS, SHAPES,
 
 
 def signed_distance(shape, x, y, radius):
-    """Distance of (x, y) from the outline of `shape`, in pixels, negative inside. All of one shape, or broadcastable."""
+    """Returns the distance of points (x, y) from the outline of `shape` in pixels, negative inside. The shapes broadcast."""
     if shape == "circle":
         return (x.square() + y.square()).sqrt() - radius
     if shape == "square":
@@ -72,7 +72,7 @@ def signed_distance(shape, x, y, radius):
 
 def coverage(shape, centers, radii):
     """
-    How much of each pixel the shape and its outline cover.
+    Returns how much of each pixel a shape and its outline cover.
 
     Args:
         shape (`str`): one of `SHAPES`.
@@ -80,7 +80,8 @@ def coverage(shape, centers, radii):
         radii (`torch.Tensor` of shape `(N,)`): in pixels.
 
     Returns:
-        Two `torch.Tensor` of shape `(N, RESOLUTION, RESOLUTION)` in [0, 1]: of the shape within its outline, and with it.
+        Two `torch.Tensor` of shape `(N, RESOLUTION, RESOLUTION)` in [0, 1]: for the shape within its outline,
+        and for the shape with its outline.
     """
     axis = torch.arange(RESOLUTION) + 0.5
     x = axis.view(1, 1, -1) - centers[:, 0].view(-1, 1, 1)
@@ -91,12 +92,12 @@ def coverage(shape, centers, radii):
 
 def render(scenes, generator, well_drawn=0.5):
     """
-    Pictures of scenes, at random places, half of them outlined.
+    Draws scenes at random places, half of them with an outline.
 
     Args:
-        scenes (`list` of `Scene`): what is in them.
-        generator (`torch.Generator`): decides all that a caption does not.
-        well_drawn (`float`): share of pictures that are neither blurred nor grainy nor pale.
+        scenes (`list` of `Scene`): what the pictures show.
+        generator (`torch.Generator`): decides everything that a caption leaves open.
+        well_drawn (`float`): the share of pictures that are not blurred, grainy or pale.
 
     Returns:
         `torch.Tensor` of shape `(N, 3, RESOLUTION, RESOLUTION)` in [0, 1].
@@ -134,7 +135,7 @@ def render(scenes, generator, well_drawn=0.5):
 
 
 def gaussian_blur(picture, sigma):
-    """`picture`: `(3, H, W)`; `sigma` in pixels."""
+    """Blurs a picture `(3, H, W)`. `sigma` is in pixels."""
     offsets = torch.arange(-6, 7).float()
     kernel = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, -1)
@@ -143,18 +144,18 @@ def gaussian_blur(picture, sigma):
 
 
 class Explanation(NamedTuple):
-    """What a picture shows."""
+    """The scene that a picture shows."""
 
     shape: int  # index in `SHAPES`
     size: int  # index in `SIZES`
     colours: torch.Tensor  # of shape, outline and background, (3, 3)
-    residual: float  # root mean square of what is left unexplained
+    residual: float  # root mean square difference between the picture and the scene
 
 
 class Explanations:
     """
-    All scenes that a picture could show: shapes in sizes at places, each with the best colours for its three regions
-    (least squares). Around the best of a coarse grid a finer one is searched.
+    All scenes that a picture could show: shapes by size and place. The colours of a scene's three regions are those that fit
+    the picture best (least squares). A coarse grid is searched first, then a finer one around the best scene.
     """
 
     def __init__(self):
@@ -175,7 +176,7 @@ class Explanations:
 
 
 def regions_and_projections(candidates):
-    """Of K candidates `(shape, radius, x, y)` the three regions `(K, 3, pixels)` and the inverses of their Gram matrices."""
+    """Returns the three regions `(K, 3, pixels)` of K candidates `(shape, radius, x, y)`, and their inverse Gram matrices."""
     regions = []
     for shape, group in itertools.groupby(candidates, key=lambda candidate: candidate[0]):
         radii, x, y = torch.tensor([candidate[1:] for candidate in group]).unbind(dim=1)
@@ -186,12 +187,12 @@ def regions_and_projections(candidates):
 
 
 def fit_regions(picture, regions, inverse_gram):
-    """The candidate that explains most of a picture: its index, its colours `(3, 3)`, and the residual's rms."""
+    """Returns the index, the colours `(3, 3)` and the residual of the candidate that explains a picture best."""
     picture = picture.flatten(1)
     projected = regions @ picture.mT  # (K, 3 regions, 3 channels)
     colours = inverse_gram @ projected
     explained = (colours * projected).sum(dim=(1, 2))
-    # An outline of the background's colour would be the edge of a smaller shape that has none.
+    # Otherwise a smaller shape without an outline could be explained by an outline of the background's colour.
     shape, outline, background = colours.unbind(dim=1)
     from_shape, from_dark, from_background = (
         (outline - other).square().sum(dim=1) for other in (shape, torch.tensor(OUTLINE_COLOUR), background)
@@ -203,11 +204,11 @@ def fit_regions(picture, regions, inverse_gram):
 
 
 class Reward(NamedTuple):
-    """Each of shape `(N,)`, in [0, 1]."""
+    """The parts of N pictures' reward, each of shape `(N,)` in [0, 1]."""
 
-    quality: torch.Tensor  # how little is left unexplained: edges are sharp, areas are even
-    match: torch.Tensor  # mean over size, shape, colour and background
-    style: torch.Tensor  # is there a dark outline?
+    quality: torch.Tensor  # edges are sharp and areas even, so that the scene explains the picture
+    match: torch.Tensor  # the mean over size, shape, colour and background
+    style: torch.Tensor  # there is a dark outline
 
     @property
     def total(self):
@@ -216,12 +217,12 @@ class Reward(NamedTuple):
 
 def reward(pictures, scenes, explanations):
     """
-    How good pictures of scenes are.
+    Returns how good pictures of scenes are.
 
     Args:
         pictures (`torch.Tensor` of shape `(N, 3, RESOLUTION, RESOLUTION)`): in [0, 1].
-        scenes (`list` of N `Scene`): what they should show.
-        explanations (`Explanations`): of any picture.
+        scenes (`list` of N `Scene`): what the pictures should show.
+        explanations (`Explanations`): finds what they do show.
 
     Returns:
         `Reward`

@@ -14,13 +14,13 @@
 
 
 import itertools
-import json
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import experiment
 import numpy as np
+import protocol
 import pytest
 import report
 import torch
@@ -35,12 +35,11 @@ from test_base import train_base
 def quick():
     """A world with fewer pictures and shorter runs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {"PICTURES_PER_SCENE": 2, "NUM_INFERENCE_STEPS": 2, "MEASURED_INFERENCE_STEPS": 2}.items():
+            monkeypatch.setattr(experiment, name, value)
         for name, value in {
             "SCENES": SCENES[::12],
             "NUM_TRAINING_SCENES": 16,
-            "PICTURES_PER_SCENE": 2,
-            "NUM_INFERENCE_STEPS": 2,
-            "MEASURED_INFERENCE_STEPS": 2,
             "PICTURES_PER_CAPTION": 1,
             "TEST_PICTURES_PER_CAPTION": 2,
             "STEPS": (1, 3),
@@ -48,7 +47,7 @@ def quick():
             "LEARNING_RATE": 1e-3,
             "FACTORS": (2,),
         }.items():
-            monkeypatch.setattr(experiment, name, value)
+            monkeypatch.setattr(protocol, name, value)
         yield
 
 
@@ -57,12 +56,6 @@ def world(quick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     experiment.make_pairs(folder)
     return folder
-
-
-def test_scenes_are_split():
-    training, choosing, test = experiment.split_scenes()
-    assert len(choosing) == len(test) == 40
-    assert sorted([*training, *choosing, *test]) == sorted(SCENES)
 
 
 def test_better_pictures_win_as_often_as_they_should():
@@ -78,118 +71,70 @@ def test_better_pictures_win_as_often_as_they_should():
         assert np.mean(labels) == pytest.approx(expected, abs=0.05)
 
 
-def tried(table, method="dpo-latent"):
-    """`choose` where runs are as good as `table` says, and the settings that it tried."""
-    seen = []
-
-    def load(rate, beta, steps):
-        seen.append((rate, beta))
-        rewards = np.broadcast_to(table[rate, beta], max(len(steps), np.size(table[rate, beta])))
-        return {"choosing": {str(step): {"total": [value]} for step, value in zip(steps, rewards)}}
-
-    return experiment.choose(method, load), set(seen)
-
-
-def test_settings_are_changed_in_turn_as_long_as_that_is_better():
-    # The best step counts; downwards where upwards is worse.
-    steps = experiment.STEPS
-    table = {(5e-4, 200): (0.1, 0.2, 0.3), (1e-3, 200): (0.2, 0.5, 0.1), (2e-3, 200): (0.4, 0.1, 0.1)}
-    table |= {(1e-3, 400): 0.4, (1e-3, 100): (0.6, 0.1, 0.1), (1e-3, 50): 0.5, (2e-3, 100): 0.1, (5e-4, 100): 0.6}
-    assert tried(table) == ((1e-3, 100, steps, steps[0]), table.keys())
-    # What beta is best decides which learning rate is.
-    table = {
-        (5e-4, 200): 0.3,
-        (1e-3, 200): 0.2,
-        (2.5e-4, 200): 0.2,
-        (5e-4, 400): 0.4,
-        (5e-4, 800): 0.2,
-        (1e-3, 400): 0.5,
-    }
-    table |= {(2e-3, 400): 0.1, (1e-3, 800): 0.4}
-    assert tried(table) == ((1e-3, 400, steps, steps[0]), {*table, (1e-3, 200)})
-    # Without beta there is none to be changed.
-    table = {(5e-4, None): 0.3, (1e-3, None): 0.2, (2.5e-4, None): 0.4, (1.25e-4, None): 0.2}
-    assert tried(table, "sft-latent") == ((2.5e-4, None, steps, steps[0]), table.keys())
-
-
-def test_a_method_is_trained_on_while_its_last_step_is_its_best():
-    others = dict.fromkeys([(1e-3, 200), (2.5e-4, 200), (5e-4, 400), (5e-4, 100)], 0.2)
-    table = {**others, (5e-4, 200): (0.1, 0.2, 0.3, 0.4, 0.1, 0.9)}
-    assert tried(table)[0] == (5e-4, 200, (75, 150, 225, 300, 375), 300)
-    # Nowhere beyond the most steps, nor where the first steps are as good.
-    assert tried({**others, (5e-4, 200): np.arange(6) + 0.3})[0] == (5e-4, 200, (75, 150, 225, 300, 375, 450), 450)
-    assert tried({**others, (5e-4, 200): 0.3})[0] == (5e-4, 200, (75, 150, 225), 75)
-
-
-@pytest.mark.parametrize("part", ["match", "drawing"])
-def test_pairs_labelled_by_one_part_of_the_reward_choose_by_it(part):
-    def load(rate, beta, steps):
-        # A higher learning rate is better for the match, and a lower one for everything else, to a limit.
-        drawing = -max(rate, 1.25e-4)
-        measured = {"match": min(rate, 8e-3), "quality": drawing, "style": drawing, "total": [drawing]}
-        return {"choosing": {str(step): measured for step in steps}}
-
-    rate, *_ = experiment.choose(f"dpo-ncp-by-{part}", load)
-    assert rate == pytest.approx({"match": 8e-3, "drawing": 1.25e-4}[part])
-
-
-def test_from_pairs_to_a_report(world, tmp_path, monkeypatch, capsys):
-    for name, value in [
-        ("METHODS", {name: experiment.METHODS[name] for name in ("dpo-latent", "sft-ncp", "dpo-ncp")}),
-        ("NUM_SEEDS", {"dpo-latent": 2, "sft-ncp": 1}),
-    ]:
-        monkeypatch.setattr(experiment, name, value)
-    monkeypatch.setitem(experiment.METHODS, "sft-ncp", {**experiment.METHODS["sft-ncp"], "ncp_error_scale": 1000})
-    runs = tmp_path / "runs"
-    for method in ("dpo-latent", "sft-ncp"):
-        experiment.run_row(world, runs, method, experiment.NUM_SEEDS[method])
-    results = {file.name: json.loads(file.read_text()) for file in runs.iterdir()}
-    tested = [result for result in results.values() if "test" in result]
+def test_from_pairs_to_a_report(world, tmp_path, monkeypatch):
+    methods = {name: protocol.METHODS[name] for name in ("dpo-latent", "sft-ncp", "dpo-ncp")}
+    methods["sft-ncp"] = {**methods["sft-ncp"], "ncp_error_scale": 1000}
+    monkeypatch.setattr(protocol, "METHODS", methods)
+    file = tmp_path / "runs.jsonl"
+    for method, num_seeds in (("dpo-latent", 2), ("sft-ncp", 1)):
+        experiment.run_row(world, file, method, num_seeds)
+    runs = protocol.load_runs(file)
+    tested = [run for run in runs.values() if "test" in run]
     # The first settings, a learning rate and a beta beside them, and as many more as got better.
-    assert sum("choosing" in run for run in results.values() if run["method"] == "dpo-latent") >= 3
-    assert "sft-ncp-0.001-0.json" in results and len(tested) == 3
-    for result in tested:
-        # At all steps, and of the best of them more.
-        assert {"1", "3"} <= result["test"].keys() <= {"1", "3", "4"}
-        assert sorted({len(rewards["total"]) for rewards in result["test"].values()}) == [2, 4]
+    assert sum("choosing" in run for run in runs.values() if run["method"] == "dpo-latent") >= 3
+    assert "sft-ncp-0.001-0" in runs and len(tested) == 3
+    for run in tested:
+        # All steps are measured, the best one with more pictures.
+        assert {"1", "3"} <= run["test"].keys() <= {"1", "3", "4"}
+        assert sorted({len(rewards["total"]) for rewards in run["test"].values()}) == [2, 4]
 
-    # What is there is not measured again, even if its LoRA has gone, nor taken for that of another command.
-    before = {file: file.stat().st_mtime_ns for file in runs.iterdir()}
+    # A run in the file is not measured again, even if its LoRA has gone.
+    before = file.read_bytes()
     (world / "runs").rename(tmp_path / "away")
-    experiment.run_row(world, runs, "dpo-latent", 2)
-    assert before == {file: file.stat().st_mtime_ns for file in runs.iterdir()}
+    experiment.run_row(world, file, "dpo-latent", 2)
+    assert file.read_bytes() == before
     (tmp_path / "away").rename(world / "runs")
 
-    experiment.measure_references(world, runs)
+    # An interrupted experiment goes on: a line that was cut short is made again.
+    lost = list(protocol.load_runs(file).values())[-1]
+    file.write_bytes(before[: before.rindex(b'"command"')])
+    assert protocol.load_runs(file).get(lost["name"]) != lost
+    experiment.run_row(world, file, "sft-ncp", 1)
+    restored = protocol.load_runs(file)
+    assert restored.keys() == runs.keys() and restored[lost["name"]]["test"] == lost["test"]
+
+    experiment.measure_references(world, file)
     report.main(report.parse_args(["--output_dir", str(tmp_path)]))
     text = (tmp_path / "README.md").read_text()
-    assert capsys.readouterr().out == text + "\n" and "Not complete yet: dpo-ncp." in text
-    rewards = [np.mean(max(run["test"].values(), key=lambda r: len(r["total"]))["total"]) for run in tested]
-    chosen = [run["method"] == "dpo-latent" for run in tested]
+    assert "Not measured: dpo-ncp." in text
+    rewards = [
+        np.mean(max(run["test"].values(), key=lambda r: len(r["total"]))["total"])
+        for run in tested
+        if run["method"] == "dpo-latent"
+    ]
     line = next(line for line in text.splitlines() if line.startswith("| dpo-latent | 2 |"))
-    assert f"| {np.mean(np.array(rewards)[chosen]):.3f} ± " in line
+    assert f"| {np.mean(rewards):.3f} ± " in line
     assert Image.open(tmp_path / "rewards.png").size > (500, 200)
 
-    file = next(file for file in runs.iterdir() if file.name.startswith("sft-ncp"))
-    file.write_text(json.dumps({**json.loads(file.read_text()), "command": "another"}))
-    with pytest.raises(ValueError, match="is of another command: another"):
-        experiment.run_row(world, runs, "sft-ncp", 1)
+    sft = restored["sft-ncp-0.001-0"]
+    protocol.append_run(file, {**sft, "command": "another"})
+    with pytest.raises(ValueError, match=rf"{file} .*sft-ncp-0.001-0 .*another.*--output_dir"):
+        experiment.run_row(world, file, "sft-ncp", 1)
 
 
 def test_a_folder_with_a_base_of_its_own(quick, tmp_path):
     train_base(tmp_path / "base", "strong")
     experiment.make_pairs(tmp_path)
-    with pytest.raises(ValueError, match="holds pairs of another base model"):
+    with pytest.raises(ValueError, match=f"--folder {tmp_path}"):
         (tmp_path / "base").rename(tmp_path / "away")
         experiment.check_world(tmp_path)
     (tmp_path / "away").rename(tmp_path / "base")
-    experiment.run(tmp_path, tmp_path, "dpo-ncp", 1e-3, 200, 0, (1,), 1)
-    result = json.loads((tmp_path / "dpo-ncp-0.001-200-0.json").read_text())
+    run = experiment.run(tmp_path, tmp_path / "runs.jsonl", "dpo-ncp", 1e-3, 200, 0, (1,), 1)
     base_name = os.path.relpath(tmp_path / "base", experiment.ROOT)
-    assert f"--pretrained_model_name_or_path {base_name} " in result["command"]
-    lora = load_file(tmp_path / "runs" / "dpo-ncp-0.001-200-0" / experiment.trainer.WEIGHTS_NAME)
+    assert f"--pretrained_model_name_or_path {base_name} " in run["command"]
+    lora = load_file(tmp_path / "runs" / run["name"] / experiment.trainer.WEIGHTS_NAME)
     assert {weight.shape[1] for name, weight in lora.items() if "lora.down" in name} == {96, 128}
-    assert len(result["test"]["1"]["total"]) == 2 * len(experiment.measured_scenes("test"))
+    assert len(run["test"]["1"]["total"]) == 2 * len(experiment.measured_scenes("test"))
 
 
 def test_pairs_are_labelled_anew_by_other_rewards(world):
@@ -203,78 +148,30 @@ def test_pairs_are_labelled_anew_by_other_rewards(world):
             assert row["label_0"] == (values[int(row["image_0_uid"])] > values[int(row["image_1_uid"])])
 
 
-def test_a_sum_of_both_errors(world, tmp_path, monkeypatch):
-    seen = []
-
-    def measure_sum(measure_errors, args, denoising, unet, policy, perception, *others, **options):
-        inputs = args, denoising, unet, policy
-        both = experiment.measure_sum(measure_errors, *inputs, perception, *others, **options)
-        halves = [measure_errors(*inputs, p, *others, **options) for p in (None, perception)]
-        seen.append([errors.policy.detach() for errors in (both, *halves)])
-        return both
-
-    monkeypatch.setitem(experiment.REPLACED, "dpo-sum", ("measure_errors", measure_sum))
-    experiment.run(world, tmp_path, "dpo-sum", 1e-3, 200, 1, (1,), 1)
-    ((both, latent, ncp),) = seen
-    torch.testing.assert_close(both, (latent + ncp) / 2)
-    assert latent.mean() / 10 < ncp.mean() < 10 * latent.mean()
-
-
-def test_the_base_sees_a_picture_through_inverted_noise(world, tmp_path, monkeypatch):
-    seen = []
-
-    def invert(noise_batch, args, batch, pipeline, noise_scheduler):
-        inputs = args, batch, pipeline, noise_scheduler
-        both = [experiment.invert(noise_batch, *inputs), noise_batch(*inputs)]
-        noisy_latents = noise_scheduler.add_noise(batch["latents"].float(), both[0].target, both[0].timesteps)
-        torch.testing.assert_close(both[0].noisy_latents, noisy_latents)
-        seen.append([(d.predict_reference(pipeline.unet) - d.target).square().mean() for d in both])
-        return both[0]
-
-    monkeypatch.setitem(experiment.REPLACED, "dpo-latent-inverted", ("noise_batch", invert))
-    experiment.run(world, tmp_path, "dpo-latent-inverted", 1e-3, 200, 1, (1,), 1)
-    ((inverted, by_chance),) = seen
-    assert inverted < by_chance / 2
-
-
-def test_training_leaves_no_trace(world, tmp_path):
-    first, again = (tmp_path / name for name in ("first", "again"))
-    for output_dir in (first, again):
-        settings = "dpo-latent", 1e-3, 200, 0, (1,)
-        events = experiment.train(experiment.training_options(world, output_dir, *settings))
-        assert len(events.Scalars("loss")) == 1
-    first, again = (load_file(folder / experiment.trainer.WEIGHTS_NAME) for folder in (first, again))
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
-
-
 def test_pairs_and_runs_are_of_one_world(world, monkeypatch):
     (world / "runs").mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match="holds runs on its pairs"):
+    with pytest.raises(ValueError, match=f"--folder {world} .*runs"):
         experiment.main(experiment.parse_args(["pairs", "--folder", str(world)]))
     monkeypatch.setattr(experiment, "TEMPERATURE", 1.0)
-    with pytest.raises(ValueError, match="holds pairs of another base model, reward or encoding"):
+    with pytest.raises(ValueError, match=f"--folder {world} .*base model"):
         experiment.main(experiment.parse_args(["run", "dpo-ncp", "--folder", str(world)]))
 
 
 def test_all_runs_what_it_can_and_names_what_failed(tmp_path, monkeypatch):
     seen = []
 
-    def run_row(folder, results, method, num_seeds):
+    def run_row(folder, runs_file, method, num_seeds):
         seen.append((method, num_seeds))
         if method == "dpo-ncp":
             raise ValueError("there are no pairs")
 
-    for name, value in {
-        "METHODS": {"dpo-latent": {}, "dpo-ncp": {}, "dpo-ncp-down": {}},
-        "ProcessPoolExecutor": lambda num_workers, *options: ThreadPoolExecutor(num_workers),
-        "run_row": run_row,
-    }.items():
-        monkeypatch.setattr(experiment, name, value)
-    with pytest.raises(RuntimeError, match="Rows failed; .*dpo-ncp.*there are no pairs"):
-        experiment.run_all(tmp_path, tmp_path, 1)
+    monkeypatch.setattr(protocol, "METHODS", {"dpo-latent": {}, "dpo-ncp": {}, "dpo-ncp-down": {}})
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", lambda workers, *options: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(experiment, "run_row", run_row)
+    with pytest.raises(RuntimeError, match="dpo-ncp.*there are no pairs"):
+        experiment.run_all(tmp_path, tmp_path / "runs.jsonl", 1)
     # All rows with a few seeds come before any with more.
-    assert seen == [("dpo-latent", 3), ("dpo-ncp", 3), ("dpo-ncp-down", 3)] + [
-        ("dpo-latent", 5),
-        ("dpo-ncp", 5),
-        ("dpo-ncp-down", 3),
+    assert seen == [
+        *(("dpo-latent", 3), ("dpo-ncp", 3), ("dpo-ncp-down", 3)),
+        *(("dpo-latent", 5), ("dpo-ncp", 5), ("dpo-ncp-down", 3)),
     ]

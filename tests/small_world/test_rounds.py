@@ -12,83 +12,81 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
-import json
-from statistics import fmean, stdev
-
 import experiment
+import protocol
 import pytest
 import rounds
-from conftest import ROOT
 from datasets import Dataset
+from safetensors.torch import load_file
 from scenes import SCENES
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """A world with fewer pictures and shorter runs; returns the options of the trainings that are run."""
+def trained(monkeypatch):
+    """Makes the world smaller and runs shorter. Returns the options of the trainings that are run."""
     for module, name, value in [
-        (experiment, "SCENES", SCENES[::24]),
-        (experiment, "NUM_TRAINING_SCENES", 8),
+        (protocol, "SCENES", SCENES[::24]),
+        (protocol, "NUM_TRAINING_SCENES", 8),
+        (protocol, "PICTURES_PER_CAPTION", 1),
         (rounds, "NUM_SCENES", 8),
-        (experiment, "PICTURES_PER_SCENE", 2),
-        (experiment, "NUM_INFERENCE_STEPS", 2),
-        (rounds, "PICTURES_PER_CAPTION", 1),
         (rounds, "STEPS", 3),
         (rounds, "LEARNING_RATE", 0.1),
+        (experiment, "PICTURES_PER_SCENE", 2),
+        (experiment, "NUM_INFERENCE_STEPS", 2),
+        (experiment, "MEASURED_INFERENCE_STEPS", 2),
     ]:
         monkeypatch.setattr(module, name, value)
-    monkeypatch.chdir(ROOT)
-    run_script, trained = experiment.run_script, []
+    train, seen = experiment.train, []
 
-    def run(module, options):
-        if module is rounds.train_ncp_dpo_sd15:
-            trained.append(options)
-        run_script(module, options)
+    def record(options):
+        seen.append(options)
+        return train(options)
 
-    monkeypatch.setattr(experiment, "run_script", run)
-    return trained
+    monkeypatch.setattr(experiment, "train", record)
+    return seen
 
 
-def test_two_rounds(quick, tmp_path, monkeypatch):
+def test_three_rounds(trained, tmp_path, monkeypatch):
     folder, output_dir = tmp_path / "world", tmp_path / "results"
-    arguments = ["--folder", str(folder), "--output_dir", str(output_dir)]
-    rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
-    (result,) = json.loads((output_dir / "rounds.json").read_text())
-    rewards = {name: values["reward"] for name, values in result["rewards"].items()}
-    assert [len(values) for values in rewards.values()] == [1] * 4
-    assert len({tuple(values) for values in rewards.values()}) == 4
+    args = rounds.parse_args(["--folder", str(folder), "--output_dir", str(output_dir), "--seed", "0"])
+    rounds.main(args)
+    (result,) = protocol.load_runs(output_dir / "rounds.jsonl").values()
+    assert {name: len(measured["total"]) for name, measured in result["rewards"].items()} == dict.fromkeys(
+        ("base", "round 1", "round 2", "control 2", "round 3", "control 3"), 1
+    )
+    assert len({tuple(measured["total"]) for measured in result["rewards"].values()}) == 6
+    assert "| round 3 | control 3 |" in (output_dir / "rounds.md").read_text()
 
-    # Both second LoRAs start from the first, one with the first one's pictures of the same captions.
-    first, second, control = quick
-    assert "pretrained_lora_path" not in first
-    assert second["pretrained_lora_path"] == control["pretrained_lora_path"] == first["output_dir"]
-    assert first["encoded_data_dir"] == control["encoded_data_dir"] != second["encoded_data_dir"]
-    old, new = (Dataset.from_parquet(str(path / "pairs/train.parquet")) for path in (folder, folder / "seed-0"))
-    assert old["caption"] == new["caption"] and set(old["jpg_0"]).isdisjoint(new["jpg_0"])
+    # Every later LoRA starts from the one before.
+    options = {training["output_dir"].name: training for training in trained}
+    first = {name: training.get("pretrained_lora_path") for name, training in options.items()}
+    last = {name: training["output_dir"] / "checkpoint-3" for name, training in options.items()}
+    assert first == {
+        "round-1": None,
+        "round-2": last["round-1"],
+        "control-2": last["round-1"],
+        "round-3": last["round-2"],
+        "control-3": last["control-2"],
+    }
+    for name, path in last.items():
+        weights = load_file(path / experiment.trainer.WEIGHTS_NAME)
+        assert {len(weight) for key, weight in weights.items() if "lora.down" in key} == {16}
+        if first[name] is not None:
+            before = load_file(first[name] / experiment.trainer.WEIGHTS_NAME)
+            assert weights.keys() == before.keys()
+            assert any(not weight.equal(before[key]) for key, weight in weights.items())
 
-    # What is there is not run again.
-    (output_dir / "rounds.json").unlink()
-    rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
-    assert json.loads((output_dir / "rounds.json").read_text()) == [result] and len(quick) == 3
+    # The rounds have other pictures of the same captions, and the controls have those of round 1.
+    sources = {name: training["encoded_data_dir"].parent for name, training in options.items()}
+    assert sources["round-1"] == sources["control-2"] == sources["control-3"] == folder
+    pairs = [Dataset.from_parquet(str(sources[f"round-{number}"] / "pairs/train.parquet")) for number in (1, 2, 3)]
+    assert pairs[0]["caption"][:] == pairs[1]["caption"][:] == pairs[2]["caption"][:]
+    pictures = [set(each["jpg_0"][:]) for each in pairs]
+    assert len(set.union(*pictures)) == sum(map(len, pictures))
 
+    # A seed in the results is not run again.
+    rounds.main(args)
+    assert len(trained) == 5
     monkeypatch.setattr(rounds, "LEARNING_RATE", 0.2)
-    with pytest.raises(ValueError, match="seed-0/result.json has the settings .*0.1.*, not .*0.2"):
-        rounds.main(rounds.parse_args([*arguments, "--seed", "0"]))
-
-
-def test_report():
-    base = {0: [0.1, 0.5], 1: [0.3, 0.3]}
-    gains = {"base": 0, "round 1": 0.1, "round 2": 0.3, "control": 0.1}
-    results = [
-        {
-            "rewards": {
-                name: {"reward": [value + (1 + seed) * gain for value in base[seed]]} for name, gain in gains.items()
-            }
-        }
-        for seed in base
-    ]
-    rows = [line.split(" | ") for line in rounds.describe(results).splitlines() if line.startswith("| round 2")]
-    assert rows[0][1] == f"{fmean([0.6, 0.9]):.3f} ± {stdev([0.6, 0.9]) / 2**0.5:.3f} |"
-    assert rows[2] == ["| round 2 over control", "+0.300 ± 0.100", "100% ± 0% |"]
-    assert "| control over round 1 | +0.000 ± 0.000 | 50% ± 0% |" in rounds.describe(results)
+    with pytest.raises(ValueError, match=rf"{output_dir}/rounds.jsonl: seed-0 .*0\.1.*0\.2"):
+        rounds.main(args)
