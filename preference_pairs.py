@@ -50,7 +50,7 @@ from torch.utils.data import default_collate
 
 logger = logging.getLogger(__name__)
 
-# The kind of value in the column of each flag.
+# The kind of value in the column of each flag, and the Arrow types that can hold it.
 COLUMNS = {
     "image_0_column": "images",
     "image_1_column": "images",
@@ -58,18 +58,12 @@ COLUMNS = {
     "caption_column": "text",
     "preference_probability_column": "numbers",
 }
-ARROW_TYPES = {
-    "images": "binary|string|struct",
-    "numbers": "u?int|halffloat|float|double|decimal",
-    "text": "string",
-}
+NUMBERS = "u?int|halffloat|float|double|decimal"
+ARROW_TYPES = {"images": "binary|string|struct", "numbers": NUMBERS, "text": "string"}
 # Training on encoded data must have the same values as the encoding.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 # Training warns if these differ.
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
-
-
-# Arguments
 
 
 def number_type(kind, rule, accepts):
@@ -112,9 +106,6 @@ def add_data_arguments(parser):
     add("--image_interpolation_mode", choices=modes, default="lanczos", help="How images are resized.")
 
 
-# Datasets
-
-
 def one_line(text, length=200):
     """A text as one line of at most `length` characters, for a message."""
     return " ".join(str(text).split())[:length]
@@ -126,11 +117,8 @@ def pair_columns(args):
 
 
 def pair_features(args):
-    features = {
-        "images": datasets.Image(decode=False),
-        "numbers": datasets.Value("float64"),
-        "text": datasets.Value("string"),
-    }
+    number, text, image = datasets.Value("float64"), datasets.Value("string"), datasets.Image(decode=False)
+    features = {"numbers": number, "text": text, "images": image}
     return datasets.Features({column: features[COLUMNS[flag]] for flag, column in pair_columns(args).items()})
 
 
@@ -145,10 +133,8 @@ def check_columns(args, schema):
 
 
 def load_dataset(args):
-    """
-    Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
-    and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong.
-    """
+    """Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
+    and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
     name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
@@ -243,9 +229,6 @@ def winner_probability(args, row):
     return probability if row[args.label_column] == 1 else 1 - probability
 
 
-# Images
-
-
 class UnreadableImage(ValueError):
     """Names the row, its caption, the column and what is wrong with the image."""
 
@@ -260,10 +243,8 @@ def read_images(args, row_number, row, winner_only=False):
         try:
             images.append(read_image(locate_image(args, row[column])))
         except Exception as error:
-            raise UnreadableImage(
-                f"Row {row_number} ({row[args.caption_column]!r:.80}): {column} cannot be read as an image: "
-                f"{one_line(error)}"
-            ) from error
+            place = f"Row {row_number} ({row[args.caption_column]!r:.80}): {column}"
+            raise UnreadableImage(f"{place} cannot be read as an image: {one_line(error)}") from error
     return images
 
 
@@ -281,7 +262,7 @@ def locate_image(args, value):
     folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches)]
     path = folders[0] / value["path"]
     if not any(path.resolve().is_relative_to(folder) for folder in folders):
-        raise ValueError(f"{one_line(value['path'], 100)} leads to {path.resolve()}, which is not in {folders[0]}")
+        raise ValueError(f"{one_line(value['path'], 100)} leads out of {folders[0]}")
     return str(path.resolve())
 
 
@@ -312,11 +293,9 @@ def read_image(source):
 
 
 def preprocess_image(image, args, crop_position, flip, has_time_ids):
-    """
-    The square of an image that training sees: `pixel_values` of shape `(3, resolution, resolution)` in uint8. `crop_position`
+    """The square of an image that training sees: `pixel_values` of shape `(3, resolution, resolution)` in uint8. `crop_position`
     is a share of the room above and to the left, (0, 0) to (1, 1). With `has_time_ids` also SDXL's micro-conditioning:
-    original height and width, the crop's top and left, target height and width.
-    """
+    original height and width, the crop's top and left, target height and width."""
     width, height = image.size
     size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
@@ -332,23 +311,16 @@ def preprocess_image(image, args, crop_position, flip, has_time_ids):
     return tensors
 
 
-# Pairs
-
-
 def spread_timesteps(timesteps, first, count, offset):
-    """
-    Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
-    it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1).
-    """
+    """Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
+    it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1)."""
     positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
     return timesteps[(positions * len(timesteps)).long()]
 
 
 class PairStream(torch.utils.data.Sampler):
-    """
-    Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream. The order of an epoch depends on the
-    seed and the epoch alone.
-    """
+    """Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream. The order of an epoch depends on the
+    seed and the epoch alone."""
 
     def __init__(self, rows, seed, start, stop):
         self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
@@ -399,10 +371,8 @@ class PreferencePairs(torch.utils.data.Dataset):
     def read(self, row_number, crop_position, flip):
         """The `images`, winner first, the `caption` and, if there is such a column, the `winner_probability`."""
         row = self.dataset[row_number]
-        images = [
-            preprocess_image(image, self.args, crop_position, flip, self.has_time_ids)
-            for image in read_images(self.args, row_number, row, self.winner_only)
-        ]
+        images, options = read_images(self.args, row_number, row, self.winner_only), (crop_position, flip)
+        images = [preprocess_image(image, self.args, *options, self.has_time_ids) for image in images]
         example = {"images": images, "caption": row[self.args.caption_column]}
         if self.args.preference_probability_column is not None:
             example["winner_probability"] = torch.tensor(winner_probability(self.args, row))
@@ -423,10 +393,8 @@ class PreferencePairs(torch.utils.data.Dataset):
                 held_out.add(caption)
                 num_held_out += count
         if num_held_out == len(captions):
-            raise ValueError(
-                f"--num_eval_pairs {num_pairs} leaves no pair to train on: there are {num_held_out} pairs of "
-                f"{len(counts)} captions."
-            )
+            counted = f"there are {num_held_out} pairs of {len(counts)} captions"
+            raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counted}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
         train_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption not in held_out]
         eval_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption in held_out]
@@ -436,18 +404,14 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 
 class EncodedPairs(PreferencePairs):
-    """
-    The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
+    """The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
     shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
-    `ValueError` says that files are missing or that the data were encoded with other settings.
-    """
+    `ValueError` says that files are missing or that the data were encoded with other settings."""
 
     def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
         folder = Path(args.encoded_data_dir)
         if not (folder / "encoding.json").is_file():
-            raise ValueError(
-                f"--encoded_data_dir {folder} has no encoding.json, which tools/encode_preferences.py writes."
-            )
+            raise ValueError(f"--encoded_data_dir {folder} has no encoding.json of tools/encode_preferences.py.")
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
         for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
@@ -514,12 +478,8 @@ def check_image_files(args, dataset, rows):
         images = dataset[column][:]
         for row in rows:
             if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
-                raise ValueError(
-                    f"Row {row}: {column} is {images[row]['path']!r:.100}, which is no file in {args.train_data_dir}."
-                )
-
-
-# Batches
+                name = f"{column} is {images[row]['path']!r:.100}"
+                raise ValueError(f"Row {row}: {name}, which is no file in {args.train_data_dir}.")
 
 
 def collate_fn(examples):
@@ -545,12 +505,7 @@ def create_dataloader(args, pairs, start, stop):
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 
-    return torch.utils.data.DataLoader(
-        pairs,
-        sampler=PairStream(pairs.rows, args.seed, start, stop),
-        batch_size=args.train_batch_size,
-        collate_fn=collate_fn,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_stop_signals,
-        pin_memory=torch.accelerator.is_available(),
-    )
+    options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_stop_signals}
+    options |= {"pin_memory": torch.accelerator.is_available(), "collate_fn": collate_fn}
+    stream = PairStream(pairs.rows, args.seed, start, stop)
+    return torch.utils.data.DataLoader(pairs, args.train_batch_size, sampler=stream, **options)

@@ -30,6 +30,7 @@ perceptual encoder. `preference_pairs.py` reads the pairs and `ncp_loss.py` comp
 import argparse
 import collections
 import contextlib
+import copy
 import datetime
 import errno
 import json
@@ -96,9 +97,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of text embeddings
 STATE_NAME = "training_state.json"
-STATE_FORMAT = 2  # 1 had no number of the stream, merged --pretrained_lora_path and counted schedules by process
-# Checkpoints of format 1 go on only with these values.
-FORMAT_1_VALUES = {"pretrained_lora_path": None, "timestep_weighting": "none", "sdpo_safeguard": False}
+STATE_FORMAT = 2
 # A resumed run must have the same values as its checkpoint.
 LEARNING_ARGUMENTS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
@@ -126,11 +125,6 @@ SHARE = number_type(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
 SEED = number_type(int, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
-# Copied from train_ncp_dpo_sd15.auto_or_positive
-def auto_or_positive(text):
-    return text if text == "auto" else POSITIVE(text)
-
-
 # Copied from train_ncp_dpo_sd15.add_model_arguments
 def add_model_arguments(parser):
     """Adds the flags of the base model, which tools/encode_preferences.py has too."""
@@ -144,6 +138,9 @@ def add_model_arguments(parser):
 
 # Copied from train_ncp_dpo_sd15.create_parser
 def create_parser():
+    def auto_or_positive(text):
+        return text if text == "auto" else POSITIVE(text)
+
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add_model_arguments(parser)
@@ -165,27 +162,19 @@ def create_parser():
     add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="The loss. Default: dpo.")
     add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured. Default: ncp.")
     betas = [f"{name} {BETAS.get(name, loss.beta):g}" for name, loss in ncp_loss.LOSSES.items() if loss.beta != 5000]
-    beta_help = f"In most losses a larger beta stays closer to the reference. Default: 5000, {', '.join(betas)}."
-    add("--beta_dpo", type=POSITIVE, help=beta_help)
-    add(
-        "--sft_weight",
-        type=NOT_NEGATIVE,
-        help="Weight of the winner's error that is added. Default: 1 in cpo, else 0.",
-    )
+    beta = f"Beta; in most losses the larger, the closer to the reference. Default: 5000, {', '.join(betas)}."
+    add("--beta_dpo", type=POSITIVE, help=beta)
+    add("--sft_weight", type=NOT_NEGATIVE, help="Weight of the winner's error on top. Default: 1 in cpo, else 0.")
     add("--label_smoothing", type=SHARE, default=0.0, help="Share of labels assumed to be wrong (dpo and cpo).")
     add("--target_margin", type=NOT_NEGATIVE, default=1.0, help="Value that logits should exceed (simpo).")
     add("--min_timestep", type=INDEX, default=0, help="First timestep to train on.")
     add("--max_timestep", type=INDEX, help="Last timestep to train on. Default: the noise scheduler's.")
-    timesteps_help = "Train on these timesteps only, e.g. 249 499 749 999 of a few-step model."
-    add("--timesteps", type=INDEX, nargs="+", help=timesteps_help)
+    add("--timesteps", type=INDEX, nargs="+", help="Train on these, e.g. 249 499 749 999 of a few-step model.")
     add("--ncp_layer", choices=ncp_loss.LAYERS, default="mid", help="Block whose features are compared.")
     add("--ncp_timestep", choices=ncp_loss.TARGET_TIMESTEPS, default="previous", help="Timestep of the features.")
-    probe_help = "Size to which steps are enlarged; 0 does not enlarge. Default: by precision."
-    add("--ncp_probe_rms", type=NOT_NEGATIVE, help=probe_help)
-    scale_help = (
-        "Factor of perceptual errors. auto measures the one that gives beta its meaning in latent space; paper: 1."
-    )
-    add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale_help)
+    add("--ncp_probe_rms", type=NOT_NEGATIVE, help="Size that steps are enlarged to; 0: never. Default: by precision.")
+    scale = "Unit of perceptual errors. auto: measured, so that beta means what it does in latent space; the paper: 1."
+    add("--ncp_error_scale", type=auto_or_positive, default="auto", help=scale)
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="Folder for all output.")
@@ -195,8 +184,7 @@ def create_parser():
     add("--num_train_epochs", type=COUNT, default=1, help="Ignored if --max_train_steps is given.")
     add("--max_train_steps", type=COUNT, help="Optimization steps in total.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time.")
-    precision_help = "Precision of all but the LoRA. Default: accelerate's configuration."
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision_help)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of all but the LoRA. Default: accelerate's config.")
     add("--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes.")
     add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
@@ -217,10 +205,8 @@ def create_parser():
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=COUNT, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, its name in --output_dir, or latest.")
-    resume_help = "Resume even if settings differ from the checkpoint's."
-    add("--allow_resume_changes", action="store_true", help=resume_help)
-    skip_help = "Steps in a row that are skipped if not finite. One more ends the run."
-    add("--max_skipped_steps", type=INDEX, default=0, help=skip_help)
+    add("--allow_resume_changes", action="store_true", help="Resume even if settings differ from the checkpoint's.")
+    add("--max_skipped_steps", type=INDEX, default=0, help="Steps in a row that may be skipped if not finite.")
 
     add = parser.add_argument_group("reports").add_argument
     add("--report_to", choices=["none", *map(str, LoggerType)], default="tensorboard")
@@ -241,7 +227,7 @@ def create_parser():
 
 # Copied from train_ncp_dpo_sd15.check_arguments
 def check_arguments(args):
-    """Raises a `ValueError` that names flags which exclude each other or lack a partner."""
+    """Raises a `ValueError` for flags that exclude each other or lack a partner."""
     if [args.dataset_name, args.train_data_dir, args.encoded_data_dir].count(None) != 2:
         raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
@@ -281,16 +267,34 @@ def parse_args(input_args=None):
 
 # Copied from train_ncp_dpo_sd15.check_checkpoint
 def check_checkpoint(args):
-    """
-    The noise scheduler, the VAE's configuration and the timesteps to train on, from the base model's configuration. A
-    `ValueError` says what cannot be trained, before any weights are loaded.
-    """
-    base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    if Path(args.pretrained_model_name_or_path).is_file():
+    """The noise scheduler, the VAE's configuration and the timesteps to train on. A `ValueError` says why the base
+    model cannot be trained, from its configuration alone."""
+    name, own_vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    base = f"--pretrained_model_name_or_path {name}"
+    if Path(name).is_file():
         convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
         raise ValueError(f"{base} is a single file. Convert it, and give the folder: {convert}")
-    check_unet(args, load_config(args, "unet"), base)
-    vae = check_vae(args, load_config(args, "vae"), load_config(args, "unet"), base)
+    unet, vae = load_config(args, "unet"), load_config(args, "vae")
+    vae_base = base if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
+    if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"{vae_base}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
+    for option in ("shift_factor", "latents_mean", "latents_std"):
+        if vae.get(option):
+            raise ValueError(f"{vae_base}: its VAE has a {option}, which is not supported.")
+    vae.setdefault("scaling_factor", 0.18215)  # the value of old configurations, which do not have it
+    vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
+    if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
+        script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(embed_type, "no script")
+        raise ValueError(f"{base} is of another architecture: {script} trains it.")
+    width = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
+    if (wanted := unet["cross_attention_dim"]) != width:
+        raise ValueError(f"{base}: the U-Net takes embeddings of width {wanted}, but the text encoders give {width}.")
+    if (taken := unet["in_channels"]) != (given := vae["latent_channels"]):
+        raise ValueError(f"{base}: the U-Net takes {taken} channels, as for inpainting, but the VAE gives {given}.")
+    if args.loss_space == "ncp" and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
+        raise ValueError(f"{base} has no mid block: give --ncp_layer down.")
     config = load_config(args, "scheduler", DDPMScheduler)
     if not {"beta_schedule", "trained_betas"} & config.keys():
         raise ValueError(f"{base}: its {config['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
@@ -298,51 +302,11 @@ def check_checkpoint(args):
     if args.loss_space == "ncp" or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
         ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)  # raises where the step is unknown
     last = noise_scheduler.config.num_train_timesteps - 1
-    max_timestep = last if args.max_timestep is None else args.max_timestep
-    timesteps = sorted(set(args.timesteps or range(args.min_timestep, max_timestep + 1)))
+    first, end = args.min_timestep, last if args.max_timestep is None else args.max_timestep
+    timesteps = sorted(set(args.timesteps or range(first, end + 1)))
     if not timesteps or timesteps[-1] > last:
-        raise ValueError(
-            f"--timesteps, or --min_timestep {args.min_timestep} and --max_timestep {max_timestep}, must be in this "
-            f"order and at most {last}, the noise scheduler's last."
-        )
+        raise ValueError(f"--timesteps or --min_timestep {first} to --max_timestep {end} must be within 0 and {last}.")
     return noise_scheduler, vae, torch.tensor(timesteps)
-
-
-# Copied from train_ncp_dpo_sd15.check_unet
-def check_unet(args, unet, base):
-    """Raises a `ValueError` for a U-Net's configuration that this script does not train."""
-    if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
-        advice = {None: "use train_ncp_dpo_sd15.py", "text_time": "use train_ncp_dpo_sdxl.py"}
-        raise ValueError(f"{base} is of another architecture: {advice.get(embed_type, 'no script trains it')}.")
-    width = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
-    if unet["cross_attention_dim"] != width:
-        raise ValueError(
-            f"{base}: the U-Net takes embeddings of width {unet['cross_attention_dim']}, but the text encoders give {width}."
-        )
-    if args.loss_space == "ncp" and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
-        raise ValueError(f"{base} has no mid block: give --ncp_layer down.")
-
-
-# Copied from train_ncp_dpo_sd15.check_vae
-def check_vae(args, vae, unet, base):
-    """The VAE's configuration with `scaling_factor` and `downscaling_factor`, or a `ValueError`."""
-    own_vae = args.pretrained_vae_model_name_or_path
-    source = base if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
-    if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{source}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise ValueError(
-            f"{base}: the U-Net takes {unet['in_channels']} channels, but the VAE gives {vae['latent_channels']}. "
-            "Inpainting and similar models cannot be trained."
-        )
-    for option in ("shift_factor", "latents_mean", "latents_std"):
-        if vae.get(option):
-            raise ValueError(f"{source}: its VAE has a {option}, which is not supported.")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    if args.resolution % factor:
-        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
-    # Old configurations have no scaling factor and mean this one.
-    return {"scaling_factor": 0.18215, **vae, "downscaling_factor": factor}
 
 
 # Copied from train_ncp_dpo_sd15.load_config
@@ -358,10 +322,7 @@ def load_config(args, component, config_class=UNet2DConditionModel):
 
 # Copied from train_ncp_dpo_sd15.load_pipeline
 def load_pipeline(args, accelerator, **components):
-    """
-    The base model as the pipeline that draws with it. Where nothing is encoded, it has no VAE and no text encoders.
-    `components` replace the base model's; `None` leaves one out.
-    """
+    """The base model's pipeline, without VAE and text encoders if nothing is encoded. `components` replace its own."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
@@ -369,22 +330,14 @@ def load_pipeline(args, accelerator, **components):
         components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     try:
         if own_vae is not None and "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
-        pipeline = PIPELINE_CLASS.from_pretrained(
-            args.pretrained_model_name_or_path,
-            dtype=dtypes,
-            revision=args.revision,
-            variant=args.variant,
-            **PIPELINE_OPTIONS,
-            **components,
-        )
+        pipeline = PIPELINE_CLASS.from_pretrained(name, dtype=dtypes, **options, **PIPELINE_OPTIONS, **components)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: {one_line(error)}. "
-            "If all weights are of one variant, such as fp16, give it as --variant."
-        ) from error
+        advice = "If its files are all of one variant, such as fp16, give --variant."
+        raise ValueError(f"--pretrained_model_name_or_path {name}: {one_line(error)}. {advice}") from error
     for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         # Some tokenizers do not know how many tokens the text encoder takes.
@@ -397,81 +350,71 @@ def load_pipeline(args, accelerator, **components):
 # The policy
 
 
-# Copied from train_ncp_dpo_sd15.PretrainedLora
-class PretrainedLora(NamedTuple):
-    """A U-Net's LoRA from a file; layers are named by their paths in the U-Net."""
-
-    weights: dict  # in PEFT's format: `mid_block.(...).to_q.lora_A.weight` and so on
-    ranks: dict  # by layer
-    alphas: dict  # by layer
-
-
-# Copied from train_ncp_dpo_sd15.load_lora
-def load_lora(path, source, unet_config=None):
-    """
-    The [`PretrainedLora`] of a file, folder or hub id, in diffusers' or kohya's format. `source` is the flag and its value.
-    `unet_config`, a dict, translates the block names of SDXL files. A `ValueError` says what cannot be read.
-    """
-    options = {"weight_name": WEIGHTS_NAME} if Path(path, WEIGHTS_NAME).is_file() else {}
-    if unet_config is not None:
-        options["unet_config"] = SimpleNamespace(**unet_config)
-    try:
-        tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(path, return_lora_metadata=True, **options)
-    except Exception as error:  # the converters raise many kinds
-        raise ValueError(f"{source} cannot be read as a LoRA: {one_line(error)}") from error
-    config, weights = metadata or {}, {}
-    for name, weight in convert_unet_state_dict_to_peft(tensors).items():
-        if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
-            raise ValueError(f"{source} holds {name}, but must hold a U-Net's plain LoRA weights alone.")
-        weights[name.removeprefix("unet.")] = weight
-    ranks, alphas = {}, {}
-    for name in [name for name in weights if name.endswith(".lora_A.weight")]:
-        layer = name.removesuffix(".lora_A.weight")
-        if f"{layer}.lora_B.weight" not in weights:
-            raise ValueError(f"{source}: {layer} has only one of its two weights.")
-        ranks[layer] = len(weights[name])
-        patterns = config.get("unet.alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns, layer), config.get("unet.lora_alpha", ranks[layer]))
-        # A rank-stabilized LoRA is scaled by alpha / sqrt(rank).
-        alpha *= math.sqrt(ranks[layer]) if config.get("unet.use_rslora") else 1
-        alphas[layer] = (kohya_alphas or {}).get(f"unet.{layer}.alpha", alpha)
-    if len(weights) != 2 * len(ranks) or not weights:
-        raise ValueError(f"{source} holds {len(weights)} weights of {len(ranks)} LoRA layers, but each layer has two.")
-    return PretrainedLora(weights, ranks, alphas)
-
-
 # Copied from train_ncp_dpo_sd15.load_pretrained_lora
 def load_pretrained_lora(args):
-    """The [`PretrainedLora`] of `--pretrained_lora_path` or `None`; a `ValueError` if other flags contradict it."""
-    if args.pretrained_lora_path is None:
+    """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: its weights by name as in PEFT,
+    and a `LoraConfig` with the rank and alpha of each layer. A `ValueError` if it cannot be read or flags contradict it."""
+    if (path := args.pretrained_lora_path) is None:
         return None
-    source = f"--pretrained_lora_path {args.pretrained_lora_path}"
-    lora = load_lora(args.pretrained_lora_path, source, load_config(args, "unet"))
-    for flag, values in (("rank", lora.ranks), ("lora_alpha", lora.alphas)):
-        given = getattr(args, flag)
-        if given is not None and set(values.values()) != {given}:
-            found = ", ".join(f"{value:g}" for value in sorted(set(values.values())))
-            raise ValueError(f"--{flag} is {given}, but {source} has {found}. Leave out --{flag}.")
-    return lora
+    # Translates the block names of some SDXL files.
+    options = {"unet_config": SimpleNamespace(**load_config(args, "unet")), "return_lora_metadata": True}
+    if Path(path, WEIGHTS_NAME).is_file():
+        options["weight_name"] = WEIGHTS_NAME
+    try:
+        tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(path, **options)
+    except Exception as error:  # the converters raise many kinds
+        raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {one_line(error)}") from error
+    # diffusers names these alphas after weights.
+    kohya_alphas = {
+        re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name): alpha
+        for name, alpha in convert_unet_state_dict_to_peft(kohya_alphas or {}).items()
+    }
+    saved, weights, ranks, alphas = metadata or {}, {}, {}, {}
+    for name, weight in convert_unet_state_dict_to_peft(tensors).items():
+        if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
+            raise ValueError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
+        weights[name.removeprefix("unet.")] = weight
+    patterns = saved.get("unet.alpha_pattern") or {}
+    for layer in (name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
+        rank = ranks[layer] = len(weights[f"{layer}.lora_A.weight"])
+        alpha = patterns.get(get_pattern_key(patterns, layer), saved.get("unet.lora_alpha", rank))
+        # A rank-stabilized LoRA is scaled by alpha / sqrt(rank).
+        alpha *= math.sqrt(rank) if saved.get("unet.use_rslora") else 1
+        alphas[layer] = kohya_alphas.get(f"unet.{layer}", alpha)
+    if not weights or weights.keys() != {f"{layer}.lora_{side}.weight" for layer in ranks for side in "AB"}:
+        raise ValueError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
+    for flag, given, found in (("rank", args.rank, ranks), ("lora_alpha", args.lora_alpha, alphas)):
+        if given is not None and (values := {*found.values()}) != {given}:
+            raise ValueError(f"--{flag} is {given}, but --pretrained_lora_path {path} has {sorted(values)}.")
+    (rank, alpha), _ = collections.Counter(zip(ranks.values(), alphas.values())).most_common(1)[0]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(ranks))
+    config.rank_pattern = {layer: value for layer, value in ranks.items() if value != rank}
+    config.alpha_pattern = {layer: value for layer, value in alphas.items() if value != alpha}
+    return weights, config
 
 
 # Copied from train_ncp_dpo_sd15.create_policy
-def create_policy(args, unet, lora):
-    """
-    The frozen U-Net with a LoRA in float32 as its adapter "default". A new LoRA changes nothing yet. `lora`, a
-    [`PretrainedLora`], gives the starting weights, and a frozen copy of them as the adapter "reference".
-    """
+def create_policy(args, unet, pretrained_lora):
+    """The frozen U-Net with a LoRA in float32 as its adapter "default". A new LoRA changes nothing yet. A pretrained one
+    gives the starting weights, and a frozen copy of it becomes the adapter "reference"."""
     unet.requires_grad_(False)
-    if lora is None:
+    if pretrained_lora is None:
         options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
         unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
-    else:
-        for adapter in ("reference", "default"):
-            add_pretrained_adapter(args, unet, lora, adapter)
+    for adapter in ("reference", "default") if pretrained_lora is not None else ():
+        weights, config = pretrained_lora
+        try:
+            unet.add_adapter(copy.deepcopy(config), adapter)
+            result = set_peft_model_state_dict(unet, dict(weights), adapter_name=adapter)
+            if result.unexpected_keys:
+                raise ValueError(f"it has no layer for {result.unexpected_keys[0]}")
+        except (RuntimeError, ValueError) as error:
+            source = f"--pretrained_lora_path {args.pretrained_lora_path}"
+            raise ValueError(f"{source} does not fit the U-Net: {one_line(error)}") from error
     for layer in unet.modules():
         if isinstance(layer, BaseTunerLayer):
-            for adapters in (layer.lora_A, layer.lora_B):
-                adapters.float()
+            layer.lora_A.float()
+            layer.lora_B.float()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.channels_last:
@@ -482,30 +425,6 @@ def create_policy(args, unet, lora):
         # Rounding as without compilation keeps the margin at exactly 0 while the LoRA changes nothing.
         unet.compile_repeated_blocks(options={"emulate_precision_casts": True})
     return unet
-
-
-# Copied from train_ncp_dpo_sd15.add_pretrained_adapter
-def add_pretrained_adapter(args, unet, lora, adapter):
-    """Adds a [`PretrainedLora`] to the U-Net under the name `adapter`."""
-    (rank, alpha), _ = collections.Counter(zip(lora.ranks.values(), lora.alphas.values())).most_common(1)[0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(lora.ranks),
-        rank_pattern={layer: value for layer, value in lora.ranks.items() if value != rank},
-        alpha_pattern={layer: value for layer, value in lora.alphas.items() if value != alpha},
-    )
-    try:
-        unet.add_adapter(config, adapter)
-        result = set_peft_model_state_dict(unet, dict(lora.weights), adapter_name=adapter)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_lora_path {args.pretrained_lora_path} does not fit the U-Net: {one_line(error)}"
-        ) from error
-    if result.unexpected_keys:
-        raise ValueError(
-            f"--pretrained_lora_path {args.pretrained_lora_path}: the U-Net has no layer for {result.unexpected_keys[0]}."
-        )
 
 
 # Latents and embeddings
@@ -570,12 +489,8 @@ class Denoising(NamedTuple):
     variance_noise: torch.Tensor  # (N, C, h, w)
 
     def predict(self, unet):
-        return unet(
-            self.noisy_latents,
-            self.timesteps,
-            self.encoder_hidden_states,
-            added_cond_kwargs=self.added_cond_kwargs,
-        ).sample
+        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
+        return unet(*inputs, added_cond_kwargs=self.added_cond_kwargs).sample
 
 
 # Copied from train_ncp_dpo_sd15.Errors
@@ -606,10 +521,8 @@ def noise_batch(args, batch, pipeline, noise_scheduler):
 
 # Copied from train_ncp_dpo_sd15.predict
 def predict(denoising, unet, policy, needs_reference):
-    """
-    Predictions of the policy and, if needed, of the reference, `(N, C, h, w)`. `unet` is the policy as accelerate wrapped
-    it, so that gradients are averaged over processes; `policy` is the model itself.
-    """
+    """Predictions of the policy and, if needed, of the reference, `(N, C, h, w)`. `unet` is the policy as accelerate
+    wrapped it, so that gradients are averaged over processes; `policy` is the model itself."""
     ref_pred = None
     if needs_reference:
         with torch.no_grad(), ncp_loss.reference_model(policy):
@@ -632,19 +545,10 @@ def measure_loss(args, errors, batch):
     """The [`PreferenceLoss`] of a batch's pairs. If only winners were read (sft), it has a loss and no margin."""
     if len(errors.policy) == len(batch["timesteps"]):
         return ncp_loss.PreferenceLoss(errors.policy.mean(), None, None)
-    return ncp_loss.preference_loss(
-        errors.policy,
-        errors.reference,
-        loss_type=args.loss_type,
-        beta=args.beta_dpo,
-        sft_weight=args.sft_weight,
-        label_smoothing=args.label_smoothing,
-        target_margin=args.target_margin,
-        winner_probability=batch.get("winner_probability"),
-    )
-
-
-# Metrics
+    options = {"loss_type": args.loss_type, "beta": args.beta_dpo, "sft_weight": args.sft_weight}
+    options |= {"label_smoothing": args.label_smoothing, "target_margin": args.target_margin}
+    probability = batch.get("winner_probability")
+    return ncp_loss.preference_loss(errors.policy, errors.reference, winner_probability=probability, **options)
 
 
 # Copied from train_ncp_dpo_sd15.tabulate
@@ -692,15 +596,9 @@ def split_by_timestep(table, timesteps):
 def load_batches(args, accelerator, pairs, keys):
     """Batches of this process's share of the pairs with these keys, on its device."""
     with accelerator.split_between_processes(keys) as own_keys:
-        sampler = list(own_keys)
-    batches = torch.utils.data.DataLoader(
-        pairs, args.train_batch_size, sampler=sampler, collate_fn=preference_pairs.collate_fn
-    )
-    for batch in batches:
+        options = {"sampler": list(own_keys), "collate_fn": preference_pairs.collate_fn}
+    for batch in torch.utils.data.DataLoader(pairs, args.train_batch_size, **options):
         yield send_to_device(batch, accelerator.device)
-
-
-# The error scale
 
 
 # Copied from train_ncp_dpo_sd15.perturbed
@@ -708,29 +606,22 @@ def load_batches(args, accelerator, pairs, keys):
 def perturbed(policy, generator):
     """Adds a small random update to the policy's LoRA within the block: 2 % of each layer's weight."""
     saved = []
-    for layer in policy.modules():
-        if isinstance(layer, BaseTunerLayer):
-            up = layer.lora_B["default"].weight
-            original = up.clone()
-            up.copy_(torch.randn(up.shape, generator=generator))
-            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-            up += original
-            saved.append((up, original))
-    try:
-        yield
-    finally:
-        for up, original in saved:
-            up.copy_(original)
+    for layer in (module for module in policy.modules() if isinstance(module, BaseTunerLayer)):
+        up = layer.lora_B["default"].weight
+        saved.append((up, up.clone()))
+        up.copy_(torch.randn(up.shape, generator=generator))
+        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+        up += saved[-1][1]
+    yield
+    for up, original in saved:
+        up.copy_(original)
 
 
 # Copied from train_ncp_dpo_sd15.measure_error_scale
 @torch.no_grad()
 def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception):
-    """
-    The error scale and the standard error of its logarithm, from latent and perceptual margins of the stream's first pairs
-    under a small random change of the policy (for sft the winners' part of margins). Blocks of pairs and their timesteps do
-    not depend on the number of processes.
-    """
+    """The error scale, from latent and perceptual margins of the stream's first pairs under a small random change of the
+    policy (of winners alone for sft). Pairs and timesteps do not depend on the number of processes."""
     # Nothing can change at the first timestep.
     timesteps = pairs.timesteps[pairs.timesteps > 0] if len(pairs.timesteps) > 1 else pairs.timesteps
     generator, measured, start = torch.Generator().manual_seed(args.seed), [], time.monotonic()
@@ -740,14 +631,12 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
         for first in range(0, MAX_SCALE_PAIRS, SCALE_BLOCK_SIZE):
             stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
             spread = preference_pairs.spread_timesteps(timesteps, first, SCALE_BLOCK_SIZE, offset)
-            keys = [(*key, timestep) for key, timestep in zip(stream, spread)]
-            block = []
+            keys, block = [(*key, timestep) for key, timestep in zip(stream, spread)], []
             for batch in load_batches(args, accelerator, pairs, keys):
                 denoising = noise_batch(args, batch, pipeline, noise_scheduler)
-                model_pred, ref_pred = predict(denoising, policy, policy, needs_reference=True)
-                margins = []
+                predictions, margins = predict(denoising, policy, policy, needs_reference=True), []
                 for space in (None, perception):
-                    errors = measure_errors(denoising, model_pred, ref_pred, space)
+                    errors = measure_errors(denoising, *predictions, space)
                     change = errors.reference - errors.policy
                     margins.append(change if pairs.winner_only else torch.sub(*change.chunk(2)))
                 block.append(torch.stack(margins, dim=1).cpu())
@@ -759,10 +648,8 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
                 raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
             if standard_error <= SCALE_STANDARD_ERROR:
                 break
-    logger.info(
-        f"Measured the error scale on {sum(map(len, measured))} pairs in {time.monotonic() - start:.0f} s, "
-        f"with a standard error of {100 * standard_error:.0f} %"
-    )
+    seconds, percent = time.monotonic() - start, 100 * standard_error
+    logger.info(f"Measured the error scale to {percent:.0f} % on {first + SCALE_BLOCK_SIZE} pairs in {seconds:.0f} s")
     # With so few digits, the flag that is printed gives the very same run.
     return float(f"{scale:.4g}")
 
@@ -772,13 +659,8 @@ def create_perception(args, accelerator, pairs, policy, pipeline, noise_schedule
     """What errors are measured with, or `None` for latent space. The error scale is given, the checkpoint's, or measured."""
     if args.loss_space == "latent":
         return None
-    perception = ncp_loss.NoiseConditionedPerception(
-        policy,
-        noise_scheduler,
-        layer=args.ncp_layer,
-        target_timestep=args.ncp_timestep,
-        probe_rms=args.ncp_probe_rms,
-    )
+    options = {"layer": args.ncp_layer, "target_timestep": args.ncp_timestep, "probe_rms": args.ncp_probe_rms}
+    perception = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, **options)
     if args.ncp_error_scale != "auto":
         scale = args.ncp_error_scale
     elif saved is not None and not find_changes(args, saved, SCALE_ARGUMENTS):
@@ -790,12 +672,9 @@ def create_perception(args, accelerator, pairs, policy, pipeline, noise_schedule
     return perception
 
 
-# Setup
-
-
 # Copied from train_ncp_dpo_sd15.create_accelerator
 def create_accelerator(args):
-    """Sets up accelerate, logging, the output folder and, if asked for, the repository on the hub."""
+    """Sets up accelerate, logging, the output folder and the repository on the hub."""
     accelerator = Accelerator(
         # One process may write, draw or read for hours while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
@@ -808,10 +687,8 @@ def create_accelerator(args):
         step_scheduler_with_optimizer=False,
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
-        raise ValueError(
-            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate's configuration or "
-            f"environment says {steps}. Give both the same."
-        )
+        flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
+        raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}. Give both the same.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logger.info(accelerator.state, main_process_only=False)
@@ -860,7 +737,7 @@ def create_state(args, accelerator, pairs, saved):
 
 # Copied from train_ncp_dpo_sd15.create_optimizer
 def create_optimizer(args, policy, pairs_per_step):
-    """AdamW over the LoRA, with 8-bit states if asked for, and the schedule of its learning rate."""
+    """AdamW over the LoRA, and the schedule of its learning rate."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         try:
@@ -868,26 +745,17 @@ def create_optimizer(args, policy, pairs_per_step):
         except ImportError:
             raise ImportError("To use 8-bit Adam, please install bitsandbytes: `pip install bitsandbytes`.")
         optimizer_class = bnb.optim.AdamW8bit
-    optimizer = optimizer_class(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr=args.learning_rate * (pairs_per_step if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    options = {"lr": args.learning_rate * (pairs_per_step if args.scale_lr else 1), "eps": args.adam_epsilon}
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
+    optimizer = optimizer_class(trained, **options)
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
         logger.warning("--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up")
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
         logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} covers all steps: --learning_rate is never reached")
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    return optimizer, lr_scheduler
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps, **shape)
 
 
 # Checkpoints
@@ -904,45 +772,29 @@ def find_changes(args, saved, names):
 
 # Copied from train_ncp_dpo_sd15.read_state
 def read_state(checkpoint):
-    """A checkpoint's training_state.json in today's format; a `ValueError` if today's version cannot go on from it."""
+    """A checkpoint's training_state.json. A `ValueError` for one of an older version."""
     state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-    if state.get("format", 1) == 1:
-        arguments = state["arguments"]
-        for name, value in FORMAT_1_VALUES.items():
-            if arguments.get(name, value) != value:
-                raise ValueError(
-                    f"{checkpoint} was trained with --{name} {arguments[name]} by an older version, and cannot be resumed "
-                    "by this one."
-                )
-        if state["num_processes"] > 1:
-            raise ValueError(
-                f"{checkpoint} is of {state['num_processes']} processes and of an older version, whose schedules counted "
-                "processes. It cannot be resumed by this one."
-            )
-        state["pairs_per_step"] = arguments["train_batch_size"] * arguments["gradient_accumulation_steps"]
-        state["next_pair"] = state["global_step"] * state["pairs_per_step"]
+    if "format" not in state:
+        removed = "with --timestep_weighting, --sdpo_safeguard and a merged --pretrained_lora_path"
+        raise ValueError(f"{checkpoint} is of an older version, {removed}: finish its run with that version.")
     return state
 
 
 # Copied from train_ncp_dpo_sd15.Checkpoints
 class Checkpoints:
-    """
-    The folders `checkpoint-N` in `--output_dir`; folders with other names are left alone. `checkpoint` is the one that the
-    run resumes from, and `saved` its state. Both are `None` for a new run.
-    """
+    """The folders `checkpoint-N` in `--output_dir`. The run resumes from `checkpoint`, whose state is `saved`; both are
+    `None` for a new run."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
-        # Machines need not share the folder. The main process chooses, and all others must have the same checkpoint.
+        # Machines need not share the folder, but must have the checkpoint that the main process chooses.
         checkpoint = self.choose() if accelerator.is_main_process else None
         choice = broadcast_object_list([checkpoint, checkpoint and read_state(checkpoint)])
         checkpoint, saved = self.checkpoint, self.saved = choice
         has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and read_state(checkpoint) == saved
         if missing := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
-            raise ValueError(
-                f"Process 0 resumes from {checkpoint}, which processes {missing} do not have: copy it to their machines, "
-                "or share --output_dir."
-            )
+            advice = "copy it to their machines, or share --output_dir"
+            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {missing} do not have: {advice}.")
 
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
@@ -954,20 +806,17 @@ class Checkpoints:
         """The checkpoint of `--resume_from_checkpoint`; `None` for a new run."""
         checkpoints, finished = self.find(), (self.folder / WEIGHTS_NAME).is_file()
         wanted = self.args.resume_from_checkpoint
-        if wanted is None and (checkpoints or finished):
-            raise ValueError(
-                f"--output_dir {self.folder} holds {checkpoints[-1].name if checkpoints else 'the LoRA'} of another run. "
-                "Give another folder, or continue that run by --resume_from_checkpoint latest."
-            )
         if wanted is None:
+            if checkpoints or finished:
+                name = checkpoints[-1].name if checkpoints else "the LoRA"
+                advice = "Give another folder, or go on with --resume_from_checkpoint latest."
+                raise ValueError(f"--output_dir {self.folder} holds {name} of another run. {advice}")
             return None
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
-                logger.warning(f"{path} is passed over: it is no complete checkpoint")
+                logger.warning(f"{path} is no complete checkpoint and is passed over")
             if not checkpoints and finished:
-                raise ValueError(
-                    f"--output_dir {self.folder} holds a finished LoRA and no checkpoint to resume from. Give another folder."
-                )
+                raise ValueError(f"--output_dir {self.folder} holds a LoRA and no checkpoint. Give another folder.")
             if not checkpoints:
                 logger.info(f"There is no checkpoint in {self.folder} yet: starting anew")
             return checkpoints[-1] if checkpoints else None
@@ -995,17 +844,13 @@ class Checkpoints:
         if args.ncp_error_scale in ("auto", saved["error_scale"]):
             names.remove("ncp_error_scale")
         changes = find_changes(args, saved, names)
-        if (pairs_per_step := state["pairs_per_step"]) != saved["pairs_per_step"]:
-            changes.append(
-                f"--train_batch_size x --gradient_accumulation_steps x processes is {pairs_per_step} pairs per step, but was "
-                f"{saved['pairs_per_step']}"
-            )
+        if (now := state["pairs_per_step"]) != (before := saved["pairs_per_step"]):
+            changes.append(f"--train_batch_size x --gradient_accumulation_steps x processes is {now}, was {before}")
         if (data := saved.get("data", state["data"])) != state["data"]:
             changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
         if changes and not args.allow_resume_changes:
-            raise ValueError(
-                f"{'; '.join(changes)} in {checkpoint}. Give the same values, or --allow_resume_changes to go on with these."
-            )
+            advice = "Give the same values, or --allow_resume_changes."
+            raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
         for change in changes:
             logger.warning(f"{change} in {checkpoint}")
 
@@ -1018,7 +863,7 @@ class Checkpoints:
         if self.checkpoint is None:
             return
         self.accelerator.load_state(str(self.checkpoint))
-        # accelerate restores its count of batches. A checkpoint ends a step, also for another number of batches per step.
+        # accelerate restores its count of batches, but a step may now have another number of batches.
         self.accelerator.step = 0
         lora = safetensors.torch.load_file(self.checkpoint / WEIGHTS_NAME)
         lora = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in lora.items()})
@@ -1047,10 +892,8 @@ class Checkpoints:
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(incomplete, ignore_errors=True)
             whole = ", ".join(path.name for path in self.find()) or "none"
-            raise RuntimeError(
-                f"{folder} could not be saved: {error}. Whole checkpoints: {whole}. Make room, or go on from one of them "
-                "in another --output_dir."
-            ) from error
+            advice = f"Whole checkpoints: {whole}. Make room, or go on from one of them in another --output_dir."
+            raise RuntimeError(f"{folder} could not be saved: {error}. {advice}") from error
         if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
             for old in self.find()[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
@@ -1133,10 +976,8 @@ class Monitor:
         self.accelerator.log(metrics, step=step)
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
         if self.flat_steps == 100:
-            logger.warning(
-                f"The logits' spread was below 0.01 for 100 steps: --beta_dpo {self.args.beta_dpo} is too small to hold the "
-                "policy near the reference. Raise it."
-            )
+            advice = f"Raise --beta_dpo {self.args.beta_dpo}: nothing holds the policy near the reference."
+            logger.warning(f"The logits' spread was below 0.01 for 100 steps. {advice}")
 
     def check_finite(self, step, metrics, rows):
         # In fp16 the gradient overflows now and then, and the loss scaler shrinks. Below 1 it no longer helps.
@@ -1147,20 +988,16 @@ class Monitor:
         self.skipped_steps += 1
         problem = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, rows {rows}"
         if self.skipped_steps > self.args.max_skipped_steps:
-            raise RuntimeError(
-                f"Step {step} is not finite: {problem}. --max_skipped_steps {self.args.max_skipped_steps} allows no more; "
-                "checkpoints are intact."
-            )
+            limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more; checkpoints are intact"
+            raise RuntimeError(f"Step {step} is not finite: {problem}. {limit}.")
         logger.warning(f"Step {step} is not finite: {problem}. It is skipped.")
 
 
 # Copied from train_ncp_dpo_sd15.measure_held_out
 @torch.no_grad()
 def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor):
-    """
-    Measures held-out pairs in latent space and in that of training, at all timesteps and by timestep range, for trackers
-    and `eval.csv`. Lines of this and later steps in that file are replaced.
-    """
+    """Measures held-out pairs in latent space and in that of training, in total and by timestep range, for trackers and
+    `eval.csv`. Lines of this and later steps in that file are replaced."""
     spaces = {"latent": None, args.loss_space: perception}
     tables, metrics, lines, global_step = {space: [] for space in spaces}, {}, [], monitor.state["global_step"]
     # A pair has the same timestep in every measurement.
@@ -1195,10 +1032,8 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
 # Copied from train_ncp_dpo_sd15.log_validation
 @torch.no_grad()
 def log_validation(args, accelerator, pipeline, global_step):
-    """
-    Draws `validation/step-N.png`, from the same noise at every step, and below step 0, which the reference draws,
-    `before_after.png`.
-    """
+    """Draws `validation/step-N.png`, from the same noise at every step, and `before_after.png` of step 0, which the
+    reference draws, and this step."""
     folder = Path(args.output_dir, "validation")
     path, vae = folder / f"step-{global_step}.png", pipeline.vae
     if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
@@ -1206,21 +1041,16 @@ def log_validation(args, accelerator, pipeline, global_step):
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
     # All images share the embeddings. Both pipelines return them in this order.
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    embeds = pipeline.encode_prompt(
-        args.validation_prompt, device=accelerator.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-    )
+    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
+    options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
+    options.update(zip(names, embeds))
     images = []
     # Tiles need less memory than whole images, so drawing does not raise the peak. Training encodes whole images.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
-        latents = pipeline(
-            generator=torch.Generator(accelerator.device).manual_seed(args.seed + index),
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=25,
-            output_type="latent",
-            **dict(zip(names, embeds)),
-        ).images
+        generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
+        latents = pipeline(generator=generator, **options).images
         # Pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         images += pipeline.image_processor.postprocess(image)
@@ -1233,9 +1063,6 @@ def log_validation(args, accelerator, pipeline, global_step):
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.stack(images)}, step=global_step, **layout)
-
-
-# Results
 
 
 # Copied from train_ncp_dpo_sd15.public_name
@@ -1262,15 +1089,9 @@ def describe_run(state):
 
 # Copied from train_ncp_dpo_sd15.save_kohya_lora
 def save_kohya_lora(path, lora, alphas, description):
-    """
-    Writes a U-Net's LoRA in the format of kohya's scripts, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata.
-    `unet.mid_block.….to_out.0` becomes `lora_unet_mid_block_…_to_out_0`; the update is scaled by alpha / rank.
-
-    Args:
-        lora (`dict`): weights in PEFT's format, `unet.….lora_A.weight` of shape `(rank, in)` and so on.
-        alphas (`dict`): by the layers' paths without `unet.`; a missing one is the rank.
-        description (`dict`): metadata beside rank, alpha and the kind of base model.
-    """
+    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata.
+    `lora` is in PEFT's format, `unet.….lora_A.weight` and so on. `alphas` are by layers' paths without `unet.`; by default
+    they are the ranks. `description` is metadata beside rank, alpha and the kind of base model."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
     alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
     for name in [name for name in kohya if name.endswith(".alpha")]:
@@ -1291,7 +1112,7 @@ def save_kohya_lora(path, lora, alphas, description):
 
 # Copied from train_ncp_dpo_sd15.launch_command
 def launch_command(args, accelerator, name=str):
-    """The command of this run with all flags that are not default, but not its checkpoint and secrets; paths by `name`."""
+    """The command of this run, without its checkpoint and secrets; paths by `name`."""
     parser, words = create_parser(), [name(sys.argv[0])]
     for flag, value in vars(args).items():
         if flag not in ("resume_from_checkpoint", "hub_token") and value != parser.get_default(flag):
@@ -1302,41 +1123,37 @@ def launch_command(args, accelerator, name=str):
 
 # Copied from train_ncp_dpo_sd15.save_model_card
 def save_model_card(args, accelerator, state):
-    """Writes README.md with settings, held-out results, picture and command."""
+    """Writes README.md with picture, held-out results, settings and command."""
     about, output_dir = describe_run(state), Path(args.output_dir)
 
-    def table(head, *rows):
-        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+    def table(*rows):
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
     settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
-    settings["pairs per step"] = state["pairs_per_step"]
-    settings.update((name, getattr(args, name)) for name in CARD_ARGUMENTS)
-    held_out, picture = "", ""
-    if args.num_eval_pairs is not None:
-        head, *rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row[1:3] == [args.loss_space, "all"]]
-        held_out = f"On held-out pairs:\n\n{table(head, *rows)}\n\n"
+    settings |= {"pairs per step": state["pairs_per_step"], **{name: getattr(args, name) for name in CARD_ARGUMENTS}}
+    picture, held_out = "", ""
     if args.run_validation:
         picture = f"![{args.validation_prompt}, before and after](validation/before_after.png)\n\n"
+    if args.num_eval_pairs is not None:
+        rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row[1:3] in (["space", "timesteps"], [args.loss_space, "all"])]
+        held_out = f"On held-out pairs:\n\n{table(*rows)}\n\n"
     base_model = public_name(args.pretrained_model_name_or_path)
     repo_id = args.hub_model_id or output_dir.resolve().name
-    data = ModelCardData(
-        library_name="diffusers",
-        base_model=None if os.path.exists(args.pretrained_model_name_or_path) else base_model,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"],
-    )
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
+    on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
     card = f"""---
-{data.to_yaml()}
+{ModelCardData(library_name="diffusers", base_model=on_hub, tags=tags).to_yaml()}
 ---
 
 # {repo_id}
 
-A LoRA for `{base_model}`, trained by {about["ncp_loss"]} on the preference pairs of `{about["ncp_dataset"]}`, with the code of
-[Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636) preference training.
+A LoRA for `{base_model}`, trained by {about["ncp_loss"]} on the preference pairs of `{about["ncp_dataset"]}`
+([Noise-Conditioned Perception](https://huggingface.co/papers/2406.17636)).
 
 {picture}{held_out}{table(("setting", "value"), *settings.items())}
 
-Load it by `DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")`. It was trained by
+`DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights("{repo_id}")` loads it. It was trained by
 
     {launch_command(args, accelerator, public_name)}
 """
@@ -1345,11 +1162,11 @@ Load it by `DiffusionPipeline.from_pretrained("{base_model}").load_lora_weights(
 
 # Copied from train_ncp_dpo_sd15.finish
 def finish(args, accelerator, policy, state):
-    """Writes the LoRA for other programs and the model card, and uploads them."""
+    """Writes the LoRA for other programs and the model card, and uploads all."""
     if not args.no_kohya:
         lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
-        layers = {name: layer for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer)}
-        alphas = {name: layer.lora_alpha["default"] for name, layer in layers.items()}
+        layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
+        alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
         save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
     save_model_card(args, accelerator, state)
     if args.push_to_hub:
@@ -1362,13 +1179,8 @@ def finish(args, accelerator, policy, state):
             "validation/*.png",
             f"{args.logging_dir}/**",
         ]
-        upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            allow_patterns=files,
-            commit_message="End of training",
-            token=args.hub_token,
-        )
+        options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
+        upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
 
 
 # Training
@@ -1388,7 +1200,7 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
     def reached(self, accelerator):
-        """Whether any process had received one at the step before. That sum is ready, so the device is not waited for."""
+        """Whether a process had received one at the step before. That sum is ready and needs no waiting."""
         before = self.pending_sum
         self.pending_sum = accelerator.reduce(torch.tensor(self.received, device=accelerator.device))
         return before is not None and before.item() > 0
@@ -1429,7 +1241,7 @@ def main(args):
     monitor = Monitor(args, accelerator, state, timesteps)
     with ncp_loss.reference_model(policy):
         log_validation(args, accelerator, pipeline, 0)
-    # A resumed run may have stopped between its checkpoint and this measurement.
+    # Resumed runs may have stopped just before this measurement.
     if monitor.is_validation_step and eval_pairs is not None:
         measure_held_out(args, accelerator, eval_pairs, **models, perception=perception, monitor=monitor)
 
@@ -1474,7 +1286,7 @@ def main(args):
             log_validation(args, accelerator, pipeline, state["global_step"])
 
     accelerator.wait_for_everyone()
-    # A wrapped model that outlives its process group destroys it while it holds Python's lock, and gloo's threads hang.
+    # A wrapped model that outlives its process group destroys it with Python's lock held, and gloo's threads hang.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if stops:
         signals.stop(args, accelerator)

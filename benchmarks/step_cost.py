@@ -61,7 +61,7 @@ from diffusers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ncp_loss import NoiseConditionedPerception, preference_loss  # noqa: E402
+from ncp_loss import LOSSES, NoiseConditionedPerception, preference_loss  # noqa: E402
 
 
 class Model(NamedTuple):
@@ -230,7 +230,7 @@ class Step:
         flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
-        self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype))
+        self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype), None)
         self.policy.train()
         self.second_unet = self.perception = None
         if variant.second_unet:
@@ -245,7 +245,6 @@ class Step:
         self.pipeline = SimpleNamespace(**({} if variant.encoded else self.create_components()))
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
-        self.weights = torch.ones(1000, device=device)
 
     def create_unet(self, dtype):
         with torch.device(self.device):
@@ -293,15 +292,16 @@ class Step:
             return {**batch, "latents": torch.randn(num_images, *latent_shape), "prompt": prompt}
 
     def create_optimizer(self):
-        return self.script.create_optimizer(self.args, SimpleNamespace(num_processes=1), self.policy)[0]
+        return self.script.create_optimizer(self.args, self.policy, self.args.train_batch_size)[0]
 
     def denoising(self):
         return self.script.noise_batch(self.args, self.batch, self.pipeline, self.scheduler)
 
     def loss(self, denoising):
         if self.second_unet is None:
-            measured_with = self.policy, self.policy, self.perception, self.weights
-            errors = self.script.measure_errors(self.args, denoising, *measured_with)
+            needs_reference = LOSSES[self.args.loss_type].needs_reference
+            model_pred, ref_pred = self.script.predict(denoising, self.policy, self.policy, needs_reference)
+            errors = self.script.measure_errors(denoising, model_pred, ref_pred, self.perception)
             return self.script.measure_loss(self.args, errors, self.batch).loss
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
         ref_pred = denoising.predict_reference(self.policy)

@@ -50,14 +50,14 @@ def load_pipeline(script, checkpoint, *flags):
 @pytest.mark.bad_input
 def test_an_inpainting_unet(run_sd15, checkpoint, no_models):
     edit_json(checkpoint / "unet/config.json", in_channels=9)
-    with pytest.raises(ValueError, match="the U-Net takes 9 channels, the VAE gives 4. Inpainting"):
+    with pytest.raises(ValueError, match="the U-Net takes 9 channels, as for inpainting, but the VAE gives 4"):
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 
 @pytest.mark.bad_input
 def test_the_checkpoint_of_the_other_script(checkpoints, parquet, tmp_path, no_models):
     for kind, other, script in [("sd15", "sdxl", "train_ncp_dpo_sdxl.py"), ("sdxl", "sd15", "train_ncp_dpo_sd15.py")]:
-        with pytest.raises(ValueError, match=f"is of another architecture: use {script}"):
+        with pytest.raises(ValueError, match=f"is of another architecture: {script} trains it"):
             Run(kind, checkpoints[other], parquet, tmp_path / kind)()
 
 
@@ -65,7 +65,7 @@ def test_the_checkpoint_of_the_other_script(checkpoints, parquet, tmp_path, no_m
 def test_a_refiner(parquet, sdxl, tmp_path, no_models):
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(sdxl / part)
-    with pytest.raises(ValueError, match="has no text_encoder, which train_ncp_dpo_sdxl.py needs"):
+    with pytest.raises(ValueError, match="has no text_encoder: "):
         Run("sdxl", sdxl, parquet, tmp_path / "output")()
 
 
@@ -73,7 +73,7 @@ def test_a_refiner(parquet, sdxl, tmp_path, no_models):
 def test_text_encoders_of_another_model(run_sd15, checkpoint, no_models):
     size = json.loads((checkpoint / "text_encoder/config.json").read_text())["hidden_size"]
     edit_json(checkpoint / "unet/config.json", cross_attention_dim=2 * size)
-    with pytest.raises(ValueError, match=f"the U-Net takes embeddings of {2 * size}, but is given {size}"):
+    with pytest.raises(ValueError, match=f"embeddings of width {2 * size}, but the text encoders give {size}"):
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 
@@ -81,7 +81,7 @@ def test_text_encoders_of_another_model(run_sd15, checkpoint, no_models):
 @pytest.mark.bad_input
 def test_a_part_that_is_not_there(run_sd15, checkpoint, no_models, part):
     shutil.rmtree(checkpoint / part)
-    with pytest.raises(ValueError, match=f"has no {part}, which train_ncp_dpo_sd15.py needs"):
+    with pytest.raises(ValueError, match=f"has no {part}: "):
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 
@@ -95,7 +95,7 @@ def fp16(checkpoint, tmp_path):
 @pytest.mark.bad_input
 def test_files_that_exist_only_as_a_variant(run_sd15, fp16):
     for options in ({}, {"variant": "ema"}):
-        with pytest.raises(ValueError, match="/fp16 cannot be loaded: .* such as fp16, give it as --variant"):
+        with pytest.raises(ValueError, match="/fp16: .* such as fp16, give --variant"):
             run_sd15(pretrained_model_name_or_path=fp16, **options)
 
 
@@ -110,7 +110,7 @@ def test_a_variant_of_some_parts_falls_back_for_the_others(run_sd15, fp16, check
 @pytest.mark.bad_input
 def test_weights_that_are_not_there(run_sd15, checkpoint):
     (checkpoint / "vae/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="/sd15 cannot be loaded: .*diffusion_pytorch_model.* in .*/vae"):
+    with pytest.raises(ValueError, match="/sd15: .*diffusion_pytorch_model.* in .*/vae"):
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 
@@ -162,7 +162,7 @@ def test_a_prediction_that_no_loss_is_known_for(run_sd15, checkpoint, no_models)
 @pytest.mark.bad_input
 def test_epsilon_with_zero_terminal_snr(run_sd15, checkpoint, no_models):
     edit_json(checkpoint / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="zero terminal SNR"):
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         run_sd15(pretrained_model_name_or_path=checkpoint)
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A LoRA that exists is what policy and reference start from."""
+"""A LoRA that exists gives the starting weights, and a frozen copy of it is the reference."""
 
 import numpy as np
 import pytest
@@ -38,44 +38,48 @@ def first(run):
     return run.into("second"), folder
 
 
-def test_training_starts_from_it(first, checkpoints):
+def test_training_starts_from_it(first):
     run, folder = first
-    options = {**OPTIONS, "pretrained_lora_path": folder, "learning_rate": 1e-3}
-    drawing = {"validation_prompt": "a picture", "num_validation_images": 1}
-    run("--run_validation", loss_type="dpo", **drawing, **options)
-    # Policy and reference are one, until the policy has learnt.
-    assert run.scalars("margin")[0] == 0 and run.scalars("margin")[1] != 0
+    for space in ("latent", "ncp"):
+        options = {"loss_space": space, "learning_rate": 1e-3, "max_train_steps": 4, "pretrained_lora_path": folder}
+        run.into(space)(**options)
+        # Policy and reference are one, until the policy has learnt.
+        assert run.scalars("margin")[0] == 0 and run.scalars("margin")[1] != 0
     with safe_open(run.output_dir / KOHYA_WEIGHTS_NAME, framework="pt") as file:
         assert file.metadata()["ncp_pretrained_lora"] == "output"
+        assert file.metadata()["ss_network_dim"] == "8" and file.metadata()["ss_network_alpha"] == "2"
     assert "| pretrained_lora | output |" in (run.output_dir / "README.md").read_text(encoding="utf-8")
 
-    # The base drawn before training is the base with the first LoRA, and both LoRAs stack to what was trained.
-    without = run.into("without")
-    without("--run_validation", **drawing, **OPTIONS)
-    before = [
-        (r / "validation/step-0.png").read_bytes() for r in (run.output_dir.with_name("second"), without.output_dir)
-    ]
-    assert before[0] != before[1]
 
-
-def test_both_stack_to_what_was_trained(first, checkpoints):
+def test_the_result_replaces_it(first, checkpoints):
     run, folder = first
-    run(pretrained_lora_path=folder, **OPTIONS)
-    pipeline = DiffusionPipeline.from_pretrained(checkpoints[run.kind])
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(folder, adapter_name="first")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    pipeline.load_lora_weights(run.output_dir)
-    merged = draw(pipeline)
-    pipeline = DiffusionPipeline.from_pretrained(checkpoints[run.kind])
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(folder, adapter_name="first")
-    first_alone = draw(pipeline)
-    pipeline.load_lora_weights(run.output_dir, adapter_name="second")
-    pipeline.set_adapters(["first", "second"])
-    np.testing.assert_allclose(draw(pipeline), merged, atol=1e-4)
-    assert np.abs(merged - first_alone).max() > 1e-2
+    run(**{**OPTIONS, "learning_rate": 0}, pretrained_lora_path=folder)
+    drawn = []
+    for path in (folder, run.output_dir):
+        pipeline = DiffusionPipeline.from_pretrained(checkpoints[run.kind])
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.load_lora_weights(path)
+        drawn.append(draw(pipeline))
+    np.testing.assert_array_equal(*drawn)
+    before = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+    assert all(torch.equal(weight, before[name]) for name, weight in run.lora().items())
+
+
+def test_ranks_and_alphas_by_layer(first):
+    run, folder = first
+    kohya = safetensors.torch.load_file(folder / KOHYA_WEIGHTS_NAME)
+    layer = next(name for name in kohya if name.endswith("attn1_to_q.lora_down.weight")).removesuffix(
+        ".lora_down.weight"
+    )
+    kohya[f"{layer}.alpha"] = torch.tensor(1.0)
+    for name, dim in ((f"{layer}.lora_down.weight", 0), (f"{layer}.lora_up.weight", 1)):
+        kohya[name] = kohya[name].narrow(dim, 0, 3).contiguous()
+    safetensors.torch.save_file(kohya, folder.with_name("other.safetensors"))
+    run(loss_space="latent", learning_rate=0, pretrained_lora_path=folder.with_name("other.safetensors"))
+    written = safetensors.torch.load_file(run.output_dir / KOHYA_WEIGHTS_NAME)
+    assert written.keys() == kohya.keys() and all(torch.equal(written[name], kohya[name]) for name in kohya)
+    with pytest.raises(ValueError, match=r"--rank is 8, but --pretrained_lora_path .*other.safetensors has \[3, 8\]"):
+        run.into("refused")(rank=8, pretrained_lora_path=folder.with_name("other.safetensors"))
 
 
 def test_a_lora_in_kohyas_format_is_the_same(first):
@@ -102,29 +106,30 @@ def test_a_resumed_run_starts_from_it_again(first):
 
 
 @pytest.mark.bad_input
-def test_what_cannot_be_merged_is_named(checkpoints, parquet, tmp_path):
+def test_a_lora_that_does_not_fit_is_named(checkpoints, parquet, tmp_path):
     run, missing = Run("sd15", checkpoints["sd15"], parquet, tmp_path / "output"), tmp_path / "nothing"
-    with pytest.raises(ValueError, match=f"--pretrained_lora_path {missing} cannot be merged: "):
+    with pytest.raises(ValueError, match=f"--pretrained_lora_path {missing} cannot be read as a LoRA: "):
         run(pretrained_lora_path=missing)
 
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora = {f"{layer}.lora_A.weight": torch.zeros(4, 3), f"{layer}.lora_B.weight": torch.zeros(3, 4)}
-    (tmp_path / "other").mkdir()
-    safetensors.torch.save_file(lora, tmp_path / "other" / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="--pretrained_lora_path .*other cannot be merged: .*size mismatch"):
-        run(pretrained_lora_path=tmp_path / "other")
+    other = tmp_path / "other"
+    other.mkdir()
+    safetensors.torch.save_file(lora, other / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="--pretrained_lora_path .*other does not fit the U-Net: .*size mismatch"):
+        run(pretrained_lora_path=other)
 
     run(**OPTIONS)
-    half = {**run.lora(), **{name.replace("attn1", "attn7"): weight for name, weight in lora.items()}}
-    safetensors.torch.save_file(half, tmp_path / "other" / WEIGHTS_NAME)
-    with pytest.raises(
-        ValueError, match=f"cannot be merged: the U-Net has {len(half) - 2} of its {len(half)} weights"
-    ):
-        run.into("half")(pretrained_lora_path=tmp_path / "other")
+    more = {**run.lora(), **{name.replace("attn1", "attn7"): weight for name, weight in lora.items()}}
+    safetensors.torch.save_file(more, other / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="--pretrained_lora_path .*other does not fit the U-Net: .*attn7"):
+        run.into("more")(pretrained_lora_path=other)
 
-    safetensors.torch.save_file({**lora, TEXT_ENCODER_KEY: torch.zeros(4, 3)}, tmp_path / "other" / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="it holds text_encoder.text_model.* must be of a U-Net alone"):
-        run(pretrained_lora_path=tmp_path / "other")
-    safetensors.torch.save_file({"lora.down": torch.zeros(4, 3)}, tmp_path / "other" / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="--pretrained_lora_path .*other cannot be merged: "):
-        run(pretrained_lora_path=tmp_path / "other")
+    safetensors.torch.save_file({**lora, TEXT_ENCODER_KEY: torch.zeros(4, 3)}, other / WEIGHTS_NAME)
+    with pytest.raises(
+        ValueError, match="--pretrained_lora_path .*other holds text_encoder.text_model.*U-Net's plain"
+    ):
+        run(pretrained_lora_path=other)
+    safetensors.torch.save_file({f"{layer}.lora_A.weight": torch.zeros(4, 3)}, other / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="--pretrained_lora_path .*other: 1 weights"):
+        run(pretrained_lora_path=other)

@@ -218,7 +218,7 @@ def test_an_error_scale_from_before_a_flag_is_kept(run_sd15, monkeypatch):
 
     run_sd15(ncp_error_scale="auto")
     run_sd15.edit_state("checkpoint-2", lambda state: state["arguments"].pop("ncp_timestep"))
-    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_margins", refuse)
+    monkeypatch.setattr(train_ncp_dpo_sd15, "measure_error_scale", refuse)
     run_sd15(max_train_steps=3, resume_from_checkpoint="latest", ncp_error_scale="auto")
     assert run_sd15.state("checkpoint-3")["error_scale"] == run_sd15.state("checkpoint-2")["error_scale"]
 
@@ -507,7 +507,7 @@ def scene_pairs(tmp_path_factory):
 @pytest.mark.parametrize("loss_space", ["latent", "ncp"])
 def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, monkeypatch, loss_space):
     # As in the processes; of a few pairs rounding would show.
-    for name, number in (("MIN_UNIT_PAIRS", 64), ("MAX_UNIT_PAIRS", 512)):
+    for name, number in (("SCALE_BLOCK_SIZE", 64), ("MAX_SCALE_PAIRS", 512)):
         monkeypatch.setattr(train_ncp_dpo_sd15, name, number)
     # 11 pairs in batches of 2 x 2 or 1 x 4, two a step: the third epoch is begun. β multiplies what the batch size changes in
     # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
@@ -531,4 +531,3 @@ def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, mon
     assert difference < 1e-3 * learnt
     files = {path.name for path in (run.output_dir / "checkpoint-4").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
-    assert "3 of 11 pairs do not fill a batch" in log
