@@ -14,17 +14,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
-"""How often pictures of one Stable Diffusion beat another's, drawn for the same prompts from the same noise.
+"""Compares two Stable Diffusion models: how often one's pictures score higher, for the same prompts from the same noise.
 
     accelerate launch tools/eval_win_rate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --lora_weights ncp-dpo-sd15 --prompts_file PartiPrompts.tsv --prompt_column Prompt --scorers pickscore clipscore \
       --output_dir parti
 
-holds a LoRA against its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent; one of
-another native resolution has the same noise only if `--resolution` is given. Writes all pictures, `scores.csv`, `summary.md`
-and `index.html`, a page of both sides sorted by how much one won. Pictures that are there already are not drawn again: to
-replace one side, remove its folder.
+compares a LoRA with its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent. If the
+native resolutions differ, give `--resolution`: without it the noise differs too. The output folder gets all pictures,
+`scores.csv`, `summary.md` and `index.html`, a page of both sides sorted by how much one won. Pictures that are there already
+are not drawn again. To draw one side again, remove its folder.
 """
 
 import argparse
@@ -37,71 +36,71 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import Accelerator
+from picture_records import load_picture
 from pictures import (
-    SCORERS,
+    Flags,
     Picture,
     add_drawing_arguments,
     add_prompt_arguments,
-    add_scorer_arguments,
     choose_precision,
     digest_of_files,
     draw_pictures,
-    load_picture,
     load_prompts,
     open_source,
     save_settings,
-    score_pictures,
 )
+from scorers import SCORERS, add_scorer_arguments, score_pictures
 
 
-# The flags of both sides' model, its variant and revision, and LoRA.
+# The flags that give the model of each side.
 SIDES = {
-    "model": ("pretrained_model_name_or_path", "variant", "revision", "lora_weights"),
-    "baseline": ("baseline_model_name_or_path", "baseline_variant", "baseline_revision", "baseline_lora_weights"),
+    "model": Flags(),
+    "baseline": Flags("baseline_model_name_or_path", "baseline_variant", "baseline_revision", "baseline_lora_weights"),
 }
-# What pictures depend on beside them and the scheduler.
+# What pictures depend on beside the model and the scheduler.
 DRAWING_ARGUMENTS = ("seed", "num_inference_steps", "guidance_scale", "resolution", "mixed_precision")
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = parser.add_argument_group("the two sides")
-    models.add_argument("--pretrained_model_name_or_path", type=str, required=True)
-    models.add_argument("--variant", type=str, default=None, help="Of the model's files, for example fp16.")
-    models.add_argument("--revision", type=str, default=None, help="Of the model on the hub.")
-    help = "A folder, .safetensors file or hub id, or several joined by +, which are all loaded: round-1+round-2."
-    models.add_argument("--lora_weights", type=str, default=None, help=help)
-    models.add_argument("--baseline_model_name_or_path", type=str, default=None, help="Default: the same model.")
-    for name in ("variant", "revision"):
-        models.add_argument(f"--baseline_{name}", type=str, default=None, help="Default: the same of the same model.")
-    models.add_argument("--baseline_lora_weights", type=str, default=None, help="Default: none.")
-
+    add = parser.add_argument_group("the two sides").add_argument
+    add("--pretrained_model_name_or_path", required=True)
+    add("--variant", help="Variant of the model's files, for example fp16.")
+    add("--revision", help="Revision of the model on the hub.")
+    add("--lora_weights", help="Folder, .safetensors file or hub id of a LoRA. Default: none.")
+    add("--baseline_model_name_or_path", help="Default: the same model.")
+    add("--baseline_variant", help="Default: --variant if the model is the same.")
+    add("--baseline_revision", help="Default: --revision if the model is the same.")
+    add("--baseline_lora_weights", help="Default: none.")
     add_prompt_arguments(parser)
     add_drawing_arguments(parser)
     add_scorer_arguments(parser)
-    parser.add_argument("--output_dir", type=str, default="win-rate")
+    parser.add_argument("--output_dir", default="win-rate")
     return parser.parse_args(input_args)
 
 
 def open_side(args, side):
-    """A side's `Source`; the baseline's model is the other's unless it is given."""
-    model, variant, revision, lora = (getattr(args, flag) for flag in SIDES[side])
+    """A side's `Source`. Without a model of its own, the baseline has the other side's."""
+    flags = SIDES[side]
+    model, variant, revision, lora = (getattr(args, flag) for flag in flags)
     if model in (None, args.pretrained_model_name_or_path):
         model = args.pretrained_model_name_or_path
         variant, revision = variant or args.variant, revision or args.revision
-    model_flag, variant_flag, _, lora_flag = SIDES[side]
-    return open_source(args, (model_flag, variant_flag, lora_flag), model, variant, revision, lora)
+    return open_source(args, flags, model, variant, revision, lora)
 
 
 def describe_side(args, side, source):
     """What a side's pictures depend on: settings, and digests of weights, by flag."""
-    named = dict(zip(SIDES[side], (*source[:3], getattr(args, SIDES[side][3]))))
-    settings = {**named, "scheduler": source.scheduler, **{name: getattr(args, name) for name in DRAWING_ARGUMENTS}}
-    weights = {
-        SIDES[side][0]: digest_of_files(source.model),
-        SIDES[side][3]: source.digest_of_loras(),
+    flags = SIDES[side]
+    settings = {
+        flags.model: source.model,
+        flags.variant: source.variant,
+        flags.revision: source.revision,
+        flags.lora: getattr(args, flags.lora),
+        "scheduler": source.scheduler,
+        **{name: getattr(args, name) for name in DRAWING_ARGUMENTS},
     }
-    return settings, weights
+    return settings, {flags.model: digest_of_files(source.model), flags.lora: source.lora_digest()}
 
 
 def picture_path(args, side, index):
@@ -110,8 +109,8 @@ def picture_path(args, side, index):
 
 class Comparison(NamedTuple):
     """
-    Of one scorer: both medians; the share of prompts that the model wins, ties counting half, with its 95 % confidence
-    interval (Wilson 1927); and the two-sided p-value of the sign test, ties left out.
+    What one scorer says: both medians, the share of prompts that the model wins (a tie counts half) with its 95 % confidence
+    interval (Wilson 1927), and the two-sided p-value of the sign test, which ignores ties.
     """
 
     median: float
@@ -131,8 +130,8 @@ def compare(scores, baseline_scores):
     z = statistics.NormalDist().inv_cdf(0.975)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    decided = wins + losses
-    tail = sum(math.comb(decided, k) for k in range(min(wins, losses) + 1)) / 2**decided
+    num_decided = wins + losses
+    tail = sum(math.comb(num_decided, k) for k in range(min(wins, losses) + 1)) / 2**num_decided
     medians = statistics.median(scores), statistics.median(baseline_scores)
     return Comparison(*medians, rate, center - half_width, center + half_width, min(1.0, 2 * tail))
 
@@ -146,7 +145,7 @@ def write_csv(args, prompts, scores):
 
 
 def summarize(args, prompts, scores, settings):
-    """Two Markdown tables: of every scorer's `Comparison`, and of both sides' settings."""
+    """Two Markdown tables: each scorer's `Comparison`, and both sides' settings."""
     lines = [
         f"| {len(prompts)} prompts | median, model | median, baseline | win rate | 95 % | sign test, p |",
         "|---|---|---|---|---|---|",
@@ -166,7 +165,7 @@ def summarize(args, prompts, scores, settings):
 
 
 def write_page(args, prompts, scores):
-    """`index.html`: both pictures of every prompt, where the model won by most first, in the eyes of the first scorer."""
+    """`index.html`: both pictures of every prompt, sorted by how much the model won according to the first scorer."""
     name, values = next(iter(scores.items()))
     margins = [ours - theirs for ours, theirs in zip(values["model"], values["baseline"])]
     rows = []
@@ -181,7 +180,7 @@ def write_page(args, prompts, scores):
     page = (
         '<!doctype html><meta charset="utf-8"><title>Win rate</title>'
         "<style>body{font-family:sans-serif}img{max-width:384px}td{vertical-align:top;padding:6px}</style>"
-        f"<p>Sorted by how much the model won, in the eyes of {name}</p>"
+        f"<p>Sorted by how much the model won according to {name}</p>"
         f"<table><tr><th>prompt</th><th>model</th><th>baseline</th></tr>{''.join(rows)}</table>"
     )
     (Path(args.output_dir) / "index.html").write_text(page, encoding="utf-8")
@@ -192,7 +191,7 @@ def main(args):
     args.mixed_precision = choose_precision(args, accelerator)
     prompts = load_prompts(args)
     sources = {side: open_side(args, side) for side in SIDES}
-    # Whether they are there is known before anything is drawn; the accelerator is the pipelines' until all is.
+    # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
     scorers = {name: SCORERS[name](args) for name in args.scorers}
     settings = {}
     if accelerator.is_main_process:
@@ -200,15 +199,14 @@ def main(args):
             settings[side], weights = describe_side(args, side, sources[side])
             save_settings(Path(args.output_dir) / side, settings[side], weights, prompts)
     paths = {side: [picture_path(args, side, index) for index in range(len(prompts))] for side in SIDES}
-    drawing = args.num_inference_steps, args.guidance_scale
     pictures = [
-        Picture(path, prompt, sources[side], args.seed + index, *drawing)
+        Picture(path, prompt, sources[side], args.seed + index, args.num_inference_steps, args.guidance_scale)
         for side in SIDES
         for index, (path, prompt) in enumerate(zip(paths[side], prompts))
     ]
     draw_pictures(args, accelerator, pictures)
     accelerator.wait_for_everyone()
-    # Side by side in the same batches, pictures that are equal score equally.
+    # Both sides have the same batches, so that equal pictures have equal scores.
     by_side = {side: score_pictures(accelerator, scorers, prompts, paths[side], f"Scoring: {side}") for side in SIDES}
     scores = {name: {side: by_side[side][name] for side in SIDES} for name in scorers}
     if accelerator.is_main_process:
@@ -221,6 +219,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # A code page prints what it can.
+    # Characters that the console's code page lacks are replaced.
     sys.stdout.reconfigure(errors="replace")
     main(parse_args())

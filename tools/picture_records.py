@@ -1,0 +1,102 @@
+# coding=utf-8
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Folders of pictures and their metadata.jsonl, and the pairs that are made of them, for `collect_preferences.py`."""
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
+from datasets import Features, Value
+from preference_pairs import read_image
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger("collect_preferences")
+
+RECORD_NAME = "metadata.jsonl"
+# How a picture was drawn. Pairs have these columns with _0 and _1 at the end.
+PROVENANCE = {
+    **dict.fromkeys("file_name model variant revision lora_weights lora_digest scheduler".split(), Value("string")),
+    **dict.fromkeys("seed num_inference_steps resolution".split(), Value("int64")),
+    "guidance_scale": Value("float64"),
+    "mixed_precision": Value("string"),
+}
+SHARD_BYTES = 500 << 20
+
+
+def load_picture(path):
+    try:
+        return read_image(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}. Remove it to have it drawn again.") from error
+
+
+def read_pictures(input_dir):
+    """
+    The pictures of each prompt that has two or more: `{prompt: [line of metadata.jsonl, with the picture's path]}`. Pictures
+    that are missing are left out with a warning.
+    """
+    file = Path(input_dir, RECORD_NAME)
+    if not file.is_file():
+        raise ValueError(f"--input_dir {input_dir} has no {RECORD_NAME}. Give the folder that draw wrote.")
+    prompts, missing = defaultdict(dict), []
+    for index, row in enumerate(iter_rows(read_metadata(str(file)))):
+        for column in ("file_name", "prompt"):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{file}, picture {index}: {column} is {row.get(column)!r:.80}, but must be a text.")
+        row["path"] = Path(input_dir, row["file_name"])
+        if row["path"].is_file():
+            prompts[row["prompt"]][row["file_name"]] = row
+        else:
+            missing.append(row["file_name"])
+    if missing:
+        logger.warning(f"{len(missing)} pictures of {file} are missing and left out, the first is {missing[0]}")
+    if alone := [prompt for prompt, rows in prompts.items() if len(rows) == 1]:
+        logger.warning(f"{len(alone)} prompts with only one picture are left out, the first is {alone[0]!r:.80}")
+    prompts = {prompt: list(rows.values()) for prompt, rows in prompts.items() if len(rows) > 1}
+    if not prompts:
+        raise ValueError(f"--input_dir {input_dir} has no two pictures of a prompt. Draw them first.")
+    return prompts
+
+
+def write_pairs(output_dir, pairs, features):
+    """
+    Writes pairs, `(picture 0, picture 1, further columns)`, as parquet files in the trainers' schema, with how their pictures
+    were drawn. Returns a warning if winners and losers come from different sources.
+    """
+    provenance = {f"{name}_{side}": kind for side in (0, 1) for name, kind in PROVENANCE.items()}
+    sources = []
+    for *pictures, row in pairs:
+        names = [name_source(picture.get("model"), picture.get("lora_weights")) for picture in pictures]
+        if row["label_0"] != 0.5:
+            sources.append(names if row["label_0"] == 1 else names[::-1])
+    if warning := source_warning(sources):
+        logger.warning(warning)
+
+    def rows():
+        for *pictures, row in tqdm(pairs, unit=" pairs", desc="Writing"):
+            row = {**row, "caption": pictures[0]["prompt"]}
+            for side, picture in enumerate(pictures):
+                row[f"jpg_{side}"] = {"bytes": picture["path"].read_bytes(), "path": None}
+                row |= {f"{name}_{side}": picture.get(name) for name in PROVENANCE}
+            yield row
+
+    try:
+        write_shards(rows(), Features({**SCHEMA, **features, **provenance}), output_dir, SHARD_BYTES)
+    except OSError as error:
+        raise OSError(f"--output_dir {output_dir} cannot be written: {error}. No pairs were added to it.") from error
+    return warning
