@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import eval_win_rate
 import numpy as np
+import picture_records
 import pictures
 import pytest
 import safetensors.torch
@@ -577,7 +578,7 @@ def test_pictures_are_decoded_once_for_all_scorers(evaluate, monkeypatch):
         decoded.append(path)
         return Image.open(path)
 
-    monkeypatch.setattr(pictures, "read_image", note)
+    monkeypatch.setattr(picture_records, "read_image", note)
     folder = evaluate("--scorers", "pickscore", "clipscore")
     assert sorted(decoded) == sorted(
         [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
