@@ -15,11 +15,13 @@
 
 """Folders of pictures and their metadata.jsonl, and the pairs that are made of them, for `collect_preferences.py`."""
 
+import contextlib
 import logging
 from collections import defaultdict
 from pathlib import Path
 
-from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
+import filelock
+from common import SCHEMA, iter_rows, name_source, read_metadata, same_prompt_key, source_warning, write_shards
 from datasets import Features, Value
 from preference_pairs import read_image
 from tqdm.auto import tqdm
@@ -28,6 +30,7 @@ from tqdm.auto import tqdm
 logger = logging.getLogger("collect_preferences")
 
 RECORD_NAME = "metadata.jsonl"
+LOCK_NAME = ".lock"
 # How a picture was drawn. Pairs have these columns with _0 and _1 at the end.
 PROVENANCE = {
     **dict.fromkeys("file_name model variant revision lora_weights lora_digest scheduler".split(), Value("string")),
@@ -36,6 +39,22 @@ PROVENANCE = {
     "mixed_precision": Value("string"),
 }
 SHARD_BYTES = 500 << 20
+
+
+@contextlib.contextmanager
+def locked_folder(folder):
+    """Creates an output folder and keeps other processes from writing to it. The lock ends with its process."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {folder} is being written by another process. Wait for its end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def load_picture(path):
@@ -47,36 +66,41 @@ def load_picture(path):
 
 def read_pictures(input_dir):
     """
-    The pictures of each prompt that has two or more: `{prompt: [line of metadata.jsonl, with the picture's path]}`. Pictures
-    that are missing are left out with a warning.
+    The pictures of each prompt that has two or more: `{prompt: [line of metadata.jsonl, with the picture's path]}`. Missing
+    pictures are left out with a warning. A `ValueError` names a line that is wrong or leads out of the folder.
     """
     file = Path(input_dir, RECORD_NAME)
     if not file.is_file():
         raise ValueError(f"--input_dir {input_dir} has no {RECORD_NAME}. Give the folder that draw wrote.")
-    prompts, missing = defaultdict(dict), []
+    folder, prompts, missing = Path(input_dir).resolve(), defaultdict(dict), []
     for index, row in enumerate(iter_rows(read_metadata(str(file)))):
         for column in ("file_name", "prompt"):
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{file}, picture {index}: {column} is {row.get(column)!r:.80}, but must be a text.")
         row["path"] = Path(input_dir, row["file_name"])
+        # A folder from somebody else must not read other files of this machine.
+        if not row["path"].resolve().is_relative_to(folder):
+            raise ValueError(
+                f"{file}, picture {index}: {row['file_name']!r:.200} leads out of --input_dir {input_dir}."
+            )
         if row["path"].is_file():
-            prompts[row["prompt"]][row["file_name"]] = row
+            prompts[same_prompt_key(row["prompt"])][row["file_name"]] = row
         else:
             missing.append(row["file_name"])
     if missing:
         logger.warning(f"{len(missing)} pictures of {file} are missing and left out, the first is {missing[0]}")
-    if alone := [prompt for prompt, rows in prompts.items() if len(rows) == 1]:
+    if alone := [row["prompt"] for rows in prompts.values() if len(rows) == 1 for row in rows.values()]:
         logger.warning(f"{len(alone)} prompts with only one picture are left out, the first is {alone[0]!r:.80}")
-    prompts = {prompt: list(rows.values()) for prompt, rows in prompts.items() if len(rows) > 1}
-    if not prompts:
+    groups = [list(rows.values()) for rows in prompts.values() if len(rows) > 1]
+    if not groups:
         raise ValueError(f"--input_dir {input_dir} has no two pictures of a prompt. Draw them first.")
-    return prompts
+    return {rows[0]["prompt"]: rows for rows in groups}
 
 
-def write_pairs(output_dir, pairs, features):
+def write_pairs(output_dir, pairs, features, replaced=()):
     """
     Writes pairs, `(picture 0, picture 1, further columns)`, as parquet files in the trainers' schema, with how their pictures
-    were drawn. Returns a warning if winners and losers come from different sources.
+    were drawn, then removes the files `replaced`. Returns a warning if winners and losers come from different sources.
     """
     provenance = {f"{name}_{side}": kind for side in (0, 1) for name, kind in PROVENANCE.items()}
     sources = []
@@ -96,7 +120,7 @@ def write_pairs(output_dir, pairs, features):
             yield row
 
     try:
-        write_shards(rows(), Features({**SCHEMA, **features, **provenance}), output_dir, SHARD_BYTES)
+        write_shards(rows(), Features({**SCHEMA, **features, **provenance}), output_dir, SHARD_BYTES, replaced)
     except OSError as error:
         raise OSError(f"--output_dir {output_dir} cannot be written: {error}. No pairs were added to it.") from error
     return warning

@@ -28,6 +28,7 @@ from common import whole_file
 from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
 from peft.tuners.lora import LoraLayer
+from picture_records import RECORD_NAME
 from preference_pairs import COUNT, NOT_NEGATIVE, number_type, one_line
 from safetensors import safe_open
 from tqdm.auto import tqdm
@@ -317,6 +318,11 @@ def save_settings(folder, settings, weights, prompts):
     prompts of the folder. A `ValueError` says that its pictures were drawn with something else.
     """
     file = folder / SETTINGS_NAME
+    drawn = [*folder.glob("*.png"), *folder.glob(RECORD_NAME)]
+    if drawn and not file.is_file():
+        raise ValueError(
+            f"{drawn[0]} is not from this tool: {folder} has no {SETTINGS_NAME}. Give another --output_dir."
+        )
     if any(folder.glob("*.png")):
         saved = json.loads(file.read_text(encoding="utf-8"))
         for name, value in settings.items():
@@ -377,15 +383,24 @@ def draw_pictures(args, accelerator, pictures):
 
 
 def draw_batch(args, pipeline, batch):
-    """Draws and saves pictures of the same settings."""
-    images = pipeline(
+    """Draws and saves pictures of the same settings. A `ValueError` says that one is not finite: it would be saved black."""
+    values = pipeline(
         [picture.prompt for picture in batch],
         height=args.resolution,
         width=args.resolution,
         num_inference_steps=batch[0].num_inference_steps,
         guidance_scale=batch[0].guidance_scale,
         generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+        output_type="pt",
     ).images
+    for picture, finite in zip(batch, values.isfinite().flatten(1).all(dim=1).tolist()):
+        if not finite:
+            raise ValueError(
+                f"{picture.path.name} of {picture.prompt!r:.100} has values that are not finite: "
+                f"--{picture.source.flags.model} {picture.source.model} overflows at --mixed_precision "
+                f"{args.mixed_precision}. Give --mixed_precision no or bf16, or another VAE."
+            )
+    images = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(values))
     for picture, image in zip(batch, images):
         save_picture(image, picture.path)
 
