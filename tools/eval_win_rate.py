@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from picture_records import load_picture, locked_folder
+from picture_records import load_picture
 from pictures import (
     Flags,
     Picture,
