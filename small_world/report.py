@@ -15,7 +15,7 @@
 
 """Writes tables and a plot of what `experiment.py` and `rounds.py` have measured. It measures nothing itself.
 
-    python small_world/report.py    # reports of both bases, and the tables in README.md and docs/results.md
+    python small_world/report.py    # reports of both bases, and the tables in README.md and docs/
     python small_world/report.py --output_dir small_world/results    # only the report of the runs in this folder
 
 A row is left out until all its runs are there.
@@ -540,13 +540,15 @@ written from them.
 
 
 def document_tables():
-    """Returns the tables of README.md and docs/results.md, by file and name."""
+    """Returns the tables of the Markdown files outside this folder, by file and name."""
     small, strong = load_results(protocol.RESULTS), load_results(STRONG_RESULTS)
     columns = ["method", *SETTINGS, "reward", *COMPARISONS]
     summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
-    readme, page = ROOT / "README.md", ROOT / "docs" / "results.md"
+    summary = table(["method", "reward", *COMPARISONS], summary)
+    page = ROOT / "docs" / "results.md"
     tables = {
-        (readme, "small-world"): table(["method", "reward", *COMPARISONS], summary),
+        (ROOT / "README.md", "small-world"): summary,
+        (ROOT / "docs" / "upstream_README.md", "small-world"): summary,
         (page, "small-world-table"): method_table(small, columns, ("best", "base", *small.rows)),
         (page, "small-world-duels"): duels_table(small.rows, withdrawn=False),
         (page, "small-world-labels"): labels_table(small.labelled, small.references["base"]),
@@ -580,7 +582,9 @@ def main(args):
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, help="folder of runs.jsonl; default: both bases' and the documents")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of runs.jsonl; default: both bases', and README.md and docs/ as well"
+    )
     return parser.parse_args(input_args)
 
 
