@@ -43,7 +43,7 @@ upstream: .venv/installed
 	@test -f "$(DIFFUSERS)/src/diffusers/__init__.py" || \
 		{ echo "DIFFUSERS=$(DIFFUSERS) is no checkout of diffusers: make upstream DIFFUSERS=<checkout>"; exit 2; }
 	mkdir -p "$(UPSTREAM)/tests"
-	cp train_ncp_dpo_sd15.py train_ncp_dpo_sdxl.py ncp_loss.py requirements.txt "$(UPSTREAM)"
+	cp train_ncp_dpo_sd15.py train_ncp_dpo_sdxl.py preference_pairs.py ncp_loss.py requirements.txt "$(UPSTREAM)"
 	cp docs/upstream_README.md "$(UPSTREAM)/README.md"
 	cp tests/conftest.py tests/tiny_checkpoints.py tests/tiny_unets.py tests/test_copies.py tests/test_ncp_loss.py \
 		"$(UPSTREAM)/tests"

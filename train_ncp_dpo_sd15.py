@@ -112,8 +112,9 @@ EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "dr
 CARD_ARGUMENTS = ("max_train_steps", "learning_rate", "resolution", "mixed_precision", "seed")
 # The error scale is measured for these.
 SCALE_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep max_timestep timesteps".split()
-# It is measured in blocks of pairs, until the standard error of its logarithm is small enough.
-SCALE_BLOCK_SIZE, MAX_SCALE_PAIRS, SCALE_STANDARD_ERROR = 64, 512, 0.1
+# It is measured in blocks of pairs, until the standard error of its logarithm is small enough. Batches have a fixed
+# size: another one rounds differently, and the scale would depend on how pairs are split.
+SCALE_BLOCK_SIZE, MAX_SCALE_PAIRS, SCALE_BATCH_SIZE, SCALE_STANDARD_ERROR = 64, 512, 2, 0.1
 # There is no flag for the steps of a piecewise constant schedule.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -555,11 +556,11 @@ def split_by_timestep(table, timesteps):
             yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
 
 
-def load_batches(args, accelerator, pairs, keys):
+def load_batches(accelerator, pairs, keys, batch_size):
     """Batches of this process's share of the pairs with these keys, on its device."""
     with accelerator.split_between_processes(keys) as own_keys:
         options = {"sampler": list(own_keys), "collate_fn": preference_pairs.collate_fn}
-    for batch in torch.utils.data.DataLoader(pairs, args.train_batch_size, **options):
+    for batch in torch.utils.data.DataLoader(pairs, batch_size, **options):
         yield send_to_device(batch, accelerator.device)
 
 
@@ -592,7 +593,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
             stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
             spread = preference_pairs.spread_timesteps(timesteps, first, SCALE_BLOCK_SIZE, offset)
             keys, block = [(*key, timestep) for key, timestep in zip(stream, spread)], []
-            for batch in load_batches(args, accelerator, pairs, keys):
+            for batch in load_batches(accelerator, pairs, keys, SCALE_BATCH_SIZE):
                 denoising = noise_batch(args, batch, pipeline, noise_scheduler)
                 predictions, margins = predict(denoising, policy, policy, needs_reference=True), []
                 for space in (None, perception):
@@ -952,7 +953,7 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
     # A pair has the same timestep in every measurement.
     timesteps = preference_pairs.spread_timesteps(pairs.timesteps, 0, len(pairs.rows), 0.5)
     keys = [(0, row, timestep) for row, timestep in zip(pairs.rows, timesteps)]
-    for batch in load_batches(args, accelerator, pairs, keys):
+    for batch in load_batches(accelerator, pairs, keys, args.train_batch_size):
         monitor.report_skipped_pairs(batch["skipped"])
         denoising = noise_batch(args, batch, pipeline, noise_scheduler)
         model_pred, ref_pred = predict(denoising, policy, policy, needs_reference=True)

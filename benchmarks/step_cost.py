@@ -61,7 +61,7 @@ from diffusers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ncp_loss import LOSSES, NoiseConditionedPerception, preference_loss  # noqa: E402
+from ncp_loss import LOSSES, NoiseConditionedPerception, preference_loss, reference_model  # noqa: E402
 
 
 class Model(NamedTuple):
@@ -304,7 +304,8 @@ class Step:
             errors = self.script.measure_errors(denoising, model_pred, ref_pred, self.perception)
             return self.script.measure_loss(self.args, errors, self.batch).loss
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
-        ref_pred = denoising.predict_reference(self.policy)
+        with torch.no_grad(), reference_model(self.policy):
+            ref_pred = denoising.predict(self.policy)
         anchor = self.perception.anchor(*denoising)
         ref_errors = self.perception.error(ref_pred, anchor)
         errors = self.perception.error(denoising.predict(self.policy), anchor)

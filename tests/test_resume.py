@@ -133,7 +133,7 @@ def test_latest_passes_over_what_is_not_complete(run_sd15, caplog):
     (run_sd15.output_dir / "checkpoint-2/training_state.json").unlink()
     run_sd15(max_train_steps=3, resume_from_checkpoint="latest", loss_space="latent")
     assert "checkpoint-2 is no complete checkpoint and is passed over" in caplog.text
-    assert "incomplete-checkpoint-7 is passed over" in caplog.text
+    assert "incomplete-checkpoint-7 is no complete checkpoint" in caplog.text
 
 
 def test_latest_of_nothing_starts_anew(run_sd15):
@@ -239,7 +239,7 @@ def test_a_finished_lora_is_not_replaced(run_sd15):
     shutil.rmtree(run_sd15.output_dir / "checkpoint-2")
     with pytest.raises(ValueError, match="holds the LoRA of another run"):
         run_sd15(loss_space="latent", seed=7)
-    with pytest.raises(ValueError, match="holds a finished LoRA and no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="holds a LoRA and no checkpoint"):
         run_sd15(loss_space="latent", max_train_steps=4, resume_from_checkpoint="latest")
     assert equal(run_sd15.lora(), trained)
 
@@ -299,7 +299,7 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
         folder.mkdir()
     run_sd15.output_dir = run_sd15.arguments["--output_dir"] = folders[0] / "output"
     run_sd15(loss_space="latent")
-    run_sd15.edit_state("checkpoint-2", lambda state: state.update(num_processes=2))
+    run_sd15.edit_state("checkpoint-2", lambda state: state.update(pairs_per_step=4))
     run_sd15.arguments["--output_dir"] = "output"
 
     def launch(**options):
@@ -347,13 +347,11 @@ def test_going_back_refuses_to_meet_later_checkpoints(run_sd15, tmp_path):
     assert sorted(path.name for path in (tmp_path / "other").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     # Nor does it meet those of another run that are not later, or its LoRA.
     named = {"resume_from_checkpoint": run_sd15.output_dir / "checkpoint-3", **options, "max_train_steps": 4}
-    with pytest.raises(
-        ValueError, match="holds checkpoint-2, checkpoint-3, which a run from .*checkpoint-3 would meet"
-    ):
+    with pytest.raises(ValueError, match="holds checkpoint-2, checkpoint-3, beyond .*checkpoint-3"):
         run_sd15(**{**named, "output_dir": tmp_path / "other"})
     for path in (tmp_path / "other").glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match="holds the LoRA, which a run from .*checkpoint-3 would meet"):
+    with pytest.raises(ValueError, match="holds the LoRA, beyond .*checkpoint-3"):
         run_sd15(**{**named, "output_dir": tmp_path / "other"})
 
 

@@ -64,6 +64,7 @@ def test_the_example_passes_the_checks_and_trains(checkout):
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
         "ncp_loss.py",
+        "preference_pairs.py",
         "requirements.txt",
         "tests",
         "train_ncp_dpo_sd15.py",

@@ -31,7 +31,7 @@ files for `--dataset_name`. Further columns say how each picture was drawn; trai
 """
 
 import argparse
-import contextlib
+import getpass
 import importlib.metadata
 import itertools
 import json
@@ -41,27 +41,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-import filelock
 import numpy as np
 from accelerate import Accelerator
 from common import exit_code, iter_rows, pair_ranks, read_metadata, whole_file
 from datasets import Value
 from packaging.version import Version
-from picture_records import RECORD_NAME, read_pictures, write_pairs
+from picture_records import LOCK_NAME, RECORD_NAME, digest_of_files, locked_folder, read_pictures, write_pairs
 from pictures import (
     Flags,
     Picture,
     add_drawing_arguments,
     add_prompt_arguments,
     choose_precision,
-    digest_of_files,
     draw_pictures,
     load_prompts,
     open_source,
     save_settings,
 )
 from preference_pairs import NOT_NEGATIVE, number_type
-from rating import CHOICES_NAME, Choices, Page, number_pairs, serve, write_choices
+from rating import CHOICES_NAME, Choices, Page, check_rated_folder, number_pairs, serve, write_choices
 from scorers import SCORERS, add_scorer_arguments, score_pictures
 
 
@@ -69,6 +67,8 @@ from scorers import SCORERS, add_scorer_arguments, score_pictures
 LOGITS = {"hpsv2": 100}
 # Older versions have no HTML component that calls functions.
 GRADIO_VERSION = "6.31.0"
+# The password is not a flag: flags are visible to all users of a machine.
+PASSWORD_VARIABLE = "RATE_PASSWORD"
 SHARE = number_type(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 
 
@@ -113,8 +113,8 @@ def parse_args(input_args=None):
     command.set_defaults(command=rate)
     add = command.add_argument
     add("--host", help="Address to listen on, such as 0.0.0.0. Default: only this machine can open the page.")
-    add("--username", help="Raters log in with it. Needed for --host.")
-    add("--password")
+    password = f"Raters log in with it and a password, from the environment variable {PASSWORD_VARIABLE} or asked for."
+    add("--username", help=password)
     return parser.parse_args(input_args)
 
 
@@ -130,17 +130,18 @@ def draw(args):
         raise ValueError(f"--num_images {args.num_images} is too few: {len(sources)} models and LoRAs take turns.")
     folder = Path(args.output_dir)
     pictures = plan_pictures(args, prompts, list(sources))
-    if accelerator.is_main_process:
-        names = "pretrained_model_name_or_path variant revision lora_weights scheduler seed num_inference_steps"
-        names = f"{names} guidance_scale resolution mixed_precision".split()
-        weights = {
-            "pretrained_model_name_or_path": [digest_of_files(source.model) for source in sources],
-            "lora_weights": [source.lora_digest() for source in sources],
-        }
-        save_settings(folder, {name: getattr(args, name) for name in names}, weights, prompts)
-        save_record(args, folder, pictures, sources)
-    draw_pictures(args, accelerator, pictures)
-    accelerator.wait_for_everyone()
+    with locked_folder(folder, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            names = "pretrained_model_name_or_path variant revision lora_weights scheduler seed num_inference_steps"
+            names = f"{names} guidance_scale resolution mixed_precision".split()
+            weights = {
+                "pretrained_model_name_or_path": [digest_of_files(source.model) for source in sources],
+                "lora_weights": [source.lora_digest() for source in sources],
+            }
+            save_settings(folder, {name: getattr(args, name) for name in names}, weights, prompts)
+            save_record(args, folder, pictures, sources)
+        draw_pictures(args, accelerator, pictures)
+        accelerator.wait_for_everyone()
     accelerator.print(f"{len(prompts):,} prompts, {len(pictures):,} pictures in {folder}")
     accelerator.end_training()
 
@@ -215,24 +216,26 @@ def judge(args):
     args.scorers = list(dict.fromkeys(args.scorers))
     if len(args.min_margin) not in (1, len(args.scorers)):
         raise ValueError(f"--min_margin has {len(args.min_margin)} values for {len(args.scorers)} --scorers.")
-    if os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty. Give a new folder.")
+    folder = Path(args.output_dir)
+    if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
+        raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
     prompts = read_pictures(args.input_dir)
     pictures = [picture for rows in prompts.values() for picture in rows]
     scorers = {name: SCORERS[name](args) for name in args.scorers}
     paths, captions = ([picture[key] for picture in pictures] for key in ("path", "prompt"))
-    scores = score_pictures(accelerator, scorers, captions, paths)
-    if accelerator.is_main_process:
-        for picture, *values in zip(pictures, *scores.values()):
-            picture["scores"] = values
-        versions = ", ".join(f"{name}: {scorer.version}" for name, scorer in scorers.items())
-        pairs, report = choose_pairs(args, prompts, versions)
-        columns = {f"{name}_{side}": Value("float64") for name in scorers for side in (0, 1)}
-        columns = {"probability_0": Value("float64"), "scorers": Value("string"), **columns}
-        if warning := write_pairs(args.output_dir, pairs, columns):
-            report = f"{report}\nWarning: {warning}\n"
-        Path(args.output_dir, "report.md").write_text(report, encoding="utf-8")
-        print(report)
+    with locked_folder(folder, accelerator.is_main_process):
+        scores = score_pictures(accelerator, scorers, captions, paths)
+        if accelerator.is_main_process:
+            for picture, *values in zip(pictures, *scores.values()):
+                picture["scores"] = values
+            versions = ", ".join(f"{name}: {scorer.version}" for name, scorer in scorers.items())
+            pairs, report = choose_pairs(args, prompts, versions)
+            columns = {f"{name}_{side}": Value("float64") for name in scorers for side in (0, 1)}
+            columns = {"probability_0": Value("float64"), "scorers": Value("string"), **columns}
+            if warning := write_pairs(folder, pairs, columns):
+                report = f"{report}\nWarning: {warning}\n"
+            (folder / "report.md").write_text(report, encoding="utf-8")
+            print(report)
     accelerator.end_training()
 
 
@@ -295,22 +298,29 @@ def rate(args):
         installed = "0"
     if Version(installed) < Version(GRADIO_VERSION):
         raise ImportError(f'To rate on a page, please install Gradio: `pip install "gradio>={GRADIO_VERSION}"`.')
-    if args.host is not None and not (args.username and args.password):
-        raise ValueError(f"--host {args.host} lets others in. Give --username and --password, which they log in with.")
-    if args.host is None and (args.username or args.password):
-        raise ValueError("--username and --password need --host. Without it, only this machine can open the page.")
-    folder = Path(args.output_dir)
+    folder, login = Path(args.output_dir), read_login(args)
     pairs = number_pairs(read_pictures(args.input_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
-        except filelock.Timeout:
-            raise ValueError(f"--output_dir {folder} is being written by another rate. Stop it first.") from None
+    with locked_folder(folder), tempfile.TemporaryDirectory() as served:
+        check_rated_folder(folder)
         choices = Choices(folder / CHOICES_NAME, pairs)
-        served = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        serve(args, Page(choices, served), served)
+        serve(Page(choices, Path(served)), args.host, login)
         write_choices(folder, choices)
+
+
+def read_login(args):
+    """The name and password that raters log in with, or `None` without `--host`."""
+    if args.host is None:
+        if args.username is not None:
+            raise ValueError("--username needs --host. Without it, only this machine can open the page.")
+        return None
+    if not args.username:
+        raise ValueError(f"--host {args.host} lets others in. Give --username, which they log in with.")
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password is None and sys.stdin is not None and sys.stdin.isatty():
+        password = getpass.getpass(f"Password for {args.username}: ")
+    if not password:
+        raise ValueError(f"--host {args.host} lets others in. Set a password in {PASSWORD_VARIABLE}.")
+    return args.username, password
 
 
 def main(args):

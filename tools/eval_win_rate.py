@@ -36,14 +36,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from picture_records import load_picture
+from picture_records import digest_of_files, load_picture, locked_folder
 from pictures import (
     Flags,
     Picture,
     add_drawing_arguments,
     add_prompt_arguments,
     choose_precision,
-    digest_of_files,
     draw_pictures,
     load_prompts,
     open_source,
@@ -193,6 +192,12 @@ def main(args):
     sources = {side: open_side(args, side) for side in SIDES}
     # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
     scorers = {name: SCORERS[name](args) for name in args.scorers}
+    with locked_folder(args.output_dir, accelerator.is_main_process):
+        evaluate(args, accelerator, prompts, sources, scorers)
+    accelerator.end_training()
+
+
+def evaluate(args, accelerator, prompts, sources, scorers):
     settings = {}
     if accelerator.is_main_process:
         for side in SIDES:
@@ -215,7 +220,6 @@ def main(args):
         summary = summarize(args, prompts, scores, settings)
         (Path(args.output_dir) / "summary.md").write_text(summary, encoding="utf-8")
         print(summary)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 """Folders of pictures and their metadata.jsonl, and the pairs that are made of them, for `collect_preferences.py`."""
 
 import contextlib
+import hashlib
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -42,19 +43,42 @@ SHARD_BYTES = 500 << 20
 
 
 @contextlib.contextmanager
-def locked_folder(folder):
-    """Creates an output folder and keeps other processes from writing to it. The lock ends with its process."""
+def locked_folder(folder, is_main_process=True):
+    """
+    Creates an output folder and keeps other runs from writing to it. The main process of a run holds the lock. The operating
+    system frees it when the process ends.
+    """
+    if not is_main_process:
+        yield
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise ValueError(f"--output_dir {folder} is being written by another process. Wait for its end.") from None
+        raise ValueError(f"--output_dir {folder} is being written by another run. Wait for its end.") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def digest_of_files(path):
+    """
+    A digest that changes when a file or a folder does. A file is read; a folder counts by its files' names, sizes and times.
+    It says nothing about a hub id.
+    """
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    states = [
+        f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    ]
+    return hashlib.sha256(b"".join(states)).hexdigest()
 
 
 def load_picture(path):

@@ -16,7 +16,6 @@
 """What `eval_win_rate.py` and `collect_preferences.py` share: reading prompts and drawing pictures of them."""
 
 import csv
-import hashlib
 import itertools
 import json
 import re
@@ -28,7 +27,7 @@ from common import whole_file
 from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
 from peft.tuners.lora import LoraLayer
-from picture_records import RECORD_NAME
+from picture_records import RECORD_NAME, digest_of_files
 from preference_pairs import COUNT, NOT_NEGATIVE, number_type, one_line
 from safetensors import safe_open
 from tqdm.auto import tqdm
@@ -224,23 +223,6 @@ def find_lora_file(flags, lora):
             f"--{flags.lora} {lora} holds {len(files)} .safetensors files and no {LORA_NAME}. Give the file itself."
         )
     return files[0]
-
-
-def digest_of_files(path):
-    """
-    A digest that changes when a file or a folder does. A file is read; a folder counts by its files' names, sizes and times.
-    It says nothing about a hub id.
-    """
-    path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    states = [
-        f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    ]
-    return hashlib.sha256(b"".join(states)).hexdigest()
 
 
 def choose_precision(args, accelerator):

@@ -30,8 +30,10 @@ import time
 from collections import Counter, defaultdict
 from datetime import datetime, timezone
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Value
-from picture_records import load_picture, write_pairs
+from picture_records import digest_of_files, load_picture, write_pairs
 from tqdm.auto import tqdm
 
 
@@ -42,19 +44,44 @@ CHOICES_NAME = "choices.jsonl"
 LEASE = 15
 
 
+def list_written(folder):
+    """The parquet files of a folder that an earlier `rate` wrote, and the other ones."""
+    written, others = [], []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            is_rated = "raters" in pq.read_schema(path).names
+        except (OSError, pa.ArrowException):
+            is_rated = False
+        (written if is_rated else others).append(path)
+    return written, others
+
+
+def check_rated_folder(folder):
+    """Raises a `ValueError` if the folder holds pairs that `rate` did not write."""
+    _, others = list_written(folder)
+    if others:
+        raise ValueError(
+            f"--output_dir {folder} holds {others[0].name}, which rate did not write. Give another folder."
+        )
+
+
 def number_pairs(prompts):
     """
     Every two pictures of every prompt, `{key: (picture, picture)}`. The key depends on the prompt and the pictures' content.
     The first pairs of all prompts come first, then the second ones, so that a rater who stops early has seen all prompts.
+    Equal pictures make no pair.
     """
-    rounds = []
+    rounds, num_equal = [], 0
     for prompt, rows in tqdm(prompts.items(), desc="Reading pictures"):
         for picture in rows:
             load_picture(picture["path"])
-            picture["digest"] = hashlib.sha256(picture["path"].read_bytes()).hexdigest()
+            picture["digest"] = digest_of_files(picture["path"])
         pairs = list(itertools.combinations(rows, 2))
         random.Random(prompt).shuffle(pairs)
-        rounds.append(pairs)
+        rounds.append([pair for pair in pairs if pair[0]["digest"] != pair[1]["digest"]])
+        num_equal += len(pairs) - len(rounds[-1])
+    if num_equal:
+        logger.warning(f"{num_equal} pairs of two equal pictures are left out")
     keyed = {}
     for pair in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*rounds))):
         content = [pair[0]["prompt"], *(picture["digest"] for picture in pair)]
@@ -62,8 +89,15 @@ def number_pairs(prompts):
     return keyed
 
 
+def is_there(pair):
+    return all(picture["path"].is_file() for picture in pair)
+
+
 class Choices:
-    """What raters chose, `by_rater[rater][pair]`, in order. Each choice is appended to a file as one line."""
+    """
+    What raters chose, `by_rater[rater][pair]`, in order. Each choice is appended to a file as one line. Choices whose picture
+    was removed stay in the file and count for nothing.
+    """
 
     LABELS = {"picture_0": 1.0, "picture_1": 0.0, "tie": 0.5, "skip": None}
 
@@ -74,16 +108,24 @@ class Choices:
         if lines[-1]:
             logger.warning(f"{path} ends in half a line, which a crash left there. It is removed")
             os.truncate(path, path.stat().st_size - len(lines[-1]))
+        file_names, removed = {picture["file_name"] for pair in pairs.values() for picture in pair}, []
         for line_number, line in enumerate(lines[:-1], start=1):
             try:
                 entry = json.loads(line)
-                if entry["pair"] not in pairs:
-                    raise ValueError(
-                        "its pictures are not, or no longer, in --input_dir. Or give another --output_dir"
-                    )
-                self.apply(entry)
+                if entry["pair"] in pairs:
+                    self.apply(entry)
+                elif {entry["picture_0"], entry["picture_1"]} <= file_names:
+                    raise ValueError("its pictures in --input_dir were replaced. Give another --output_dir")
+                else:
+                    removed.append(f"{entry['picture_0']} or {entry['picture_1']}")
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line_number}: {error}") from error
+                raise ValueError(f"{path}, line {line_number}: {error}.") from error
+        if removed and not self.by_rater:
+            raise ValueError(
+                f"{path}: no rated picture is in --input_dir, such as {removed[0]}. Give another --output_dir."
+            )
+        if removed:
+            logger.warning(f"{len(removed)} choices are left out, since a picture was removed: first {removed[0]}")
 
     def apply(self, entry):
         if entry["choice"] == "undo":
@@ -112,7 +154,7 @@ class Page:
 
     def __init__(self, choices, served):
         self.choices, self.served, self.lock = choices, served, threading.Lock()
-        self.served_paths, self.active, self.shown_at = {}, {}, {}
+        self.served_paths, self.active, self.shown_at, self.removed = {}, {}, {}, set()
 
     def act(self, data):
         """What a rater's page shows after an `action`: start, ping, left, right, tie, skip or undo."""
@@ -153,8 +195,15 @@ class Page:
             self.choices.add(rater=rater, **self.describe(list(chosen)[-1]), choice="undo")
 
     def next_pairs(self, rater, count):
-        chosen = self.choices.by_rater.get(rater, ())
-        return list(itertools.islice((pair for pair in self.choices.pairs if pair not in chosen), count))
+        """The next pairs of a rater. Those whose picture was removed are passed over."""
+        chosen, found = self.choices.by_rater.get(rater, ()), []
+        for pair in self.choices.pairs:
+            if len(found) < count and pair not in chosen:
+                if is_there(self.choices.pairs[pair]):
+                    found.append(pair)
+                else:
+                    self.removed.add(pair)
+        return found
 
     def left(self, rater, pair):
         """Which picture of a pair is on the left. It is random, but the same after a reload."""
@@ -166,14 +215,15 @@ class Page:
         return {"pair": pair, "prompt": first["prompt"], **names}
 
     def show(self, rater):
-        total, done = len(self.choices.pairs), len(self.choices.by_rater.get(rater, ()))
+        next_pairs, chosen = self.next_pairs(rater, 2), self.choices.by_rater.get(rater, {})
+        total, done = len(self.choices.pairs) - len(self.removed - chosen.keys()), len(chosen)
         status = f"{done:,} of {total:,}"
         recent = self.choices.seconds[rater][-50:]
         if recent and done < total:
             status += f", about {max(1, round((total - done) * statistics.median(recent) / 60))} min left"
         state = {"rater": rater, "done": done, "total": total, "status": status, "pair": None, "pictures": []}
         urls = []
-        for pair in self.next_pairs(rater, 2):
+        for pair in next_pairs:
             pictures = self.choices.pairs[pair]
             left = self.left(rater, pair)
             urls.append([self.url(pictures[left]), self.url(pictures[1 - left])])
@@ -190,8 +240,8 @@ class Page:
         return f"gradio_api/file={self.served_paths[path].as_posix()}"
 
 
-def serve(args, page, served):
-    """Shows the page until Ctrl+C or a signal to end."""
+def serve(page, host, login):
+    """Shows the page until Ctrl+C or a signal to end. `login` is a name and a password, or `None`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
@@ -211,9 +261,9 @@ def serve(args, page, served):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         blocks.launch(
-            server_name=args.host or "127.0.0.1",
-            auth=(args.username, args.password) if args.host else None,
-            allowed_paths=[str(served)],
+            server_name=host or "127.0.0.1",
+            auth=login,
+            allowed_paths=[str(page.served)],
             theme=theme,
             footer_links=[],
             quiet=True,
@@ -227,24 +277,33 @@ def serve(args, page, served):
 
 
 def write_choices(folder, choices):
-    """Writes the pairs that raters chose, and report.md on how far raters agree."""
-    votes = defaultdict(dict)
+    """
+    Writes the pairs that raters chose, in place of those of an earlier `rate`, and report.md on how far raters agree. A pair
+    whose picture was removed or replaced is left out. If no pair is left, the earlier ones stay.
+    """
+    votes, pairs, num_changed = defaultdict(dict), [], 0
     for rater, chosen in choices.by_rater.items():
         for pair, label in chosen.items():
             if label is not None:
                 votes[pair][rater] = label
-    pairs = []
-    for pair, labels in votes.items():
+    for key, labels in votes.items():
+        pair = choices.pairs[key]
+        if not is_there(pair) or any(digest_of_files(picture["path"]) != picture["digest"] for picture in pair):
+            num_changed += 1
+            continue
         share = statistics.mean(labels.values())
         columns = {"label_0": 0.5 if share == 0.5 else float(share > 0.5), "probability_0": share}
-        pairs.append((*choices.pairs[pair], {**columns, "raters": ", ".join(labels), "num_raters": len(labels)}))
-    for old in folder.glob("train-*.parquet"):
-        old.unlink()
+        pairs.append((*pair, {**columns, "raters": ", ".join(labels), "num_raters": len(labels)}))
+    if num_changed:
+        logger.warning(f"{num_changed} rated pairs are left out: a picture was removed or replaced")
     report = describe_agreement(choices.by_rater)
+    written, _ = list_written(folder)
     if pairs:
         columns = {"probability_0": Value("float64"), "raters": Value("string"), "num_raters": Value("int64")}
-        if warning := write_pairs(folder, pairs, columns):
+        if warning := write_pairs(folder, pairs, columns, replaced=written):
             report += f"\nWarning: {warning}\n"
+    elif written:
+        logger.warning(f"No pair is left. The pairs of an earlier rate stay in {folder}")
     ties = sum(row["label_0"] == 0.5 for *_, row in pairs)
     report = f"{len(pairs) - ties:,} pairs with a winner and {ties:,} ties in {folder}\n\n{report}"
     (folder / "report.md").write_text(report, encoding="utf-8")

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from picture_records import load_picture
-from pictures import digest_of_files
+from picture_records import digest_of_files, load_picture
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 

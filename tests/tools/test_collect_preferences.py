@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import collect_preferences
 import datasets
@@ -39,6 +40,7 @@ import prepare_preferences
 import pyarrow.parquet as pq
 import pytest
 import rating as rating_module
+import safetensors.torch
 from conftest import ROOT, reset_accelerate
 from PIL import Image
 from tiny_checkpoints import picture
@@ -331,10 +333,9 @@ def test_what_cannot_be_judged_is_named(collect, tmp_path, capsys, caplog):
     fails_with("drawn has no two pictures")
     assert "4 pictures" in caplog.text and "00000-01.png" in caplog.text
     assert "2 prompts" in caplog.text and "'a cat'" in caplog.text
-    assert not (tmp_path / "pairs").exists()
-    (tmp_path / "pairs").mkdir()
+    assert [path.name for path in tmp_path.glob("pairs/*")] == [".lock"]
     (tmp_path / "pairs" / "mine.txt").touch()
-    fails_with("pairs is not empty. Give a new folder")
+    fails_with("pairs is not empty: it holds mine.txt")
 
 
 @contextlib.contextmanager
@@ -364,7 +365,7 @@ def test_a_full_disk_while_judging_is_named(collect, tmp_path, capsys):
     with full_disk(1000):
         assert collect("judge") == 2
     assert f"--output_dir {tmp_path / 'pairs'} cannot be written" in capsys.readouterr().err
-    assert not list((tmp_path / "pairs").iterdir())
+    assert [path.name for path in (tmp_path / "pairs").iterdir()] == [".lock"]
     # With room again, the same command does it.
     assert collect("judge") == 0
     assert list((tmp_path / "pairs").glob("*.parquet"))
@@ -532,7 +533,7 @@ class Served:
     def start(self, *flags):
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "tools" / "collect_preferences.py", *self.words, *flags],
-            env={**os.environ, "GRADIO_SERVER_PORT": str(self.port)},
+            env={**os.environ, "GRADIO_SERVER_PORT": str(self.port), "RATE_PASSWORD": "secret"},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -647,7 +648,7 @@ def test_people_rate_in_a_browser(served, tmp_path, capsys):
     served.stop(signal.SIGKILL)
     served.press(Keys.ARROW_LEFT)
     served.says(".message", "Not saved: no answer from the server")
-    served.start("--host", "127.0.0.1", "--username", "us", "--password", "secret")
+    served.start("--host", "127.0.0.1", "--username", "us")
     served.find("input[type=password]")
     name, password = served.browser.find_elements(By.CSS_SELECTOR, "input")
     name.send_keys("us")
@@ -685,25 +686,168 @@ def test_people_rate_in_a_browser(served, tmp_path, capsys):
     "options, message",
     [
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in"),
-        ({"host": "0.0.0.0", "username": "us"}, "Give --username and --password"),
-        ({"username": "us", "password": "secret"}, "--username and --password need --host"),
+        ({"host": "0.0.0.0", "username": "us"}, "RATE_PASSWORD"),
+        ({"username": "us"}, "--username needs --host"),
         ({}, "has no metadata.jsonl"),
     ],
 )
 @needs_gradio
-def test_what_cannot_be_rated_is_named(collect, options, message, capsys):
+def test_what_cannot_be_rated_is_named(collect, options, message, capsys, monkeypatch):
+    monkeypatch.delenv("RATE_PASSWORD", raising=False)
     assert collect("rate", **options) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("command", ["draw", "judge", pytest.param("rate", marks=needs_gradio)])
+def test_one_run_at_a_time(collect, command, tmp_path, capsys):
+    if command != "draw":
+        save_pictures(tmp_path / "drawn")
+    output = tmp_path / ("drawn" if command == "draw" else "pairs")
+    output.mkdir(exist_ok=True)
+    with filelock.FileLock(output / ".lock"):
+        assert collect(command) == 2
+    assert f"--output_dir {output} is being written" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+def test_the_password_comes_from_the_environment_or_is_asked_for(monkeypatch):
+    words = ["rate", "--input_dir", "x", "--output_dir", "x", "--host", "0.0.0.0", "--username", "us"]
+    args = collect_preferences.parse_args(words)
+    monkeypatch.setenv("RATE_PASSWORD", "secret")
+    assert collect_preferences.read_login(args) == ("us", "secret")
+    monkeypatch.delenv("RATE_PASSWORD")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(collect_preferences.getpass, "getpass", lambda prompt: f"typed after {prompt}")
+    assert collect_preferences.read_login(args) == ("us", "typed after Password for us: ")
+
+
+@pytest.mark.bad_input
 @needs_gradio
-def test_one_rate_at_a_time(collect, tmp_path, capsys):
+def test_pairs_of_another_tool_are_not_touched(collect, tmp_path, capsys):
     save_pictures(tmp_path / "drawn")
-    (tmp_path / "pairs").mkdir()
-    with filelock.FileLock(tmp_path / "pairs" / ".lock"):
-        assert collect("rate") == 2
-    assert "pairs is being written" in capsys.readouterr().err
+    assert collect("judge") == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("pairs/*")}
+    assert collect("rate") == 2
+    assert "train-00000-of-00001.parquet" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("pairs/*")}
+
+
+def test_a_result_without_pairs_removes_nothing(rating, tmp_path, caplog):
+    pair = next(iter(rating.choices.pairs))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rating.choices.add(rater="ann", pair=pair, choice="picture_0", seconds=1.0)
+    collect_preferences.write_choices(folder, rating.choices)
+    (file,) = folder.glob("*.parquet")
+    before = file.read_bytes()
+    rating.choices.add(rater="ann", pair=pair, choice="undo")
+    collect_preferences.write_choices(folder, rating.choices)
+    assert file.read_bytes() == before and str(folder) in caplog.text
+    # A file that cannot be written leaves the earlier one as it was, too.
+    rating.choices.add(rater="ann", pair=pair, choice="picture_1", seconds=1.0)
+    with full_disk(100), pytest.raises(OSError, match="--output_dir .*pairs"):
+        collect_preferences.write_choices(folder, rating.choices)
+    assert file.read_bytes() == before
+    collect_preferences.write_choices(folder, rating.choices)
+    assert [row["label_0"] for row in read_pairs(folder)] == [0.0]
+
+
+def test_pictures_removed_while_people_rate(rating, tmp_path, caplog):
+    """Votes on removed pictures stay in the file, make no pairs, and stop neither the page nor a restart."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    state = rating("ann", "left", "left", "left", "left")
+    assert state["done"] == 4
+    collect_preferences.write_choices(folder, rating.choices)
+    assert len(read_pairs(folder)) == 4
+    seen, unseen = (rating.choices.pairs[list(rating.choices.pairs)[number]][0]["path"] for number in (0, 5))
+    seen.unlink()
+    collect_preferences.write_choices(folder, rating.choices)
+    rows = read_pairs(folder)
+    assert 0 < len(rows) < 4
+    assert not any(seen.name in (row["file_name_0"], row["file_name_1"]) for row in rows)
+    assert "a picture was removed" in caplog.text and len(lines(rating)) == 4
+
+    unseen.unlink()
+    while (state := rating("ann"))["pair"] is not None:
+        assert "error" not in state
+        assert unseen not in [shown["path"] for shown in rating.choices.pairs[state["pair"]]]
+        rating("ann", "right")
+    assert "error" not in rating("bob")
+
+    caplog.clear()
+    again = Rating(tmp_path / "drawn", rating.choices.path)
+    assert "choices are left out" in caplog.text
+    state = again("bob")
+    assert 0 < state["total"] < 6
+    for name in state["pictures"]:
+        assert Path(name.partition("=")[2]).is_file()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("command", ["judge", pytest.param("rate", marks=needs_gradio)])
+@pytest.mark.parametrize("kind", ["relative", "absolute", "link"])
+def test_pictures_outside_the_folder_are_refused(collect, command, kind, tmp_path, capsys):
+    folder = save_pictures(tmp_path / "drawn")
+    private = tmp_path / "private.png"
+    picture(99).save(private)
+    (folder / "link.png").symlink_to(private)
+    name = {"relative": "../private.png", "absolute": str(private), "link": "link.png"}[kind]
+    rows = read_record(folder)
+    save_record(folder, [*rows, {"file_name": name, "prompt": PROMPTS[0]}])
+    assert collect(command) == 2
+    assert f"metadata.jsonl, picture 6: {name!r}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("pairs/*.parquet"))
+
+
+@pytest.mark.bad_input
+def test_pictures_that_are_not_finite_are_not_saved(collect, checkpoints, tmp_path, capsys):
+    model = tmp_path / "nan"
+    shutil.copytree(checkpoints["sd15"], model)
+    (file,) = (model / "vae").glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    weights["post_quant_conv.bias"][:] = float("nan")
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    # Two models take turns in the pictures of a prompt.
+    models = [checkpoints["sd15"], str(model)]
+    assert collect("draw", pretrained_model_name_or_path=models, num_images=2) == 2
+    error = capsys.readouterr().err
+    for named in ("00000-01.png", "'a cat'", f"--pretrained_model_name_or_path {model}", "--mixed_precision no"):
+        assert named in error
+    drawn = sorted(path.name for path in tmp_path.glob("drawn/*.png"))
+    assert drawn == ["00000-00.png", "00001-00.png"]
+
+
+@pytest.mark.bad_input
+def test_scores_that_are_not_finite_are_named(collect, clip, tmp_path, capsys):
+    save_pictures(tmp_path / "drawn")
+    broken = shutil.copytree(clip, tmp_path / "clip")
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["visual_projection.weight"][:] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert collect("judge", clipscore_model_name_or_path=broken) == 2
+    assert "00000-00.png: its clipscore is nan" in capsys.readouterr().err
+    assert not list(tmp_path.glob("pairs/*.parquet"))
+
+
+@pytest.mark.bad_input
+def test_a_folder_of_other_pictures_is_not_drawn_into(collect, tmp_path, capsys):
+    folder = save_pictures(tmp_path / "drawn")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert collect("draw") == 2
+    assert f"{folder} has no settings.json" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_prompts_that_say_the_same_are_one(tmp_path, caplog):
+    folder = save_pictures(tmp_path / "drawn", prompts=["a cat", "A  cat "], number=2)
+    shutil.copy(folder / "00000-00.png", folder / "00001-01.png")
+    groups = collect_preferences.read_pictures(folder)
+    assert [len(rows) for rows in groups.values()] == [4] and list(groups) == ["a cat"]
+    # Of six pairs one is a picture against itself.
+    assert len(collect_preferences.number_pairs(groups)) == 5
+    assert "1 pairs of two equal pictures" in caplog.text
 
 
 @pytest.mark.bad_input
