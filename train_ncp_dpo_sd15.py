@@ -344,6 +344,18 @@ def load_pipeline(args, accelerator, **components):
 # The policy
 
 
+def find_alphas(ranks, alphas, config):
+    """The alpha of each layer of `ranks`, `{layer: rank}`: that of `alphas`, else what PEFT's configuration in a LoRA's
+    metadata says, else the rank."""
+    patterns, found = config.get("unet.alpha_pattern") or {}, {}
+    for layer, rank in ranks.items():
+        alpha = patterns.get(get_pattern_key(patterns, layer), config.get("unet.lora_alpha", rank))
+        # A rank-stabilized LoRA is scaled by alpha / sqrt(rank).
+        alpha *= math.sqrt(rank) if config.get("unet.use_rslora") else 1
+        found[layer] = alphas.get(layer, alpha)
+    return found
+
+
 def load_pretrained_lora(args):
     """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: its weights by name as in PEFT,
     and a `LoraConfig` with the rank and alpha of each layer. A `ValueError` if it cannot be read or flags contradict it."""
@@ -359,23 +371,19 @@ def load_pretrained_lora(args):
         raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {one_line(error)}") from error
     # diffusers names these alphas after weights.
     kohya_alphas = {
-        re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name): alpha
+        re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name.removeprefix("unet.")): alpha
         for name, alpha in convert_unet_state_dict_to_peft(kohya_alphas or {}).items()
     }
-    saved, weights, ranks, alphas = metadata or {}, {}, {}, {}
+    weights = {}
     for name, weight in convert_unet_state_dict_to_peft(tensors).items():
         if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
             raise ValueError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
         weights[name.removeprefix("unet.")] = weight
-    patterns = saved.get("unet.alpha_pattern") or {}
-    for layer in (name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
-        rank = ranks[layer] = len(weights[f"{layer}.lora_A.weight"])
-        alpha = patterns.get(get_pattern_key(patterns, layer), saved.get("unet.lora_alpha", rank))
-        # A rank-stabilized LoRA is scaled by alpha / sqrt(rank).
-        alpha *= math.sqrt(rank) if saved.get("unet.use_rslora") else 1
-        alphas[layer] = kohya_alphas.get(f"unet.{layer}", alpha)
+    suffix = ".lora_A.weight"
+    ranks = {name.removesuffix(suffix): len(weights[name]) for name in weights if name.endswith(suffix)}
     if not weights or weights.keys() != {f"{layer}.lora_{side}.weight" for layer in ranks for side in "AB"}:
         raise ValueError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
+    alphas = find_alphas(ranks, kohya_alphas, metadata or {})
     for flag, given, found in (("rank", args.rank, ranks), ("lora_alpha", args.lora_alpha, alphas)):
         if given is not None and (values := {*found.values()}) != {given}:
             raise ValueError(f"--{flag} is {given}, but --pretrained_lora_path {path} has {sorted(values)}.")
@@ -393,7 +401,7 @@ def create_policy(args, unet, pretrained_lora):
     if pretrained_lora is None:
         options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
         unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
-    for adapter in ("reference", "default") if pretrained_lora is not None else ():
+    for adapter in (ncp_loss.REFERENCE_ADAPTER, "default") if pretrained_lora is not None else ():
         weights, config = pretrained_lora
         try:
             unet.add_adapter(copy.deepcopy(config), adapter)

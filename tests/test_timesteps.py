@@ -285,10 +285,9 @@ def test_a_probability_column_that_is_not_there(run_sd15, no_models):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("flags, options", [([], {"sft_weight": 1})])
-def test_sft_has_no_weight(run_sd15, no_models, flags, options):
+def test_sft_has_no_weight(run_sd15, no_models):
     with pytest.raises(ValueError, match="does not go with --loss_type sft"):
-        run_sd15(*flags, loss_type="sft", **options)
+        run_sd15(loss_type="sft", sft_weight=1)
 
 
 def test_beta_by_default_is_that_of_the_loss(run):
@@ -315,8 +314,8 @@ class CountTransfers(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss_space, flags", [("ncp", []), ("latent", [])])
-def test_no_value_is_asked_for_between_a_batch_and_the_optimizers_step(run_sd15, monkeypatch, loss_space, flags):
+@pytest.mark.parametrize("loss_space", ["ncp", "latent"])
+def test_no_value_is_asked_for_between_a_batch_and_the_optimizers_step(run_sd15, monkeypatch, loss_space):
     counter, steps = CountTransfers(), []
     noise_batch, step = train_ncp_dpo_sd15.noise_batch, torch.optim.AdamW.step
 
@@ -332,7 +331,7 @@ def test_no_value_is_asked_for_between_a_batch_and_the_optimizers_step(run_sd15,
     monkeypatch.setattr(train_ncp_dpo_sd15, "noise_batch", starts)
     monkeypatch.setattr(torch.optim.AdamW, "step", ends)
     with counter:
-        run_sd15(*flags, loss_space=loss_space, max_train_steps=3)
+        run_sd15(loss_space=loss_space, max_train_steps=3)
     assert len(steps) == 3
     assert not counter.found
 

@@ -25,7 +25,6 @@ programs understand too. sd-scripts itself has other names for them.
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -91,21 +90,6 @@ def load_lora(path):
     return lora, alphas, config
 
 
-def find_alphas(lora, alphas, config):
-    """The alpha of each layer: of `alphas`, else as PEFT's configuration says. Empty if the file has neither."""
-    from peft.utils.other import get_pattern_key
-
-    patterns, found = config.get("unet.alpha_pattern") or {}, {}
-    for name, weight in lora.items():
-        if name.endswith(".lora_A.weight") and (alphas or "unet.lora_alpha" in config):
-            layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")
-            alpha = patterns.get(get_pattern_key(patterns, layer), config.get("unet.lora_alpha", len(weight)))
-            # A rank-stabilized LoRA is scaled by alpha / sqrt(rank).
-            alpha *= math.sqrt(len(weight)) if config.get("unet.use_rslora") else 1
-            found[layer] = alphas.get(layer, alpha)
-    return found
-
-
 def find_state(path, lora):
     """The `training_state.json` of the checkpoint that holds the same LoRA, in the file's folder or below, or `None`."""
     import torch
@@ -123,17 +107,21 @@ def find_state(path, lora):
 
 
 def main(args):
-    from train_ncp_dpo_sd15 import describe_run, save_kohya_lora
+    from train_ncp_dpo_sd15 import describe_run, find_alphas, save_kohya_lora
 
-    lora, alphas, config = load_lora(args.lora_weights)
-    alphas, state = find_alphas(lora, alphas, config), find_state(args.lora_weights, lora)
+    lora, file_alphas, config = load_lora(args.lora_weights)
+    suffix = ".lora_A.weight"
+    ranks = {
+        name.removeprefix("unet.").removesuffix(suffix): len(lora[name]) for name in lora if name.endswith(suffix)
+    }
+    alphas, state = find_alphas(ranks, file_alphas, config), find_state(args.lora_weights, lora)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     description = {} if state is None else describe_run(state)
     with whole_file(args.output_file) as incomplete:
         metadata = save_kohya_lora(incomplete, lora, alphas, description)
     network = f"rank {metadata['ss_network_dim']}, alpha {metadata['ss_network_alpha']}"
     print(f"{args.output_file}: {len(lora) // 2} layers, {network}")
-    if not alphas:
+    if not file_alphas and "unet.lora_alpha" not in config:
         print("The file has no alphas. Each layer's alpha is its rank, as in diffusers.")
     if state is None:
         print("No checkpoint beside it holds this LoRA, so the metadata do not say how it was trained.")
