@@ -245,6 +245,28 @@ def reference_model(unet):
 
 
 @contextlib.contextmanager
+def perturbed_policy(unet, generator):
+    """
+    Context manager that adds a random update to the LoRA "default" of a U-Net: in each of its layers a change of 2 % of
+    the weight's norm. `generator` is a `torch.Generator` on the CPU.
+    """
+    layers = list(_adapter_layers(unet))
+    saved = [layer.lora_B["default"].weight.clone() for layer in layers]
+    with torch.no_grad():
+        for layer, original in zip(layers, saved):
+            up = layer.lora_B["default"].weight
+            up.copy_(torch.randn(up.shape, generator=generator))
+            up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+            up += original
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, original in zip(layers, saved):
+                layer.lora_B["default"].weight.copy_(original)
+
+
+@contextlib.contextmanager
 def _switched_adapters(unet, adapter_name):
     # PEFT's own switches visit all parameters, which takes 0.2 s in each step of SDXL.
     switches = [(layer, layer._disable_adapters, layer._active_adapter) for layer in _adapter_layers(unet)]

@@ -29,7 +29,6 @@ perceptual encoder. `preference_pairs.py` reads the pairs and `ncp_loss.py` comp
 
 import argparse
 import collections
-import contextlib
 import copy
 import datetime
 import errno
@@ -157,7 +156,6 @@ def create_parser():
     add("--pretrained_lora_path", help="LoRA whose weights training starts from. A frozen copy is the reference.")
     add("--rank", type=COUNT, help="Rank of the LoRA. Default: 4, or that of --pretrained_lora_path. The paper: 64.")
     add("--lora_alpha", type=COUNT, help="The LoRA is scaled by alpha / rank. Default: the rank.")
-    add("--no_kohya", action="store_true", help="Do not also write the LoRA for ComfyUI, AUTOMATIC1111 and Forge.")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="The loss. Default: dpo.")
@@ -243,10 +241,9 @@ def check_arguments(args):
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does not.")
     if args.run_validation and args.validation_prompt is None:
         raise ValueError("--run_validation needs a --validation_prompt.")
-    trackers = list(map(str, get_available_trackers()))
-    if args.hub_token is not None and "wandb" in (trackers if args.report_to == "all" else [args.report_to]):
-        raise ValueError("--hub_token would show up in wandb's logs. Use `hf auth login` instead.")
-    if args.report_to not in ("none", "all", *trackers):
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        raise ValueError("--hub_token would show up in the logs of wandb. Use `hf auth login` instead.")
+    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
 
 
@@ -273,22 +270,21 @@ def check_checkpoint(args):
     name, own_vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     base = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_file():
-        convert = f"{PIPELINE_CLASS.__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
-        raise ValueError(f"{base} is a single file. Convert it, and give the folder: {convert}")
+        raise ValueError(f"{base} is a file. {PIPELINE_CLASS.__name__}.from_single_file converts it to a folder.")
     unet, vae = load_config(args, "unet"), load_config(args, "vae")
     vae_base = base if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{vae_base}: its VAE is of class {vae_class}, but must be an AutoencoderKL.")
+        raise ValueError(f"{vae_base}: the VAE is of class {vae_class}, but must be an AutoencoderKL.")
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
-            raise ValueError(f"{vae_base}: its VAE has a {option}, which is not supported.")
+            raise ValueError(f"{vae_base}: the VAE has a {option}, which is not supported.")
     vae.setdefault("scaling_factor", 0.18215)  # the value of old configurations, which do not have it
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution % factor:
-        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, the VAE's factor.")
+        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, as the VAE needs.")
     if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(embed_type, "no script")
-        raise ValueError(f"{base} is of another architecture: {script} trains it.")
+        raise ValueError(f"{base} has another architecture: {script} trains it.")
     width = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
     if (wanted := unet["cross_attention_dim"]) != width:
         raise ValueError(f"{base}: the U-Net takes embeddings of width {wanted}, but the text encoders give {width}.")
@@ -337,8 +333,8 @@ def load_pipeline(args, accelerator, **components):
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
         pipeline = PIPELINE_CLASS.from_pretrained(name, dtype=dtypes, **options, **PIPELINE_OPTIONS, **components)
     except (OSError, ValueError) as error:
-        advice = "If its files are all of one variant, such as fp16, give --variant."
-        raise ValueError(f"--pretrained_model_name_or_path {name}: {one_line(error)}. {advice}") from error
+        problem = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
+        raise ValueError(f"--pretrained_model_name_or_path {name}: {problem}") from error
     for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         # Some tokenizers do not know how many tokens the text encoder takes.
@@ -417,10 +413,11 @@ def create_policy(args, unet, pretrained_lora):
             unet.add_adapter(copy.deepcopy(config), adapter)
             result = set_peft_model_state_dict(unet, dict(weights), adapter_name=adapter)
             if result.unexpected_keys:
-                raise ValueError(f"it has no layer for {result.unexpected_keys[0]}")
+                raise ValueError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
         except (RuntimeError, ValueError) as error:
-            source = f"--pretrained_lora_path {args.pretrained_lora_path}"
-            raise ValueError(f"{source} does not fit the U-Net: {one_line(error)}") from error
+            raise ValueError(
+                f"--pretrained_lora_path {args.pretrained_lora_path} does not fit: {one_line(error)}"
+            ) from error
     for layer in unet.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.lora_A.float()
@@ -611,22 +608,6 @@ def load_batches(accelerator, pairs, keys, batch_size):
         yield send_to_device(batch, accelerator.device)
 
 
-# Copied from train_ncp_dpo_sd15.perturbed
-@contextlib.contextmanager
-def perturbed(policy, generator):
-    """Adds a small random update to the policy's LoRA within the block: 2 % of each layer's weight."""
-    saved = []
-    for layer in (module for module in policy.modules() if isinstance(module, BaseTunerLayer)):
-        up = layer.lora_B["default"].weight
-        saved.append((up, up.clone()))
-        up.copy_(torch.randn(up.shape, generator=generator))
-        up *= 0.02 * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
-        up += saved[-1][1]
-    yield
-    for up, original in saved:
-        up.copy_(original)
-
-
 # Copied from train_ncp_dpo_sd15.measure_error_scale
 @torch.no_grad()
 def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception):
@@ -637,7 +618,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
     generator, measured, start = torch.Generator().manual_seed(args.seed), [], time.monotonic()
     offset = torch.rand((), generator=generator).item()
     bar = tqdm(desc="Error scale", unit=" pairs", disable=not accelerator.is_local_main_process)
-    with perturbed(policy, generator), bar:
+    with ncp_loss.perturbed_policy(policy, generator), bar:
         for first in range(0, MAX_SCALE_PAIRS, SCALE_BLOCK_SIZE):
             stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
             spread = preference_pairs.spread_timesteps(timesteps, first, SCALE_BLOCK_SIZE, offset)
@@ -1136,8 +1117,8 @@ def save_model_card(args, accelerator, state):
     """Writes README.md with picture, held-out results, settings and command."""
     about, output_dir = describe_run(state), Path(args.output_dir)
 
-    def table(*rows):
-        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    def table(head, *rows):
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
     settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
     settings |= {"pairs per step": state["pairs_per_step"], **{name: getattr(args, name) for name in CARD_ARGUMENTS}}
@@ -1173,11 +1154,10 @@ A LoRA for `{base_model}`, trained by {about["ncp_loss"]} on the preference pair
 # Copied from train_ncp_dpo_sd15.finish
 def finish(args, accelerator, policy, state):
     """Writes the LoRA for other programs and the model card, and uploads all."""
-    if not args.no_kohya:
-        lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
-        layers = ((name, layer) for name, layer in policy.named_modules() if isinstance(layer, BaseTunerLayer))
-        alphas = {name: layer.lora_alpha["default"] for name, layer in layers}
-        save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
+    lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
+    layers = policy.named_modules()
+    alphas = {name: layer.lora_alpha["default"] for name, layer in layers if isinstance(layer, BaseTunerLayer)}
+    save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
     save_model_card(args, accelerator, state)
     if args.push_to_hub:
         # Checkpoints and other files in the folder stay here.

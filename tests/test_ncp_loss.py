@@ -27,11 +27,13 @@ from ncp_loss import (
     adapters_disabled,
     error_scale,
     latent_error,
+    perturbed_policy,
     preference_loss,
     reference_model,
 )
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_unets import CONVOLUTIONS, LORA_TARGETS, UNETS, add_lora, conditioning, lora_parameters, sd15_unet, sdxl_unet
 
 from diffusers import DDPMScheduler
@@ -945,6 +947,22 @@ def test_adapters_disabled_restores_after_an_exception(adapted):
         with adapters_disabled(unet):
             raise RuntimeError("inside")
     assert torch.equal(forward(), policy)
+    assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
+
+
+def test_perturbed_policy_changes_each_layer_by_a_share_of_its_weight(adapted):
+    unet, forward, _ = adapted
+    policy = forward()
+    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer.get_delta_weight("default").detach().clone() for layer in layers]
+    with pytest.raises(RuntimeError, match="inside"):
+        with perturbed_policy(unet, torch.Generator().manual_seed(0)):
+            for layer, delta_weight in zip(layers, before):
+                change = layer.get_delta_weight("default") - delta_weight
+                torch.testing.assert_close(change.norm(), 0.02 * layer.base_layer.weight.norm())
+            assert not torch.allclose(forward(), policy)
+            raise RuntimeError("inside")
+    assert layers and torch.equal(forward(), policy)
     assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
 
 

@@ -148,7 +148,9 @@ OPTIONS = {"rank": 8, "lora_alpha": 2, "learning_rate": 3e-2, "loss_space": "lat
 @pytest.fixture
 def trained(run):
     """A run whose alpha is not its rank, and that changes the pictures."""
-    return run("--no_kohya", max_train_steps=4, **OPTIONS)
+    run(max_train_steps=4, **OPTIONS)
+    (run.output_dir / KOHYA_WEIGHTS_NAME).unlink()
+    return run
 
 
 def load_pipeline(checkpoint):
@@ -213,7 +215,8 @@ def test_the_trainer_writes_the_same(run):
 
 
 def test_metadata_are_of_the_checkpoint_that_is_converted(trained, capsys):
-    trained("--no_kohya", max_train_steps=5, resume_from_checkpoint="latest", **OPTIONS)
+    trained(max_train_steps=5, resume_from_checkpoint="latest", **OPTIONS)
+    (trained.output_dir / KOHYA_WEIGHTS_NAME).unlink()
     step_4 = trained.output_dir / "checkpoint-4"
     assert read_metadata(convert(step_4))["ss_steps"] == "4"
     assert read_metadata(convert(trained.output_dir))["ss_steps"] == "5"
