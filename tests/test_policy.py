@@ -1,0 +1,136 @@
+# Copyright 2026 The NCP-DPO authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The policy's LoRA layers do what PEFT's do, with fewer kernels."""
+
+import copy
+import importlib
+from types import SimpleNamespace
+
+import ncp_loss
+import pytest
+import torch
+from conftest import SCRIPTS
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_unets import UNETS, conditioning
+
+
+def create_policy(kind, dtype, pretrained_lora=None, learnt=True, **options):
+    """The script's policy over a tiny U-Net, and a function that predicts with it in autocast."""
+    unet = UNETS[kind]()
+    latents = torch.randn(2, 4, 8, 8)
+    encoder_hidden_states, added_cond_kwargs = conditioning(unet, 2)
+
+    def predict(policy):
+        # Autocast has no float64.
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and policy.dtype == dtype):
+            inputs = latents.to(policy.dtype), torch.tensor([10, 900]), encoder_hidden_states.to(policy.dtype)
+            return policy(*inputs, added_cond_kwargs=added_cond_kwargs).sample
+
+    args = {"rank": 4, "lora_alpha": 8, "gradient_checkpointing": False, "channels_last": False, "compile": False}
+    script = importlib.import_module(SCRIPTS[kind])
+    policy = script.create_policy(SimpleNamespace(**{**args, **options}), unet.to(dtype), pretrained_lora)
+    for layer in policy.modules():
+        if isinstance(layer, BaseTunerLayer) and learnt:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    return policy, predict
+
+
+def with_layers_of_peft(policy):
+    policy = copy.deepcopy(policy)
+    for layer in policy.modules():
+        if isinstance(layer, LoraLinear):
+            layer.__class__ = LoraLinear
+    return policy
+
+
+def predict_and_differentiate(policy, predict):
+    prediction = predict(policy)
+    prediction.float().square().mean().backward()
+    return prediction.detach(), torch.cat(
+        [weight.grad.flatten() for weight in policy.parameters() if weight.requires_grad]
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 0), (torch.float16, 1.5), (torch.bfloat16, 1.5)], ids=["fp32", "fp16", "bf16"]
+)
+def test_layers_predict_as_those_of_peft(kind, dtype, tolerance, checkpointing):
+    policy, predict = create_policy(kind, dtype, gradient_checkpointing=checkpointing)
+    peft = with_layers_of_peft(policy)
+    assert type(policy.mid_block.attentions[0].transformer_blocks[0].attn1.to_q) is not LoraLinear
+    assert policy.state_dict().keys() == peft.state_dict().keys()
+    exact, exact_gradient = predict_and_differentiate(with_layers_of_peft(policy).double(), predict)
+    (prediction, gradient), (peft_prediction, peft_gradient) = (
+        predict_and_differentiate(model, predict) for model in (policy, peft)
+    )
+    # Rounded once instead of twice, they are no further from the exact values.
+    assert (prediction - exact).norm() <= tolerance * (peft_prediction - exact).norm() + 1e-5 * exact.norm()
+    error, peft_error = ((value - exact_gradient).norm() for value in (gradient, peft_gradient))
+    assert error <= tolerance * peft_error + 1e-5 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_layers_are_off_with_the_adapter(kind, dtype):
+    policy, predict = create_policy(kind, dtype)
+    base = predict(UNETS[kind]().to(dtype))
+    assert not torch.equal(predict(policy), base)
+    with ncp_loss.adapters_disabled(policy):
+        assert torch.equal(predict(policy), base)
+    policy.disable_adapters()
+    assert torch.equal(predict(policy), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_a_new_lora_changes_no_bit(kind, dtype):
+    policy, predict = create_policy(kind, dtype, learnt=False)
+    prediction = predict(policy)
+    with ncp_loss.reference_model(policy):
+        assert torch.equal(predict(policy), prediction)
+
+
+@pytest.mark.parametrize("targets", [["to_q"], ["conv1", "to_q"]], ids=["attention", "convolutions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_policy_and_reference_of_a_pretrained_lora_agree_to_the_bit(kind, dtype, targets):
+    unet = UNETS[kind]()
+    unet.add_adapter(LoraConfig(r=3, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    names = [name for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)]
+    weights = {
+        f"{name}.{side}.weight": getattr(unet.get_submodule(name), side)["default"].weight.data
+        for name in names
+        for side in ("lora_A", "lora_B")
+    }
+    config = LoraConfig(r=3, lora_alpha=2, target_modules=names)
+    policy, predict = create_policy(kind, dtype, (weights, config), learnt=False)
+    prediction = predict(policy)
+    with ncp_loss.reference_model(policy):
+        assert torch.equal(predict(policy), prediction)
+    with ncp_loss.adapters_disabled(policy):
+        assert not torch.equal(predict(policy), prediction)
+
+
+def test_layers_outside_autocast_and_variants_are_those_of_peft(kind):
+    policy, predict = create_policy(kind, torch.bfloat16)
+    layer = policy.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(2, 5, layer.in_features, dtype=torch.bfloat16)
+    expected = LoraLinear.forward(layer, x)
+    assert torch.equal(layer(x), expected) and expected.dtype == torch.bfloat16
+    policy.add_adapter(LoraConfig(r=2, use_dora=True, target_modules=["to_q"]), "dora")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), LoraLinear.forward(layer, x))
+        policy.set_adapter(["default", "dora"])
+        assert torch.equal(layer(x), LoraLinear.forward(layer, x))
