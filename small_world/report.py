@@ -15,7 +15,7 @@
 
 """Writes tables and a plot of what `experiment.py` and `rounds.py` have measured. It measures nothing itself.
 
-    python small_world/report.py    # reports of both bases, and the tables in README.md and docs/
+    python small_world/report.py    # the reports of both bases and of rounds, and the tables in README.md and docs/
     python small_world/report.py --output_dir small_world/results    # only the report of the runs in this folder
 
 A row is left out until all its runs are there.
@@ -48,7 +48,7 @@ COMMAND = "python small_world/report.py"
 STRONG_RESULTS = Path(__file__).with_name("results_strong")
 ROUNDS_NAME = "rounds.jsonl"
 BASELINE = "dpo-latent"
-# Methods that the trainer no longer offers, and the methods whose steps took as long.
+# Methods that the trainer no longer offers. A step of each took as long as a step of the method beside it.
 WITHDRAWN = {
     "dpo-latent-balanced": "dpo-latent",
     "dpo-ncp-balanced": "dpo-ncp",
@@ -58,7 +58,7 @@ WITHDRAWN = {
     "dpo-sum": "dpo-sum",
     "dpo-latent-inverted": "dpo-latent-inverted",
 }
-# Pairs of methods that differ in one thing.
+# Methods that differ in one thing.
 DUELS = (
     ("dpo-latent-balanced", "dpo-latent"),
     ("dpo-latent-profile", "dpo-latent"),
@@ -100,8 +100,10 @@ PARTS_OF_NCP = {
 ROUND_DUELS = (
     ("round 1", "base"),
     ("round 2", "round 1"),
+    ("control 2", "round 1"),
     ("round 2", "control 2"),
     ("round 3", "round 2"),
+    ("control 3", "round 1"),
     ("round 3", "control 3"),
 )
 # The rows of README's table, and what it calls them.
@@ -117,6 +119,7 @@ SUMMARY = {
 PARTS = ("quality", "match", "style")
 SETTINGS = ("trainings", "learning rate", "β", "steps")
 COMPARISONS = ("over latent DPO", "at equal steps", "at equal time", "beats latent DPO")
+REPORT_COLUMNS = ("method", *SETTINGS, "reward", *PARTS, *COMPARISONS, "seconds per step")
 
 
 class Row:
@@ -125,9 +128,10 @@ class Row:
     def __init__(self, method, runs):
         self.method = method
         self.tried = [run for run in runs if "choosing" in run]
-        settings = {(run["learning_rate"], run["beta"]): run for run in self.tried}
-        chosen = protocol.choose(method, lambda rate, beta, steps: settings[rate, beta])
-        self.learning_rate, self.beta, self.steps, self.step = chosen
+        tried = {(run["learning_rate"], run["beta"]): run for run in self.tried}
+        self.learning_rate, self.beta, self.steps, self.step = protocol.choose(
+            method, lambda rate, beta, steps: tried[rate, beta]
+        )
         chosen = [run for run in runs if (run["learning_rate"], run["beta"]) == (self.learning_rate, self.beta)]
         steps = set(map(str, self.steps))
         self.tested = {run["seed"]: run for run in chosen if steps <= run.get("test", {}).keys()}
@@ -139,7 +143,7 @@ class Row:
 
     @property
     def work(self):
-        """Returns what a step computes. Rows with the same work share their times."""
+        """Returns what decides how long a step takes. Rows in which it is the same share their times."""
         same = WITHDRAWN.get(self.method, self.method)
         if same not in protocol.METHODS:
             return [same]
@@ -187,7 +191,7 @@ def load_rows(runs):
 
 
 def mean_and_error(values, sign=""):
-    """Returns the mean of one value per training and its standard error, as text."""
+    """Returns the mean and its standard error as text. There is one value per training."""
     error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.3f}{error}"
 
@@ -197,7 +201,10 @@ def common_seeds(ours, theirs):
 
 
 def difference(ours, theirs, step=None, their_step=None):
-    """Returns the mean difference between pictures from the same noise, for each seed that both rows have."""
+    """
+    Returns the mean difference between pictures from the same noise, for each seed that both rows have. Each row is compared
+    after its chosen step if no other step is given.
+    """
     differences = []
     for seed in common_seeds(ours, theirs):
         a, b = ours.rewards(seed, step), theirs.rewards(seed, their_step)
@@ -207,7 +214,10 @@ def difference(ours, theirs, step=None, their_step=None):
 
 
 def difference_at_equal_time(ours, theirs, base):
-    """Returns the same at the time that their chosen step takes. Our reward is interpolated between measured steps."""
+    """
+    Returns the mean difference when both rows have trained for as long as theirs takes to its chosen step, for each seed
+    that both rows have. Our reward is interpolated between measured steps.
+    """
     our_step = theirs.step * theirs.seconds_per_step / ours.seconds_per_step
     return [
         np.interp(our_step, [0, *ours.steps], ours.curve(seed, base))
@@ -218,12 +228,12 @@ def difference_at_equal_time(ours, theirs, base):
 
 def win_rate(ours, theirs):
     """
-    Returns the share of pictures with the higher reward, a tie counting half, and its 95 % confidence interval. Pictures of
-    one caption depend on each other, and so do those of one training. So the bootstrap draws captions and trainings anew.
+    Returns the share of pictures with the higher reward, and its 95 % confidence interval. A tie counts one half. Pictures of
+    the same caption or of the same training depend on each other, so the bootstrap resamples captions and trainings.
 
     Args:
-        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): rewards by training. Pictures at
-            the same place are from the same noise.
+        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): rewards for each training. Pictures
+            at the same place are from the same noise.
     """
     wins = np.array([((a > b) + 0.5 * (a == b)).mean(axis=0) for a, b in zip(ours, theirs)])
     rng = np.random.default_rng(0)
@@ -246,7 +256,7 @@ def markdown(columns, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
 
 
-def settings(learning_rate, beta):
+def settings_cells(learning_rate, beta):
     return [f"{learning_rate:g}", "" if beta is None else f"{beta:g}"]
 
 
@@ -262,7 +272,7 @@ def reference_cells(name, reference):
 
 def row_cells(row, baseline, base):
     """Returns a row's cells by column."""
-    cells = dict(zip(SETTINGS, [len(row.tested), *settings(row.learning_rate, row.beta), row.step]))
+    cells = dict(zip(SETTINGS, [len(row.tested), *settings_cells(row.learning_rate, row.beta), row.step]))
     cells |= {"method": row.method, "reward": mean_and_error([row.rewards(seed).mean() for seed in row.tested])}
     cells |= {part: f"{row.part(part):.3f}" for part in PARTS}
     if row is not baseline:
@@ -294,7 +304,13 @@ def parts_table(rows):
 
 
 def duels_table(rows, withdrawn):
-    """Compares methods that differ in one thing, each at its best: those with a withdrawn method, or the others."""
+    """
+    Compares methods that differ in one thing. Each method is at its best.
+
+    Args:
+        rows (`dict`): rows by method.
+        withdrawn (`bool`): compare only pairs with a withdrawn method; otherwise only pairs without one.
+    """
     lines = [
         [
             ours,
@@ -324,7 +340,7 @@ def choosing_table(rows):
     lines = [
         [
             row.method,
-            *settings(run["learning_rate"], run["beta"]),
+            *settings_cells(run["learning_rate"], run["beta"]),
             *(
                 f"{protocol.goal(row.method, run['choosing'][str(step)]):.3f}" if str(step) in run["choosing"] else ""
                 for step in all_steps(rows)
@@ -338,11 +354,11 @@ def choosing_table(rows):
 
 
 def labels_table(rows, base):
-    """Shows what is learnt from pairs labelled by one part of the reward, measured by that part."""
+    """Shows the methods whose pairs are labelled by one part of the reward. They are measured by the same part."""
     lines = []
     for method, row in rows.items():
         kind, _, part = method.partition("-by-")
-        line = [part, kind, len(row.tested), *settings(row.learning_rate, row.beta), row.step]
+        line = [part, kind, len(row.tested), *settings_cells(row.learning_rate, row.beta), row.step]
         line += [f"{protocol.goal(method, base):.3f}", mean_and_error(list(row.goals.values()))]
         latent = rows.get(method.replace("ncp", "latent"), row)
         differences = [row.goals[seed] - latent.goals[seed] for seed in common_seeds(row, latent)]
@@ -396,7 +412,7 @@ def plot(rows, base, path):
 
 
 class Results(NamedTuple):
-    """What a folder's runs gave. Rows are by method, cells by method and column."""
+    """The results of a folder's runs. Rows are by method, cells by method and column."""
 
     runs: list
     references: dict
@@ -422,35 +438,64 @@ def method_table(results, columns, rows):
     return table(columns, [results.cells[name] for name in rows])
 
 
+def describe_withdrawn(results):
+    return f"""
+## Withdrawn methods
+
+These methods earned nothing, so the scripts no longer offer them. Their runs stay in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
+
+- *balanced* (`--timestep_weighting balanced`) divides errors by the standard deviation of the margins at each timestep.
+- *profile* (`--timestep_weighting ncp`) weights errors in latent space. The margins then have NCP's spread at each timestep.
+- *safeguard* (`--sdpo_safeguard`) weakens the loser's gradient where it would raise the winner's error.
+- *sum* uses the mean of the errors in latent space and in feature space.
+- *inverted* takes the noise from DDIM inversion of the picture by the reference, as in InPO (arXiv:2503.18454).
+
+{method_table(results, REPORT_COLUMNS, results.withdrawn)}
+
+{duels_table({**results.rows, **results.withdrawn}, withdrawn=True)}
+"""
+
+
+def describe_labelled(results):
+    return f"""
+## What is preferred
+
+One part of the reward labels the same pairs. *match* is coarse. *drawing* is fine: the mean of quality and style. The same part chooses
+the settings.
+
+{labels_table(results.labelled, results.references["base"])}
+"""
+
+
 def describe(results, folder):
     """Returns the report of a folder's results."""
     rows, references, captions = results.rows, results.references, len(protocol.split_scenes()[2])
     few, many = protocol.PICTURES_PER_CAPTION * captions, protocol.TEST_PICTURES_PER_CAPTION * captions
     missing = [method for method in protocol.METHODS if method not in {**rows, **results.labelled}]
     not_measured = f"Not measured: {', '.join(missing)}.\n" if missing else ""
-    columns = ["method", *SETTINGS, "reward", *PARTS, *COMPARISONS, "seconds per step"]
     all_rows = {**rows, **results.withdrawn}
-    text = f"""# Small world
+    return f"""# Small world
 
 `python small_world/experiment.py` has made {len(results.runs)} runs. Their numbers and commands are in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
 `{COMMAND} --output_dir {os.path.relpath(folder, ROOT)}` has written this page.
 {not_measured}
-{method_table(results, columns, ("best", "base", *rows))}
+{method_table(results, REPORT_COLUMNS, ("best", "base", *rows))}
 
 ![Reward against steps](rewards.png)
 
-- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline), each in [0, 1]. It is
+- *reward* is the mean of *quality* (sharp and even), *match* (with the caption) and *style* (a dark outline). Each is in [0, 1]. It is
   measured on {many} pictures of held-out captions after the chosen number of *steps*.
-- *best possible*: well-drawn, outlined pictures that the base's VAE has encoded and decoded.
+- *best possible* are well-drawn, outlined pictures that the base's VAE has encoded and decoded.
 - *learning rate*, *β* and *steps* are chosen for each method with the first seed, on other captions
   ([how](#how-settings-were-chosen)).
-- *over latent DPO* is the mean difference to latent DPO trained with the same seed, between pictures from the same noise, each method
-  at its best. *at equal steps* compares after latent DPO's steps. *at equal time* compares after the time that these take ({few}
-  pictures, interpolated between measured steps).
-- *beats latent DPO* is the share of pictures with the higher reward, with its 95 % interval over captions and trainings.
+- *over latent DPO* is the mean difference from latent DPO trained with the same seed, between pictures from the same noise. Each method
+  is at its best.
+- *at equal steps* is the same difference after latent DPO's steps. *at equal time* is the same difference after the time that latent
+  DPO's steps take. These two use {few} pictures, and *at equal time* interpolates between measured steps.
+- *beats latent DPO* is the share of pictures with a higher reward than latent DPO's, with its 95 % interval over captions and trainings.
 - ± is the standard error over trainings. With two or three trainings it is itself uncertain by a factor of two.
-- *seconds per step*: one core of a machine that did other work as well. The fastest tenth of each run's steps counts, and the median
-  over all runs whose steps compute the same.
+- *seconds per step* is the time of one core of a machine that did other work as well. It is the median over all runs whose steps compute
+  the same. Each run counts with the 10th percentile of its steps.
 
 ## One difference at a time
 
@@ -460,37 +505,12 @@ Each method is at its best.
 
 ## What NCP is made of
 
-The reward of DPO minus that of latent DPO, each at its best, by what errors are measured in and how timesteps are weighted.
-Other weights than a space has by itself (`--timestep_weighting`) are withdrawn.
+The reward of DPO minus that of latent DPO. Rows differ in what errors are measured in, columns in how timesteps are weighted. Each
+method is at its best. The scripts no longer offer the weights of `--timestep_weighting`. They keep *as in latent DPO* in latent space and
+*as in NCP* in feature space.
 
 {parts_table(all_rows)}
-"""
-    if results.withdrawn:
-        text += f"""
-## Withdrawn methods
-
-They earned nothing, and the scripts no longer offer them. Their runs stay in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
-
-- *balanced* (`--timestep_weighting balanced`) divides errors by the spread of their margins at each timestep.
-- *profile* (`--timestep_weighting ncp`) weights errors in latent space so that margins spread over timesteps as they do in NCP.
-- *safeguard* (`--sdpo_safeguard`) weakens the loser's gradient where it would raise the winner's error.
-- *sum* uses the mean of the errors in latent space and in feature space.
-- *inverted* takes the noise from DDIM inversion of the picture by the reference, as in InPO (arXiv:2503.18454).
-
-{method_table(results, columns, results.withdrawn)}
-
-{duels_table(all_rows, withdrawn=True)}
-"""
-    if results.labelled:
-        text += f"""
-## What is preferred
-
-The same pairs, labelled by one part of the reward. *match* is coarse. *drawing* is fine: the mean of quality and style. The same part
-chooses the settings.
-
-{labels_table(results.labelled, references["base"])}
-"""
-    return f"""{text}
+{describe_withdrawn(results) if results.withdrawn else ""}{describe_labelled(results) if results.labelled else ""}
 ## Reward by steps
 
 The mean of {few} pictures with the chosen learning rate and β. The base has {np.mean(references["base"]["total"][:few]):.3f}.
@@ -499,13 +519,18 @@ The mean of {few} pictures with the chosen learning rate and β. The base has {n
 
 ## How settings were chosen
 
-Every run with the first seed is measured on {few} pictures of captions that only choose settings, on which the base has
-{np.mean(references["base-choosing"]["total"]):.3f}. It is measured after {", ".join(map(str, protocol.STEPS))} steps, or on filtered pairs after {", ".join(map(str, protocol.FILTERED_STEPS))}, and its best
-step counts. Learning rate and β are doubled and halved in turn as long as that is better. A method is then trained on with the chosen
-settings, up to {protocol.MAX_STEPS} steps, as long as its last step is its best.
+Every run with the first seed is measured on {few} pictures of captions that only choose settings. The base has
+{np.mean(references["base-choosing"]["total"]):.3f} on them. A run is measured after {", ".join(map(str, protocol.STEPS))} steps, or on filtered pairs after {", ".join(map(str, protocol.FILTERED_STEPS))}.
+Its best step counts. Learning rate and β are doubled and halved in turn as long as that is better. If the last step is the best, training
+goes on with the chosen settings, up to {protocol.MAX_STEPS} steps.
 
 {choosing_table({**all_rows, **results.labelled})}
 """
+
+
+def load_rounds(folder):
+    """Returns what `rounds.py` has measured, by seed."""
+    return list(protocol.load_runs(folder / ROUNDS_NAME).values())
 
 
 def describe_rounds(results):
@@ -528,14 +553,16 @@ written from them.
 
 {rounds_table(results)}
 
-- *round 1* is a LoRA trained on pairs of the base's pictures. *round 2* starts from the weights of round 1 and trains on pairs that
-  round 1 has drawn of the same captions. *round 3* starts from round 2 in the same way. Each LoRA replaces the one before.
+- *round 1* is a LoRA trained on pairs of the base's pictures.
+- *round 2* starts from the weights of round 1 and trains on pairs that round 1 has drawn of the same captions. *round 3* starts from
+  round 2 in the same way. Each LoRA replaces the one before.
 - *control 2* starts from round 1 and *control 3* from control 2. They train for as many steps as rounds 2 and 3, on the pairs of round 1.
-- The true reward with noise judges all pairs.
-- Every training is latent DPO for {settings["steps"]} steps of 8 pairs, rank 16, β {settings["beta_dpo"]:g}, learning rate {settings["learning_rate"]:g}, on {settings["num_scenes"]} captions with
-  {settings["pictures_per_scene"]} pictures each, of which every two are a pair.
-- Rewards are of {len(base["total"])} pictures of held-out captions for each seed, from the same noise for all models of a seed. ± is the standard
-  error over seeds. *wins* has a 95 % interval over captions and seeds.
+- The true reward with noise labels all pairs.
+- Every training is latent DPO for {settings["steps"]} steps of 8 pairs, with rank 16, β {settings["beta_dpo"]:g} and learning rate {settings["learning_rate"]:g}. It has {settings["num_scenes"]} captions with
+  {settings["pictures_per_scene"]} pictures each. Every two pictures of a caption are a pair.
+- A reward is the mean of {len(base["total"])} pictures of held-out captions for each seed. All models of a seed draw from the same noise.
+- *reward* in the second table is the mean difference between pictures from the same noise. ± is the standard error over seeds. *wins* is
+  the share of pictures with the higher reward, with its 95 % interval over captions and seeds.
 """
 
 
@@ -546,7 +573,7 @@ def document_tables():
     summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
     summary = table(["method", "reward", *COMPARISONS], summary)
     page = ROOT / "docs" / "results.md"
-    tables = {
+    return {
         (ROOT / "README.md", "small-world"): summary,
         (ROOT / "docs" / "upstream_README.md", "small-world"): summary,
         (page, "small-world-table"): method_table(small, columns, ("best", "base", *small.rows)),
@@ -554,11 +581,8 @@ def document_tables():
         (page, "small-world-labels"): labels_table(small.labelled, small.references["base"]),
         (page, "small-world-withdrawn"): method_table(small, columns, small.withdrawn),
         (page, "small-world-strong"): method_table(strong, columns, ("best", "base", *strong.rows)),
+        (page, "small-world-rounds"): rounds_table(load_rounds(protocol.RESULTS)),
     }
-    rounds = protocol.load_runs(protocol.RESULTS / ROUNDS_NAME)
-    if rounds:
-        tables[page, "small-world-rounds"] = rounds_table(list(rounds.values()))
-    return tables
 
 
 def write_report(folder):
@@ -568,14 +592,14 @@ def write_report(folder):
 
 
 def write_rounds(folder):
-    results = list(protocol.load_runs(folder / ROUNDS_NAME).values())
-    (folder / "rounds.md").write_text(describe_rounds(results), encoding="utf-8")
+    (folder / "rounds.md").write_text(describe_rounds(load_rounds(folder)), encoding="utf-8")
 
 
 def main(args):
     for folder in [args.output_dir] if args.output_dir else (protocol.RESULTS, STRONG_RESULTS):
         write_report(folder)
     if args.output_dir is None:
+        write_rounds(protocol.RESULTS)
         for (file, name), text in document_tables().items():
             write_table(file, name, COMMAND, text)
 

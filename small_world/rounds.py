@@ -15,15 +15,17 @@
 
 """Trains three rounds of preferences in the small world, and measures whether each round gains by the true reward.
 
-    python small_world/rounds.py    # three seeds; a seed that is in the results is not run again
+    python small_world/rounds.py    # three seeds, 20 minutes on one core; a seed that is in the results is not run again
 
-Round 1 trains a LoRA on pairs of pictures that the base has drawn. Rounds 2 and 3 draw the same captions with the LoRA of the
-round before, from other noise. The same judge compares these pictures. `--pretrained_lora_path` gives the weights to start
-from, so that the new LoRA replaces the one before. Two controls go on from round 1 for as many steps as rounds 2 and 3, on the
-pairs of round 1. The loss is DPO in latent space, whose steps take less time than those of NCP-DPO.
+Round 1 trains a LoRA on pairs of pictures that the base has drawn. Round 2 draws the same captions with this LoRA, from other
+noise, and trains on pairs of these pictures. `--pretrained_lora_path` gives it the LoRA to start from. Round 3 does the same
+with the LoRA of round 2. The true reward with noise labels all pairs.
+
+Two controls also start from the LoRA of round 1, and train for as many steps as rounds 2 and 3. They keep the pairs of round 1.
+All trainings use DPO in latent space, whose steps take less time than those of NCP-DPO.
 
 Every seed is a line of `results/rounds.jsonl`. This script writes `results/rounds.md` from it, and `report.py` the table in
-docs/results.md.
+docs/results.md as well.
 """
 
 import argparse
@@ -39,12 +41,13 @@ from tqdm.auto import tqdm
 # Half of the captions to train on: enough pairs for the steps, and half the time to draw and encode them.
 NUM_SCENES = 80
 STEPS, LEARNING_RATE, BETA_DPO = 200, 3e-4, 200
-# The first seed of the noise for the pictures of round 2. Round 3 starts 10,000 later. Each seed starts 1,000 later.
+# With training seed 0, picture i of round 2 starts from the noise of seed `ROUND_NOISE + i`. Round 3 adds 10,000 to that, and
+# training seed s adds 1,000 s.
 ROUND_NOISE = 50_000
 
 
 def make_pairs(folder, first_seed, lora=None):
-    """Draws pictures with the base and a LoRA, compares them, and encodes the pairs. Pairs that are there stay."""
+    """Draws pictures with the base and a LoRA, labels pairs of them, and encodes these. Pairs that exist are not drawn again."""
     if not (folder / "pairs" / "train.parquet").is_file():
         pipeline, scenes = experiment.load_pipeline(experiment.ASSETS), protocol.split_scenes()[0][:NUM_SCENES]
         if lora is not None:
@@ -64,14 +67,14 @@ def train(folder, output_dir, seed, first=None):
 
 
 def run(folder, seed):
-    """Trains all rounds and controls of a seed. Returns the rewards of their pictures, from the same noise for all."""
+    """Trains all rounds and controls of a seed. Returns the rewards of the pictures that each model draws from the same noise."""
     runs = folder / f"seed-{seed}"
     loras = {"base": None, "round 1": train(folder, runs / "round-1", seed)}
     policy = control = loras["round 1"]
     for number in (2, 3):
         pairs = runs / f"pairs-{number}"
         make_pairs(pairs, ROUND_NOISE + 10_000 * (number - 2) + 1_000 * seed, policy)
-        # With the seed of round 1 the control would see its pairs with the same noise again.
+        # The seed of round 1 would give the control the same pairs with the same noise again.
         training_seed = 100 * (number - 1) + seed
         policy = loras[f"round {number}"] = train(pairs, runs / f"round-{number}", training_seed, policy)
         control = loras[f"control {number}"] = train(folder, runs / f"control-{number}", training_seed, control)

@@ -146,6 +146,10 @@ def test_reports_are_of_the_runs(folder):
     assert (folder / "README.md").read_text() == report.describe(report.load_results(folder), folder)
 
 
+def test_the_report_of_rounds_is_of_its_runs():
+    assert (protocol.RESULTS / "rounds.md").read_text() == report.describe_rounds(report.load_rounds(protocol.RESULTS))
+
+
 def test_withdrawn_methods_keep_their_numbers(tables):
     lines = [line.split(" | ") for line in tables[ROOT / "docs/results.md", "small-world-withdrawn"].splitlines()[2:]]
     assert {line[0].lstrip("| "): line[6] for line in lines} == {
