@@ -29,7 +29,7 @@ from pathlib import Path
 import experiment
 import protocol
 from PIL import Image, ImageDraw, ImageFont
-from scenes import Explanations, reward
+from scenes import reward
 
 import diffusers
 
@@ -66,14 +66,16 @@ def main(output_dir):
     diffusers.logging.set_verbosity_error()
     lora = output_dir / "lora"
 
-    pipeline, explanations = experiment.load_pipeline(experiment.ASSETS), Explanations()
+    # The experiment draws its pairs in more steps.
+    pipeline, explanations = experiment.load_measuring(experiment.ASSETS)
+    num_inference_steps = experiment.MEASURED_INFERENCE_STEPS
     _, _, test = protocol.split_scenes()
 
     say("1/5 The base model draws pictures, and pairs of them are labelled")
-    experiment.make_training_pairs(pipeline, explanations, output_dir)
+    experiment.make_training_pairs(pipeline, explanations, output_dir, num_inference_steps)
 
     say("2/5 The base model draws captions that are not trained on")
-    pictures = {0: experiment.draw(pipeline, test, experiment.TEST_NOISE)}
+    pictures = {0: experiment.draw(pipeline, test, experiment.TEST_NOISE, num_inference_steps)}
 
     say("3/5 The pairs that an absolute winner won are encoded")
     experiment.encode_pairs(output_dir, "filtered")
@@ -87,7 +89,7 @@ def main(output_dir):
     say("5/5 These captions are drawn with the LoRA, from the same noise")
     for step in STEPS:
         pipeline.load_lora_weights(lora / f"checkpoint-{step}")
-        pictures[step] = experiment.draw(pipeline, test, experiment.TEST_NOISE)
+        pictures[step] = experiment.draw(pipeline, test, experiment.TEST_NOISE, num_inference_steps)
         pipeline.unload_lora_weights()
     save_before_after(test[:NUM_SHOWN], pictures[0], pictures[step], output_dir / "before_after.png")
 

@@ -149,7 +149,7 @@ def compare(scenes, pictures, rewards, rng):
     return rows
 
 
-def write_pairs(pipeline, explanations, scenes, first_seed, folder):
+def write_pairs(pipeline, explanations, scenes, first_seed, folder, num_inference_steps=None):
     """
     Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training. The
     dataset gets its name when it is complete.
@@ -158,7 +158,7 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
         `Reward` of the pictures.
     """
     scenes = [scene for scene in scenes for _ in range(PICTURES_PER_SCENE)]
-    pictures = draw(pipeline, scenes, first_seed)
+    pictures = draw(pipeline, scenes, first_seed, num_inference_steps)
     rewards = reward(pictures, scenes, explanations)
     rows = compare(scenes, [encode_png(image) for image in to_pil(pictures)], rewards.total, random.Random(SEED))
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,10 +168,10 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder):
     return rewards
 
 
-def make_training_pairs(pipeline, explanations, folder):
+def make_training_pairs(pipeline, explanations, folder, num_inference_steps=None):
     """Writes the pairs, and separately those that an absolute winner won. Returns `Reward` of the pictures."""
     training, _, _ = split_scenes()
-    rewards = write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs")
+    rewards = write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs", num_inference_steps)
     pairs, kept = {"dataset_name": folder / "pairs"}, folder / "kept.parquet"
     kept.unlink(missing_ok=True)
     shutil.rmtree(folder / "filtered", ignore_errors=True)
