@@ -17,7 +17,8 @@
     python small_world/base.py     # from scratch: half an hour on two cores
     python small_world/base.py --size strong --output_dir small-world-strong/base     # an hour, six million parameters
 
-`scenes.py` draws its training pictures, well or badly. So it draws well or badly too, and there is something to prefer.
+It trains on pictures that `scenes.py` draws, half of them badly. So it draws some pictures better than others, and there is
+something to prefer.
 """
 
 import argparse
@@ -63,11 +64,11 @@ SIZES = {
 
 
 def build_tokenizer():
-    """Returns a CLIP tokenizer for which every word of a caption is one token."""
+    """Returns a CLIP tokenizer that makes one token of every word of a caption."""
     words = sorted({word for scene in SCENES for word in scene.caption.split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # As special tokens the last letters have fixed numbers, so that ties between merges are broken the same way every time.
+    # Special tokens get the same ids every time. So ties between merges are broken the same way every time.
     last_letters = sorted({f"{word[-1]}</w>" for word in words})
     bpe.train_from_iterator(
         words, trainers.BpeTrainer(end_of_word_suffix="</w>", special_tokens=last_letters, show_progress=False)
@@ -91,7 +92,7 @@ def save_vocabulary(folder):
 
 
 def fit(name, model, parameters, num_steps, learning_rate, loss_of_random_batch):
-    """Trains by AdamW with a cosine schedule. `model` then has the moving average of its weights, and is frozen."""
+    """Trains by AdamW with a cosine schedule. Then gives `model` the moving average of its weights, and freezes it."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, num_steps // 50, num_steps)
     ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True)
@@ -186,7 +187,7 @@ def train_denoiser(tokenizer, captions, latents, size):
 
 def train_base(folder, size):
     """Trains a Stable Diffusion on well and badly drawn pictures, and saves it in half precision."""
-    # Another number of threads adds up in another order, which gives another model.
+    # The number of threads changes the order of sums, and so the model.
     torch.set_num_threads(2)
     random.seed(SEED)
     torch.manual_seed(SEED)

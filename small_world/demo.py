@@ -17,7 +17,7 @@
 A Stable Diffusion of two million parameters (`assets/small-world`) draws coloured shapes, well or badly. Pairs of its
 pictures are labelled by a hidden preference: for sharp pictures of what was asked for, with a dark outline.
 `tools/prepare_preferences.py` keeps the pairs that an absolute winner won. `tools/encode_preferences.py` encodes them.
-`train_ncp_dpo_sd15.py` trains a LoRA on them. Other captions are then drawn with and without it, from the same noise.
+`train_ncp_dpo_sd15.py` trains a LoRA on them. Other captions are then drawn with and without the LoRA, from the same noise.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def main(output_dir):
     diffusers.logging.set_verbosity_error()
     lora = output_dir / "lora"
 
-    # The experiment draws its pairs in more steps.
     pipeline, explanations = experiment.load_measuring(experiment.ASSETS)
+    # The experiment draws pairs in more steps, which takes longer.
     num_inference_steps = experiment.MEASURED_INFERENCE_STEPS
     _, _, test = protocol.split_scenes()
 

@@ -13,17 +13,17 @@
 # limitations under the License.
 
 
-"""Trains by preferences in a small world whose true reward is known, and measures the result.
+"""Trains on preferences in a small world whose true reward is known, and measures the result.
 
     python small_world/experiment.py pairs          # draws pictures with the base, labels and encodes pairs of them
     python small_world/experiment.py run dpo-ncp    # one row of the table: its settings and its trainings
     python small_world/experiment.py all            # all rows, two at a time, and the report
 
-    # The same with another base, which `base.py` has written to small-world-strong/base
+    # a row with another base, which `base.py` has written to small-world-strong/base
     python small_world/experiment.py run dpo-ncp --folder small-world-strong --output_dir small_world/results_strong
 
 `scenes.py` defines what pictures show and how good they are. `base.py` trains the model that draws them. The better picture
-of a pair wins only more often, as with people (Bradley-Terry). `tools/encode_preferences.py` encodes the pairs once, and
+of a pair usually wins, but not always, as with people (Bradley-Terry). `tools/encode_preferences.py` encodes the pairs once.
 `train_ncp_dpo_sd15.py` trains on them in this process. The true reward then measures pictures of other captions.
 
 `protocol.py` lists the rows and says how their settings are chosen. Every run is a line of `runs.jsonl` in the results; a run
@@ -73,15 +73,15 @@ import train_ncp_dpo_sd15 as trainer  # noqa: E402
 
 
 PICTURES_PER_SCENE = 6
-TEMPERATURE = 0.05  # of the choice: a difference in reward of 0.05 decides 73 % of the time
+TEMPERATURE = 0.05  # A picture whose reward is higher by 0.05 wins with a probability of 73 %.
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 20
-# Measured pictures are drawn by a solver that needs fewer steps.
+# Measured pictures, and all pictures of the demo, are drawn by a solver that needs fewer steps.
 MEASURED_INFERENCE_STEPS = 8
 WORLD_NAME = "world.sha256"
 # The first seeds of the noise that pictures are drawn from.
 PAIRS_NOISE, CHOOSING_NOISE, TEST_NOISE = 10_000, 30_000, 40_000
-# Training in bf16 reads the same tensors.
+# The options of `tools/encode_preferences.py`. Trainings in bf16 read the same tensors as those in fp32.
 ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 
 
@@ -89,7 +89,7 @@ ENCODING = {"resolution": RESOLUTION, "no_hflip": None, "mixed_precision": "no"}
 
 
 def base_of(folder):
-    """Returns the base model for the pairs and runs in `folder`: the folder's own if it has one, otherwise the committed one."""
+    """Returns the base model of what is in `folder`: `folder / "base"` if it exists, otherwise the committed one."""
     return folder / "base" if (folder / "base").is_dir() else ASSETS
 
 
@@ -151,8 +151,8 @@ def compare(scenes, pictures, rewards, rng):
 
 def write_pairs(pipeline, explanations, scenes, first_seed, folder, num_inference_steps=None):
     """
-    Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training. The
-    dataset gets its name when it is complete.
+    Draws `PICTURES_PER_SCENE` pictures of each scene, compares them, and writes the pairs as a dataset for training. Its file
+    gets its final name only when it is complete.
 
     Returns:
         `Reward` of the pictures.
@@ -169,7 +169,7 @@ def write_pairs(pipeline, explanations, scenes, first_seed, folder, num_inferenc
 
 
 def make_training_pairs(pipeline, explanations, folder, num_inference_steps=None):
-    """Writes the pairs, and separately those that an absolute winner won. Returns `Reward` of the pictures."""
+    """Writes all pairs, and a second dataset of those that an absolute winner won. Returns `Reward` of the pictures."""
     training, _, _ = split_scenes()
     rewards = write_pairs(pipeline, explanations, training, PAIRS_NOISE, folder / "pairs", num_inference_steps)
     pairs, kept = {"dataset_name": folder / "pairs"}, folder / "kept.parquet"
@@ -195,7 +195,7 @@ def label_anew(folder, name, rewards):
 
 def encode_pairs(folder, name):
     """Encodes the pairs in `folder / name` for training, into `folder / f"encoded-{name}"`."""
-    # Encoded pairs from an earlier call may be of other pairs.
+    # An earlier call may have encoded other pairs.
     shutil.rmtree(folder / f"encoded-{name}", ignore_errors=True)
     options = {
         "pretrained_model_name_or_path": base_of(folder),
@@ -247,13 +247,13 @@ def script_words(options):
 
 def run_script(module, options, *words):
     """Runs one of this repository's scripts in this process, and then restores the signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     if module.main(module.parse_args([*words, *script_words(options)])):
         raise RuntimeError(f"{Path(module.__file__).name} has failed, see above.")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
 
 
 def training_options(folder, output_dir, method, learning_rate, beta, seed, steps):
@@ -290,7 +290,7 @@ def training_command(options):
 
 
 def train(options):
-    """Trains with options of the trainer. Returns what was logged."""
+    """Runs the trainer with `options`. Returns what it logged."""
     run_script(trainer, options)
     (logs,) = (path for path in (Path(options["output_dir"]) / "logs").iterdir() if path.is_dir())
     return EventAccumulator(str(logs)).Reload()
@@ -301,7 +301,7 @@ def train(options):
 
 @functools.cache
 def load_measuring(base):
-    """Returns a pipeline that draws the measured pictures with a base, and what their reward is computed with."""
+    """Returns a pipeline that draws measured pictures with a base, and the `Explanations` that their reward needs."""
     pipeline = load_pipeline(base)
     options = {"timestep_spacing": "trailing"}
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **options)
@@ -309,7 +309,7 @@ def load_measuring(base):
 
 
 def test_noise(seed):
-    """Runs of the same seed are measured from the same noise, runs of another seed from other noise."""
+    """Returns the first seed of the noise for the results of trainings with `seed`, which is the same for all methods."""
     return TEST_NOISE + 1_000 * seed
 
 
@@ -409,7 +409,7 @@ def run(folder, runs_file, method, learning_rate, beta, seed, steps, best_step=N
         train(options)
         hook.remove()
         if len(times) > 2:
-            # The fastest tenth, which other work on the machine and checkpoints have slowed down least.
+            # The 10th percentile: other work on the machine and checkpoints slow down most other steps.
             seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
             result["seconds_per_step"] = round(quantiles(seconds, n=10)[0], 4)
         for captions, step, number in missing:
@@ -432,7 +432,7 @@ def run_row(folder, runs_file, method, num_seeds):
 
 
 def run_all(folder, runs_file, num_workers):
-    """Makes all rows in some processes of one core each. All rows get three seeds before any row gets more."""
+    """Makes all rows in `num_workers` processes of one core each. All rows get three seeds before any row gets more."""
     methods = protocol.METHODS
     context, failed = multiprocessing.get_context("spawn"), {}
     with (

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Draws README's picture of the method, with a pair of this world: `python small_world/method.py`."""
+"""Draws the picture of the method in README, with a pair from the small world: `python small_world/method.py`."""
 
 import argparse
 from pathlib import Path

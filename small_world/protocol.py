@@ -34,11 +34,12 @@ RUNS_NAME = "runs.jsonl"
 SEED = 0
 # The captions to train on. One half of the others chooses settings, the other half gives the results.
 NUM_TRAINING_SCENES = 160
-# Pictures of every caption after each measured step, and after the chosen step.
+# The numbers of pictures per caption that are measured after each of the steps below, and after the chosen step.
 PICTURES_PER_CAPTION, TEST_PICTURES_PER_CAPTION = 2, 8
-# Pictures are measured after these steps. If the last is the best, training goes on in steps of the same length.
+# Pictures are measured after these steps. If the last is the best, training goes on, at most to `MAX_STEPS`, and is measured
+# at the same intervals.
 STEPS, MAX_STEPS = (75, 150, 225), 450
-# There are fewer filtered pairs, and they are learnt sooner.
+# The same for filtered pairs. They are fewer, so a run is at its best sooner.
 FILTERED_STEPS = (25, 50, 75, 100, 125, 150)
 # The first learning rate, and the factors by which the learning rate and beta are changed.
 LEARNING_RATE, FACTORS = 5e-4, (2, 1 / 2)
@@ -108,7 +109,7 @@ def choose(method, load):
     is its best.
 
     Args:
-        method (`str`): one of `METHODS`. A withdrawn method is chosen for as plain DPO on all pairs is.
+        method (`str`): one of `METHODS`, or a withdrawn method, whose settings are chosen like those of DPO on all pairs.
         load (`callable`): returns the run of the first seed for a learning rate, a beta and steps.
 
     Returns:
@@ -149,8 +150,8 @@ def load_runs(file):
 
 
 def append_run(file, run):
-    """Adds a run to a file of JSON lines. Several processes may do so at the same time. A line cut short is overwritten."""
-    # Windows does not have it, and only those who measure need it.
+    """Adds a run to a file of JSON lines, and removes a last line cut short. Several processes may do so at the same time."""
+    # Windows has no fcntl, and the demo does not need it.
     import fcntl
 
     file.parent.mkdir(parents=True, exist_ok=True)

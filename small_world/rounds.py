@@ -21,7 +21,7 @@ Round 1 trains a LoRA on pairs of pictures that the base has drawn. Round 2 draw
 noise, and trains on pairs of these pictures. `--pretrained_lora_path` gives it the LoRA to start from. Round 3 does the same
 with the LoRA of round 2. The true reward with noise labels all pairs.
 
-Two controls also start from the LoRA of round 1, and train for as many steps as rounds 2 and 3. They keep the pairs of round 1.
+Two controls go on from the LoRA of round 1 for as many steps as rounds 2 and 3, on the pairs of round 1.
 All trainings use DPO in latent space, whose steps take less time than those of NCP-DPO.
 
 Every seed is a line of `results/rounds.jsonl`. This script writes `results/rounds.md` from it, and `report.py` the table in
@@ -47,7 +47,7 @@ ROUND_NOISE = 50_000
 
 
 def make_pairs(folder, first_seed, lora=None):
-    """Draws pictures with the base and a LoRA, labels pairs of them, and encodes these. Pairs that exist are not drawn again."""
+    """Draws pictures with the base and a LoRA, labels pairs of them and encodes these. Existing pairs are not drawn again."""
     if not (folder / "pairs" / "train.parquet").is_file():
         pipeline, scenes = experiment.load_pipeline(experiment.ASSETS), protocol.split_scenes()[0][:NUM_SCENES]
         if lora is not None:
@@ -67,7 +67,7 @@ def train(folder, output_dir, seed, first=None):
 
 
 def run(folder, seed):
-    """Trains all rounds and controls of a seed. Returns the rewards of the pictures that each model draws from the same noise."""
+    """Trains all rounds and controls of a seed. Returns the rewards of each model's pictures, all from the same noise."""
     runs = folder / f"seed-{seed}"
     loras = {"base": None, "round 1": train(folder, runs / "round-1", seed)}
     policy = control = loras["round 1"]
