@@ -345,6 +345,13 @@ def _rms(x):
     return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
+def _fair_signs(noise):
+    # 1 where an even number of the sample's elements is negative, else -1. For noise this is a fair coin, and any of
+    # its elements can be missing: the others say nothing about the sign. So what is computed from the noise, and
+    # smooth in it, does not correlate with the sign. It is the same on all devices, in all dtypes and all batches.
+    return 1.0 - 2.0 * (torch.signbit(noise).sum(dim=(1, 2, 3), keepdim=True) % 2)
+
+
 def _tf32_allowed():
     # Since PyTorch 2.9, reading an older switch raises an error if a newer one was set.
     if hasattr(torch.backends, "fp32_precision"):
@@ -360,6 +367,7 @@ class Anchor(NamedTuple):
     k: torch.Tensor  # (N, 1, 1, 1)
     conditioning: tuple  # what `_features` takes after the latents
     center_features: torch.Tensor | None  # f(center); `None` for central differences
+    side: torch.Tensor | float  # 1 or -1, (N, 1, 1, 1): the side of central differences whose gradient is taken
     ref_change: torch.Tensor | float  # the derivative of f along k * (ref_pred - target); 0 without a reference
     ref_errors: torch.Tensor | None  # the reference's errors, (N,); `None` without a reference
 
@@ -432,22 +440,22 @@ class NoiseConditionedPerception:
             center = center + step.sigma * variance_noise.to(dtype)
         conditioning = (step.timesteps, encoder_hidden_states, added_cond_kwargs)
 
-        points = [] if self._central else [center]
-        if ref_pred is not None:
-            ref_points, inverse_scale = self._probe(center, step.k * (target - center_pred))
-            points.append(ref_points)
-
-        center_features, ref_change, ref_errors = None, 0.0, None
-        if points:
-            with torch.no_grad(), self._frozen_encoder():
-                features = self._features(torch.cat(points), *conditioning)
-            if not self._central:
-                center_features, features = features.tensor_split([center.shape[0]])
+        center_features, side, ref_change, ref_errors = None, 1.0, 0.0, None
+        if self._central:
+            side = _fair_signs(noisy_latents if variance_noise is None else variance_noise)
+        with torch.no_grad(), self._frozen_encoder():
             if ref_pred is not None:
                 # The probe goes from the reference's prediction to the target, and the change goes the other way.
-                ref_change = -self._change(features, center_features, inverse_scale)
+                probe, inverse_size = self._probe(step.k * (target - center_pred))
+                other_points = center - probe if self._central else center
+                features = self._features(torch.cat([center + probe, other_points]), *conditioning)
+                features, other_features = features.to(dtype).chunk(2)
+                ref_change = (other_features - features) * inverse_size
                 ref_errors = self.error_scale * ref_change.square().mean(dim=(1, 2, 3))
-        return Anchor(center, center_pred, step.k, conditioning, center_features, ref_change, ref_errors)
+                center_features = None if self._central else other_features
+            elif not self._central:
+                center_features = self._features(center, *conditioning).to(dtype)
+        return Anchor(center, center_pred, step.k, conditioning, center_features, side, ref_change, ref_errors)
 
     def error(self, model_pred, anchor):
         """
@@ -463,46 +471,38 @@ class NoiseConditionedPerception:
         # e = mean (a + Δ)² = r + mean Δ(2a + Δ), and ∂e/∂pred = 2k/n · Jᵀ(a + Δ). Without a reference, a = 0, r = 0
         # and Δ = J·k(pred - target).
         dtype = self._error_dtype
-        delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
-        points, inverse_scale = self._probe(anchor.center, delta)
+        probe, inverse_size = self._probe(anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred))
+        probe, inverse_size = anchor.side * probe, anchor.side * inverse_size
+        points, other_features = anchor.center + probe, anchor.center_features
         # The backward pass is inside the block too: checkpointing runs the encoder again, and autocast would round.
-        with torch.set_grad_enabled(needs_gradient), self._frozen_encoder():
+        with self._frozen_encoder(), torch.set_grad_enabled(needs_gradient):
+            if self._central:
+                with torch.no_grad():
+                    other_features = self._features(anchor.center - probe, *anchor.conditioning).to(dtype)
             features = self._features(points.requires_grad_(needs_gradient), *anchor.conditioning)
-            change = self._change(features.detach(), anchor.center_features, inverse_scale)
+            change = (features.detach().to(dtype) - other_features) * inverse_size
             slope = anchor.ref_change + change
             if needs_gradient:
                 # The true cotangents have the size 1/n, which can underflow in fp16. They are pulled back with a root
                 # mean square of 1 instead, and the result is multiplied by their size.
                 slope_rms = _rms(slope)
                 cotangents = (slope / slope_rms.clamp_min(torch.finfo(dtype).tiny)).to(features.dtype)
-                sides = points.shape[0] // delta.shape[0]
-                torch.autograd.backward(features, cotangents.repeat(sides, 1, 1, 1), inputs=points)
+                torch.autograd.backward(features, cotangents, inputs=points)
 
         errors = self.error_scale * (change * (anchor.ref_change + slope)).mean(dim=(1, 2, 3))
         if anchor.ref_errors is not None:
             errors = anchor.ref_errors + errors
         if not needs_gradient:
             return errors, None
-        pulled_back = points.grad.unflatten(0, (sides, -1)).mean(dim=0)
-        return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * slope_rms * pulled_back
+        return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * slope_rms * points.grad
 
-    def _probe(self, center, delta):
-        # The points center + s·delta (and center - s·delta for central differences), and 1/s. Where delta is 0, 1/s is
-        # set to 0, so that the change is exactly 0 whatever the encoder rounds.
+    def _probe(self, delta):
+        # s·delta, and the factor that turns the difference of features over it (from -s·delta to s·delta for central
+        # differences) into the change along delta. Where delta is 0, the factor is set to 0, so that the change is
+        # exactly 0 whatever the encoder rounds.
         rms = _rms(delta)
         scale = (self._probe_rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_min(1)
-        points = center + scale * delta
-        if self._central:
-            points = torch.cat([points, center - scale * delta])
-        return points, (rms > 0) / scale
-
-    def _change(self, features, center_features, inverse_scale):
-        # The derivative of f along delta, from the features at the points of `_probe`.
-        features = features.to(self._error_dtype)
-        if self._central:
-            plus, minus = features.chunk(2)
-            return (plus - minus) * (0.5 * inverse_scale)
-        return (features - center_features.to(self._error_dtype)) * inverse_scale
+        return scale * delta, (rms > 0) / (2 * scale if self._central else scale)
 
     def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs):
         # `UNet2DConditionModel.forward` up to `layer`, in the dtype of the weights. x holds one or more copies of the
