@@ -24,7 +24,8 @@ from the target. These latents are linear in the prediction,
 
 so the error is a finite difference of the encoder f. In fp64 it is computed as printed (eq. 13). k_t is only 0.001 to
 0.03, and half precision cannot resolve such a step. There the step is multiplied by a factor s without gradient, and
-the difference of the features is divided by s. To first order the result is the same.
+the difference of the features is divided by s. To first order the result is the same. Differences are central there: both
+sides run forward, and one of them backward. A fair coin chooses it, so the mean of the gradient is that of both sides.
 """
 
 import contextlib
@@ -346,9 +347,9 @@ def _rms(x):
 
 
 def _fair_signs(noise):
-    # 1 where an even number of the sample's elements is negative, else -1. For noise this is a fair coin, and any of
-    # its elements can be missing: the others say nothing about the sign. So what is computed from the noise, and
-    # smooth in it, does not correlate with the sign. It is the same on all devices, in all dtypes and all batches.
+    # 1 where the number of negative elements is even, else -1: a fair coin for each sample of noise. It depends on all
+    # elements alike, and says nothing about any of them alone, so what is smooth in the noise does not correlate with
+    # it. No device, dtype or batch changes it.
     return 1.0 - 2.0 * (torch.signbit(noise).sum(dim=(1, 2, 3), keepdim=True) % 2)
 
 
@@ -367,7 +368,7 @@ class Anchor(NamedTuple):
     k: torch.Tensor  # (N, 1, 1, 1)
     conditioning: tuple  # what `_features` takes after the latents
     center_features: torch.Tensor | None  # f(center); `None` for central differences
-    side: torch.Tensor | float  # 1 or -1, (N, 1, 1, 1): the side of central differences whose gradient is taken
+    side: torch.Tensor | float  # of the center where the gradient is taken, 1 or -1, (N, 1, 1, 1); 1 if one-sided
     ref_change: torch.Tensor | float  # the derivative of f along k * (ref_pred - target); 0 without a reference
     ref_errors: torch.Tensor | None  # the reference's errors, (N,); `None` without a reference
 

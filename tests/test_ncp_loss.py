@@ -433,6 +433,140 @@ def test_policy_equal_to_reference(dtype, target_timestep):
         assert cosines(gradient, expected_gradient).min() > bound
 
 
+# --- central differences ---------------------------------------------------------------------------------------------
+
+
+class CentralInFloat64(NoiseConditionedPerception):
+    """Central differences where rounding hides nothing."""
+
+    _central = True
+
+
+def signs_product(noise):
+    """The product of the signs of each sample's elements, `(N,)`."""
+    return noise.sign().flatten(1).prod(dim=1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+@pytest.mark.parametrize("target_timestep", ["previous", "current", "zero"])
+def test_central_gradient_is_that_of_the_side_that_the_noise_chooses(target_timestep, ref, checkpointing):
+    unet, scheduler = sd15_unet().double(), ddpm()
+    literal = Literal(unet, scheduler)
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = make_batch(unet, scheduler, (700, 30, 700, 30))
+    sides = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    batch["z"][:, 0, 0, 0] *= sides * signs_product(batch["z"])
+    # A large probe, so that the two sides differ.
+    perception = CentralInFloat64(unet, scheduler, target_timestep=target_timestep, probe_rms=0.5)
+    anchor = anchor_of(perception, batch, z=True, ref=ref)
+    errors, gradient = with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+
+    timesteps, x_t = batch["timesteps"], batch["x_t"]
+    one, zero = torch.ones_like(x_t), torch.zeros_like(x_t)
+    center_pred = batch["ref"] if ref else batch["target"]
+    if target_timestep == "zero":
+        abar = literal.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        k = -((1 - abar) / abar).sqrt() * one
+        center, seen_at = literal.x0_and_noise(center_pred, x_t, abar)[0], torch.zeros_like(timesteps)
+    else:
+        k = literal.reverse_step(one, x_t, timesteps, zero) - literal.reverse_step(zero, x_t, timesteps, zero)
+        center, seen_at = literal.reverse_step(center_pred, x_t, timesteps, batch["z"]), timesteps - 1
+        if target_timestep == "current":
+            center, seen_at = x_t, timesteps
+
+    def features(x):
+        return literal.features(x, seen_at, *batch["condition"])
+
+    def difference(prediction, other):
+        """The change of the features from `other` to `prediction`, and the step from the center to the plus side."""
+        step = k * (prediction - other)
+        size = (step.flatten(1).norm(dim=1) / math.sqrt(step[0].numel())).view(-1, 1, 1, 1)
+        enlarged = step * 0.5 / size.clamp(max=0.5)
+        return (features(center + enlarged) - features(center - enlarged)) * size.clamp(max=0.5), enlarged
+
+    # The slope of e comes from both sides.
+    slope, enlarged = difference(batch["prediction"], center_pred)
+    if ref:
+        ref_slope = difference(batch["ref"], batch["target"])[0]
+        assert relative_difference(anchor.ref_errors, ref_slope.square().mean(dim=(1, 2, 3))) < 1e-9
+        slope = slope + ref_slope
+    assert relative_difference(errors, slope.square().mean(dim=(1, 2, 3))) < 1e-9
+
+    def pulled_back(sides):
+        point = (center + sides.view(-1, 1, 1, 1) * enlarged).requires_grad_(True)
+        weights = torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(-1, 1, 1, 1)
+        cotangents = weights * 2 * slope / slope[0].numel()
+        return k * torch.autograd.grad(features(point), point, cotangents)[0]
+
+    assert relative_difference(gradient, pulled_back(sides)) < 1e-9
+    for sample in range(4):
+        assert relative_difference(gradient[[sample]], pulled_back(-sides)[[sample]]) > 1e-3
+
+
+def test_the_side_is_a_fair_coin_for_each_pair_whatever_the_batch():
+    unet, scheduler = sd15_unet().bfloat16(), ddpm()
+    perception = NoiseConditionedPerception(unet, scheduler)
+
+    def sides_of(noise, **options):
+        zeros = torch.zeros_like(noise)
+        timesteps, condition = torch.full((len(noise),), 500), torch.zeros(len(noise), 7, 16)
+        return perception.anchor(zeros, timesteps, zeros, condition, **options).side.flatten()
+
+    z = torch.randn(10_000, 4, 8, 8)
+    sides = sides_of(z, variance_noise=z)
+    assert torch.equal(sides, signs_product(z)) and set(sides.tolist()) == {1.0, -1.0}
+    # Four standard deviations. The coin does not lean either where an element or the mean is known.
+    assert abs(sides.mean()) < 4 / math.sqrt(10_000)
+    for known in (z[:, 0, 0, 0], z[:, 3, 7, 7], z.mean(dim=(1, 2, 3)), z.square().mean(dim=(1, 2, 3)) - 1):
+        assert abs((sides * known / known.std()).mean()) < 4 / math.sqrt(10_000)
+
+    # Winners and losers have the same noise.
+    few = z[:6]
+    assert torch.equal(sides_of(few.repeat(2, 1, 1, 1), variance_noise=few.repeat(2, 1, 1, 1)), sides[:6].repeat(2))
+    assert torch.equal(torch.cat([sides_of(part, variance_noise=part) for part in few.split(4)]), sides[:6])
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert torch.equal(sides_of(few, variance_noise=few.to(dtype)), sides[:6])
+    assert torch.equal(sides_of(few, variance_noise=few.to(memory_format=torch.channels_last)), sides[:6])
+
+
+def test_without_variance_noise_the_noisy_latents_choose_the_side():
+    unet, scheduler = sd15_unet().bfloat16(), ddpm()
+    batch = make_batch(unet, scheduler, dtype=torch.float32)
+    batch["x_t"][:, 0, 0, 0] *= torch.tensor([1.0, -1.0, -1.0, 1.0]) * signs_product(batch["x_t"])
+    anchor = anchor_of(NoiseConditionedPerception(unet, scheduler), batch)
+    assert anchor.side.flatten().tolist() == [1.0, -1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_encoder_runs_backward_once(dtype, ref):
+    unet, scheduler = sd15_unet().to(dtype), ddpm()
+    batch = make_batch(unet, scheduler, dtype=torch.float32)
+    perception = NoiseConditionedPerception(unet, scheduler)
+    forwards, backwards = [], []
+
+    def watch(module, inputs, output):
+        forwards.append((len(output), output.requires_grad))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: backwards.append(len(gradient)))
+
+    unet.requires_grad_(False).conv_in.register_forward_hook(watch)
+    anchor = anchor_of(perception, batch, z=True, ref=ref)
+    if dtype == torch.float32:
+        assert forwards == [(8 if ref else 4, False)]
+    else:
+        assert forwards == ([(8, False)] if ref else [])
+    forwards.clear()
+    with_gradient(lambda p: perception.error(p, anchor), batch["prediction"])
+    assert forwards == [(4, False)] * (dtype != torch.float32) + [(4, True)] and backwards == [4]
+    forwards.clear()
+    perception.error(batch["prediction"], anchor)
+    assert forwards == [(4, False)] * (1 if dtype == torch.float32 else 2) and backwards == [4]
+
+
 # --- dtypes and devices ----------------------------------------------------------------------------------------------
 
 
