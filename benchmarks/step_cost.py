@@ -14,7 +14,7 @@
 
 """What an optimization step costs: in operations and memory, counted, and in time, measured.
 
-    python benchmarks/step_cost.py count                    # any machine: FLOPs and memory of SDXL and SD1.5, no weights needed
+    python benchmarks/step_cost.py count                    # any machine: FLOPs, memory, bytes and kernels of SDXL and SD1.5
     python benchmarks/step_cost.py time --json result.json  # a GPU: pairs per second, peak memory and MFU of both
     python benchmarks/step_cost.py time --model small       # any machine: the same steps with a small model
 
@@ -23,6 +23,9 @@ with diffusers' way, "latent DPO, VAE in the loop", and with "the authors' way",
 U-Net, kept for its encoder: three passes of one prediction each and no gradient checkpointing in them, after VAE and text
 encoders have encoded the batch. Its encoder stops at the mid block, as ours does. The VAE is in the precision that it has in
 diffusers' scripts: float32 for SDXL, that of the U-Net for SD1.5.
+
+`count` makes steps of fake tensors, which need no weights, and writes `benchmarks/results/step_cost_count.jsonl` and all tables of
+README.md and docs/ that come from it or from `gpu_time.json`. It takes some minutes.
 
 MFU is the share of the device's peak that goes into the FLOPs that `count` finds in the step without gradient checkpointing. The
 peak is the data sheet's where it is known here, and else that of a large matrix product, measured.
@@ -43,23 +46,28 @@ import statistics
 import sys
 import time
 import weakref
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import step_cost_tables
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(step_cost_tables.ROOT))
 
 from ncp_loss import LOSSES, NoiseConditionedPerception, preference_loss, reference_model  # noqa: E402
 
@@ -327,56 +335,137 @@ class Step:
 # Counting
 
 
-def storages_of(values):
+# Of an H100: FLOP/s in bf16, bytes per second of its memory, and seconds in which Python launches a kernel.
+H100_FLOPS, H100_BANDWIDTH, LAUNCH_SECONDS = 989e12, 3.35e12, 5e-6
+NUM_LARGEST = 3
+# Fake tensors have shapes and no data, like those of the meta device. Unlike them, they know autocast.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensors_of(values):
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value.untyped_storage()
+            yield value
         elif isinstance(value, (tuple, list)):
-            yield from storages_of(value)
+            yield from tensors_of(value)
+
+
+class Part:
+    """
+    What a part of a step costs.
+
+    Attributes:
+        flops (`int`): floating-point operations, by the formulas of `torch.utils.flop_counter`.
+        recomputed_flops (`int`): those of them that gradient checkpointing adds.
+        num_bytes (`int`): bytes that the kernels read and write.
+        num_kernels (`int`): operations other than views and allocations.
+        device_seconds (`float`): the least time on an H100. Each kernel takes as long as its operations at its peak, or
+            as its bytes at its bandwidth, whichever is longer.
+        peak (`int`): most bytes alive at a time.
+        items (`dict`): bytes and number of kernels by what they do and in which module.
+    """
+
+    def __init__(self):
+        self.flops = self.recomputed_flops = self.num_bytes = self.num_kernels = self.peak = 0
+        self.device_seconds = 0.0
+        self.items = {}
+
+    def add_kernel(self, item, flops, num_bytes):
+        self.flops += flops
+        self.num_bytes += num_bytes
+        self.num_kernels += 1
+        self.device_seconds += max(flops / H100_FLOPS, num_bytes / H100_BANDWIDTH)
+        item_bytes, item_kernels = self.items.get(item, (0, 0))
+        self.items[item] = item_bytes + num_bytes, item_kernels + 1
+
+    def to_dict(self):
+        largest = sorted(self.items.items(), key=lambda item: -item[1][0])[:NUM_LARGEST]
+        return {
+            "flops": self.flops,
+            "recomputed_flops": self.recomputed_flops,
+            "bytes": self.num_bytes,
+            "kernels": self.num_kernels,
+            "floor_seconds": round(max(self.device_seconds, self.num_kernels * LAUNCH_SECONDS), 6),
+            "peak_bytes": self.peak,
+            "largest": [[name, *numbers] for name, numbers in largest],
+        }
 
 
 class Meter(TorchDispatchMode):
     """
-    Counts floating-point operations, by the formulas of `torch.utils.flop_counter`, and the bytes of the tensors created
-    meanwhile that are still alive, in a step and in each of its parts.
+    Counts kernels, their operations and bytes, and the bytes of the tensors created meanwhile that are still alive.
 
     Attributes:
-        flops (`Counter`): operations by part.
-        peak (`Counter`): most bytes alive at a time, by part.
+        parts (`dict`): a [`Part`] by name; "rest" is what belongs to no other.
     """
 
     def __init__(self):
         super().__init__()
-        self.flops, self.peak = Counter(), Counter()
+        self.parts = defaultdict(Part)
         self.live = 0
         self.storages = set()
-        self.current_part = None
+        self.current_part = "rest"
+        self.modules = []
 
     @contextlib.contextmanager
     def part(self, name):
         outer, self.current_part = self.current_part, name
-        self.peak[name] = max(self.peak[name], self.live)
+        self.parts[name].peak = max(self.parts[name].peak, self.live)
         yield
         self.current_part = outer
 
+    @contextlib.contextmanager
+    def modules_followed(self):
+        """Knows in this context in which module a kernel runs."""
+
+        def enter(module, args):
+            self.modules.append(module)
+
+        def leave(module, args, output):
+            self.modules.pop()
+
+        # Checkpointing leaves a block by an exception as soon as it has computed again what it needs.
+        with register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True):
+            yield
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops[self.current_part] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        inputs, outputs = (list(tensors_of(values)) for values in ([*args, *kwargs.values()], [result]))
         # Views and results written in place have an argument's storage, which may be older than the meter.
-        arguments = {storage._cdata for storage in storages_of([*args, *kwargs.values()])}
-        for storage in storages_of([result]):
-            if storage._cdata not in arguments:
-                self.watch(storage)
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        created = [tensor.untyped_storage() for tensor in outputs]
+        created = [storage for storage in created if storage._cdata not in known]
+        for storage in created:
+            self.watch(storage)
+        name = func._schema.name.removeprefix("aten::")
+        if (created or func._schema.is_mutable) and not name.startswith(("empty", "new_empty")):
+            count_flops = flop_registry.get(func._overloadpacket)
+            flops = count_flops(*args, **kwargs, out_val=result) if count_flops else 0
+            part = self.parts[self.current_part]
+            part.add_kernel(self.describe(name, outputs), flops, sum(t.nbytes for t in inputs + outputs))
+            # A module that runs within a backward pass computes again what checkpointing did not keep.
+            if self.modules and torch._C._current_graph_task_id() != -1:
+                part.recomputed_flops += flops
         return result
+
+    def describe(self, name, outputs):
+        """The operation, the dtype of its result and the class of the module that runs it; gradients have none."""
+        dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else "in place"
+        if not self.modules:
+            return f"{name.strip('_')} {dtype}"
+        module = type(self.modules[-1])
+        return f"{name.strip('_')} {dtype} in {module.__module__.partition('.')[0]} {module.__name__}"
 
     def watch(self, storage):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.storages:
             self.storages.add(key)
             self.live += size
-            self.peak[self.current_part] = max(self.peak[self.current_part], self.live)
+            part = self.parts[self.current_part]
+            part.peak = max(part.peak, self.live)
             weakref.finalize(storage, self.forget, key, size)
 
     def forget(self, key, size):
@@ -384,40 +473,38 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-@contextlib.contextmanager
-def autocast(dtype):
-    """Casts what `torch.autocast("cuda", dtype)` casts in a U-Net: the meta device has no autocast."""
+def in_float32(norm):
+    """A normalization as CUDA's autocast runs it, in float32; that of the CPU leaves it in bf16."""
 
-    def casting(function, dtype):
-        def cast_first(*args, **kwargs):  # Tensors are positional arguments everywhere in a U-Net.
-            args = [arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
-            return function(*args, **kwargs)
+    def norm_in_float32(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            args = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return norm(*args, **kwargs)
 
-        return cast_first
-
-    dtypes = dict.fromkeys(["linear", "conv2d", "scaled_dot_product_attention"], dtype)
-    dtypes.update(dict.fromkeys(["group_norm", "layer_norm"], torch.float32))
-    with mock.patch.multiple(F, **{name: casting(getattr(F, name), dtype) for name, dtype in dtypes.items()}):
-        yield
+    return norm_in_float32
 
 
 def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """Attention that keeps no matrix of N x N, as on a GPU; on the meta device PyTorch chooses one that does."""
+    """Attention as on a GPU, by an operation whose FLOPs are known."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
 
 
 @contextlib.contextmanager
 def metered(step, meter):
     """Lets the meter see the parts of a step, with the U-Net in autocast as accelerate wraps it."""
-    forward = step.policy.forward
+    forward = torch.autocast("cpu", step.variant.dtype, enabled=step.variant.dtype != torch.float32)(
+        step.policy.forward
+    )
 
     def metered_forward(*args, **kwargs):
-        with meter.part("policy" if torch.is_grad_enabled() else "reference"), autocast(step.variant.dtype):
+        with meter.part("policy" if torch.is_grad_enabled() else "reference"):
             return forward(*args, **kwargs)
 
     patches = [
         mock.patch.object(step.policy, "forward", metered_forward),
         mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
+        mock.patch.object(F, "group_norm", in_float32(F.group_norm)),
+        mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)),
     ]
     for owner, name, part in [
         (step.script, "encode_images", "VAE"),
@@ -428,149 +515,93 @@ def metered(step, meter):
         if owner is not None:
             patches.append(mock.patch.object(owner, name, meter.part(part)(getattr(owner, name))))
     with contextlib.ExitStack() as stack:
-        for context in [*patches, meter]:
+        for context in [*patches, meter.modules_followed(), meter]:
             stack.enter_context(context)
         yield
 
 
-class Cost(NamedTuple):
+def create_fake_policy(model, dtype, gradient_checkpointing):
+    """The policy of a [`Step`], of fake tensors."""
+    variant = Variant(loss_space="latent", dtype=dtype)
+    policy = Step(model, variant, "meta", gradient_checkpointing=gradient_checkpointing).policy
+    with FAKE:
+        return policy.to_empty(device="cpu")
+
+
+def create_fake_step(model, variant, batch_size=1, gradient_checkpointing=False, policy=None):
+    """A [`Step`] of fake tensors; `policy` is of `create_fake_policy`."""
+    policy = policy or create_fake_policy(model, variant.dtype, gradient_checkpointing)
+    step = Step(model, variant, "meta", batch_size, gradient_checkpointing, policy)
+    with FAKE:
+        for module in [step.second_unet, *vars(step.pipeline).values()]:
+            if isinstance(module, torch.nn.Module):
+                module.to_empty(device="cpu")
+        step.batch = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), step.batch)
+    return step
+
+
+def count(model, variant, batch_size=1, gradient_checkpointing=False, policy=None):
     """
-    Of one step for one pair. The parts are "VAE", "text" (encoders), "reference", "anchor" (the encoder without gradient),
-    "policy", "error" (the encoder, forward and backward) and "backward" (the policy's, with what is computed again).
+    Makes a step of fake tensors and counts what it costs.
+
+    Returns:
+        A dictionary of "num_images", "num_parameters" by model, "vae_itemsize" (bytes of a parameter) and "parts", which
+        has [`Part.to_dict`] of "VAE", "text" (encoders), "reference", "anchor" (the encoder without gradient), "policy",
+        "error" (the encoder, forward and backward), "backward" (the policy's, with what is computed again) and "rest".
     """
-
-    flops: Counter  # by part
-    peak: Counter  # bytes alive at most, beside the parameters, by part
-    num_parameters: dict  # by model
-    num_images: int
-    vae_itemsize: int  # bytes of a parameter
-
-
-def count(model, variant, gradient_checkpointing=False):
-    """Makes one step for one pair on the meta device, which computes shapes only, and returns its `Cost`."""
-    step, meter = Step(model, variant, "meta", gradient_checkpointing=gradient_checkpointing), Meter()
-    with metered(step, meter):
+    step, meter = create_fake_step(model, variant, batch_size, gradient_checkpointing, policy), Meter()
+    step.policy.zero_grad()
+    with FAKE, metered(step, meter):
         denoising = step.denoising()
         loss = step.loss(denoising)
-        # In autocast, as checkpointed blocks run again.
-        with meter.part("backward"), autocast(variant.dtype):
+        with meter.part("backward"):
             loss.backward()
-    itemsize = (model.vae_dtype or variant.dtype).itemsize
-    return Cost(meter.flops, meter.peak, step.num_parameters(), len(denoising.timesteps), itemsize)
-
-
-def count_parts(costs):
-    """FLOPs of what steps consist of, per image (text encoders: per prompt), from the costs of all `VARIANTS`."""
-    latent, one_sided = (costs[name].flops for name in ("latent DPO, VAE in the loop", "NCP-DPO, one-sided"))
     return {
-        "U-Net forward (F)": latent["reference"] / 2,
-        "policy forward (U-Net with LoRA)": latent["policy"] / 2,
-        "policy backward": latent["backward"] / 2,
-        "encoder forward (down and mid blocks)": one_sided["anchor"] / 4,
-        "encoder forward and input-backward": one_sided["error"] / 2,
-        "VAE encode": latent["VAE"] / 2,
-        "text encoders, per prompt": latent["text"],
+        "num_images": len(denoising.timesteps),
+        "num_parameters": step.num_parameters(),
+        "vae_itemsize": (model.vae_dtype or variant.dtype).itemsize,
+        "parts": {name: part.to_dict() for name, part in meter.parts.items()},
     }
 
 
-def table(header, rows):
-    """A markdown table, its first column left-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+# Variants that are counted. The other one costs what "NCP-DPO, one-sided" costs.
+COUNTED_VARIANTS = [name for name in VARIANTS if name != "NCP-DPO, one-sided, current timestep"]
 
 
-def flops_tables(costs, checkpointed):
-    """Parts of a step, then variants, in markdown."""
-    parts = count_parts(costs)
-    forward = parts["U-Net forward (F)"]
-    yield table(
-        ["part, for one image", "TFLOP", "F"], [[n, f"{f / 1e12:.2f}", f"{f / forward:.2f}"] for n, f in parts.items()]
-    )
-
-    columns = ["VAE", "text", "reference", "anchor", "policy", "error", "backward"]
-    latent, latent_checkpointed = (sum(c["latent DPO"].flops.values()) for c in (costs, checkpointed))
-    rows = []
-    for name, cost in costs.items():
-        total, total_checkpointed = sum(cost.flops.values()), sum(checkpointed[name].flops.values())
-        unit = forward * cost.num_images
-        rows.append(
-            [name]
-            + [f"{cost.flops[part] / unit:.2f}" if cost.flops[part] else "" for part in columns]
-            + [f"**{total / unit:.2f}**", f"{total / latent:.2f}"]
-            + [f"{total_checkpointed / unit:.2f}", f"{total_checkpointed / latent_checkpointed:.2f}"]
-            + [f"{sum(cost.num_parameters.values()) / 1e9:.2f}"]
-        )
-    yield table(
-        ["step, F per image", *columns, "**all**", "× latent DPO", "checkpointed", "× latent DPO", "parameters, 10⁹"],
-        rows,
-    )
+@functools.cache
+def cached_fake_policy(model):
+    return create_fake_policy(MODELS[model], torch.bfloat16, gradient_checkpointing=True)
 
 
-def held_memory(cost):
-    """Bytes of parameters and optimizer state, by arithmetic."""
-    num_parameters = cost.num_parameters
-    return {
-        "U-Nets": 2 * num_parameters["U-Nets"],
-        "VAE, text encoders": cost.vae_itemsize * num_parameters["VAE"] + 2 * num_parameters["text"],
-        "LoRA": 4 * num_parameters["LoRA"],
-        # Two moments of 8 bits, and a float32 scale per 256 of either.
-        "Adam": 2 * (1 + 4 / 256) * num_parameters["LoRA"],
-    }
-
-
-def peak_memory(cost):
-    """Bytes at the most expensive moment of a step."""
-    return sum(held_memory(cost).values()) + max(cost.peak.values())
-
-
-def memory_table(costs):
-    """Peak memory of a step in GB, in markdown, from counts with gradient checkpointing."""
-    columns = ["VAE", "reference", "anchor", "policy", "error", "backward"]
-    rows = []
-    for name, cost in costs.items():
-        held = held_memory(cost)
-        rows.append(
-            [name]
-            + [f"{size / 1e9:.2f}" if size else "" for size in held.values()]
-            + [f"{cost.peak[part] / 1e9:.2f}" if cost.flops[part] else "" for part in columns]
-            + [f"**{peak_memory(cost) / 1e9:.1f}**"]
-        )
-    return table(["GB", *held, *columns, "**peak**"], rows)
-
-
-COUNT_TEXT = """# What an optimization step costs, counted
-
-`python benchmarks/step_cost.py count` on the meta device: no weights, no GPU, torch {torch}, diffusers {diffusers}, peft
-{peft}. bf16, a LoRA of rank {rank} on the attention projections; a step is one pair, or one winner for SFT. FLOPs are those of
-`torch.utils.flop_counter`: matrix products, convolutions and attention (its backward with what flash attention computes
-again). Differences are central, one-sided where it says so (`--ncp_probe_rms 0`; fp32 takes them by default).
-"Checkpointed" is with gradient checkpointing, and "× latent DPO" compares whole steps.
-
-Parts: VAE and text encoders; *reference*, the U-Net without its LoRA; *anchor*, the encoder on the target and the
-reference's prediction without gradient (in the authors' way on the target only); *policy*, its forward; *error*, the encoder
-on the policy's prediction, forward and backward (in the authors' way on the reference's, too); *backward*, the policy's.
-"""
-MEMORY_TEXT = """
-Peak memory for one pair with gradient checkpointing, 8-bit Adam and, unless a VAE is shown, encoded latents and text
-embeddings. Parameters and optimizer state by arithmetic: frozen weights at 2 bytes (SDXL's VAE at 4), the LoRA at 4, Adam's
-state at 2.03. For the rest the same step on the meta device: the bytes of all tensors made since the step began that are alive
-at a time (activations, gradients, operations' results, autocast's copies), attention without its N x N matrix; the most in
-each part of the step. Not in it: the workspaces of kernels, the CUDA context, the allocator's fragmentation.
-"""
+def count_variant(model, batch_size, name):
+    """One step with gradient checkpointing, by names, as a line of the results."""
+    policy = cached_fake_policy(model)
+    step = count(MODELS[model], VARIANTS[name], batch_size, gradient_checkpointing=True, policy=policy)
+    return {"model": model, "batch_size": batch_size, "name": name, **step}
 
 
 def main_count(args):
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")}
-    print(COUNT_TEXT.format(rank=MODELS["sdxl"].rank, **versions))
-    for name, title in [("sdxl", "SDXL"), ("sd15", "SD1.5")]:
-        model = MODELS[name]
-        costs, checkpointed = (
-            {name: count(model, variant, checkpointing) for name, variant in VARIANTS.items()}
-            for checkpointing in (False, True)
-        )
-        print(f"## {title}, {model.resolution}²\n")
-        print(*flops_tables(costs, checkpointed), sep="\n\n")
-        print(MEMORY_TEXT, memory_table(checkpointed), sep="\n", end="\n\n", flush=True)
+    settings = {
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+        "rank": MODELS["sdxl"].rank,
+        "flops_per_second": H100_FLOPS,
+        "bytes_per_second": H100_BANDWIDTH,
+        "launch_seconds": LAUNCH_SECONDS,
+    }
+    jobs = [
+        (model, batch_size, name)
+        for model in step_cost_tables.TITLES
+        for batch_size in sorted({1, *MODELS[model].batch_sizes})
+        for name in COUNTED_VARIANTS
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        mp_context=context, initializer=logging.set_verbosity_error
+    ) as executor:
+        steps = list(tqdm(executor.map(count_variant, *zip(*jobs)), "Steps", len(jobs)))
+    lines = [json.dumps(line, ensure_ascii=False) for line in [settings, *steps]]
+    step_cost_tables.COUNTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    step_cost_tables.write_tables()
 
 
 # Timing
@@ -695,7 +726,7 @@ def peak_flops(device):
 
 def flops_per_pair(model, variant):
     """Of a step of a `Model` without gradient checkpointing."""
-    return sum(count(model, variant).flops.values())
+    return step_cost_tables.step_flops(count(model, variant))[0]
 
 
 def add_mfu(models, peak):
@@ -725,7 +756,7 @@ def timing_table(results, device):
         peak = f"{result['peak_memory_gb']:.1f}" if device == "cuda" else "not measured"
         numbers = [f"{result['seconds_per_step']:.3f}", f"{result['pairs_per_second']:.2f}", peak]
         rows.append([name, *numbers, f"{result['mfu']:.1%}"])
-    return table(["step", "seconds", "pairs per second", "peak memory, GB", "MFU"], rows)
+    return step_cost_tables.table(["step", "seconds", "pairs per second", "peak memory, GB", "MFU"], rows)
 
 
 def write_json(path, report):
@@ -789,7 +820,7 @@ def main_time(args):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
-    modes.add_parser("count", help="FLOPs and memory, counted on the meta device")
+    modes.add_parser("count", help="FLOPs, memory, bytes and kernels, counted without a GPU; writes the tables")
     timing = modes.add_parser("time", help="time and memory, measured")
     timing.add_argument("--model", choices=list(MODELS), nargs="+", default=["sdxl", "sd15"])
     timing.add_argument(

@@ -18,13 +18,19 @@ from collections import Counter
 
 import pytest
 import step_cost
+import step_cost_tables
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from doc_tables import write_table
 from torch.utils.flop_counter import FlopCounterMode
 
 
 SMALL = step_cost.MODELS["small"]
 TINY_UNET = {**SMALL.unet, "block_out_channels": (8, 16, 16), "sample_size": 8, "transformer_layers_per_block": 1}
 TINY = SMALL._replace(unet=TINY_UNET, resolution=64, rank=2)
+SETTINGS, COUNTS = step_cost_tables.load_counts()
+TIMINGS = step_cost_tables.load_timings()
 
 
 # Counts are kept for the tests that follow, in one process.
@@ -34,7 +40,37 @@ pytestmark = pytest.mark.xdist_group("step_cost")
 @functools.cache
 def count(model, variant, gradient_checkpointing=False):
     configuration = TINY if model == "tiny" else step_cost.MODELS[model]
-    return step_cost.count(configuration, step_cost.VARIANTS[variant], gradient_checkpointing)
+    return step_cost.count(configuration, step_cost.VARIANTS[variant], 1, gradient_checkpointing)
+
+
+def flops(step):
+    return {name: part["flops"] for name, part in step["parts"].items() if part["flops"]}
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd15"])
+def test_results_are_of_this_code(model):
+    # At full size. Another version of PyTorch may run a few kernels more or less.
+    counted, kept = count(model, "NCP-DPO", True), COUNTS[model, 1, "NCP-DPO"]
+    hint = f"run {step_cost_tables.COMMAND}"
+    assert flops(counted) == flops(kept), hint
+    assert counted["num_parameters"] == kept["num_parameters"], hint
+    for name, part in counted["parts"].items():
+        for key in ("bytes", "kernels", "floor_seconds", "peak_bytes"):
+            assert part[key] == pytest.approx(kept["parts"][name][key], rel=0.01), f"{name} {key}: {hint}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_documents_hold_the_tables(page):
+    held = {
+        name: write_table(file, name, step_cost_tables.COMMAND, text, check=True)
+        for (file, name), text in step_cost_tables.document_tables(SETTINGS, COUNTS, TIMINGS).items()
+        if file == ROOT / page
+    }
+    assert held and all(held.values()), f"run {step_cost_tables.COMMAND}: {held}"
+
+
+def test_the_page_of_counts_is_of_the_results():
+    assert step_cost_tables.COUNT_PAGE.read_text() == step_cost_tables.count_page(SETTINGS, COUNTS, TIMINGS)
 
 
 @pytest.mark.parametrize(
@@ -47,34 +83,37 @@ def count(model, variant, gradient_checkpointing=False):
     ],
 )
 def test_cost_relative_to_latent_dpo(model, variant, limit):
-    # At full size.
-    flops = count(model, variant).flops
-    latent_flops = {part: flops[part] for part in ("reference", "policy", "backward")}
-    assert 1.2 < sum(flops.values()) / sum(latent_flops.values()) <= limit
-    if model == "sd15":
-        assert latent_flops == count(model, "latent DPO").flops, "the common parts cost the same"
+    ours, latent = (step_cost_tables.step_flops(COUNTS[model, 1, name])[0] for name in (variant, "latent DPO"))
+    assert 1.2 < ours / latent <= limit
 
 
 def test_sdxl_fits_into_12_gb():
-    assert 6e9 < step_cost.peak_memory(count("sdxl", "NCP-DPO", gradient_checkpointing=True)) <= 12e9
+    assert 6e9 < step_cost_tables.peak_memory(COUNTS["sdxl", 1, "NCP-DPO"]) <= 12e9
+
+
+def test_cost_grows_with_the_batch():
+    one, eight = (COUNTS["sdxl", size, "NCP-DPO"]["parts"]["policy"] for size in (1, 8))
+    assert eight["flops"] == 8 * one["flops"] and eight["kernels"] == one["kernels"]
+    # Weights are read once.
+    assert 4 * one["bytes"] < eight["bytes"] < 8 * one["bytes"]
 
 
 def test_the_current_timestep_costs_the_same():
     previous, current = (
-        count("tiny", name).flops for name in ("NCP-DPO, one-sided", "NCP-DPO, one-sided, current timestep")
+        count("tiny", name) for name in ("NCP-DPO, one-sided", "NCP-DPO, one-sided, current timestep")
     )
-    assert current == previous
+    assert flops(current) == flops(previous)
 
 
 @pytest.mark.parametrize("variant, forwards, encoders", [("NCP-DPO", 2, 2), ("NCP-CPO", 1, 1), ("NCP-SFT", 1, 1)])
 def test_no_pass_too_many(variant, forwards, encoders):
     # Reference-free losses run no reference, and nothing past the mid block is computed for the features.
-    step = step_cost.Step(TINY, step_cost.VARIANTS[variant], "meta")
+    step = step_cost.create_fake_step(TINY, step_cost.VARIANTS[variant])
     calls = Counter()
     for name in ("mid_block", "up_blocks.0", "up_blocks.2", "conv_out"):
         hook = functools.partial(lambda name, *args: calls.update([name]), name)
         step.policy.get_submodule(name).register_forward_hook(hook)
-    with step_cost.metered(step, step_cost.Meter()):
+    with step_cost.FAKE, step_cost.metered(step, step_cost.Meter()):
         step.loss(step.denoising()).backward()
     assert calls == {
         "mid_block": forwards + encoders,
@@ -86,11 +125,27 @@ def test_no_pass_too_many(variant, forwards, encoders):
 
 def test_the_authors_way_holds_a_second_unet_and_encodes_every_batch():
     ours, theirs = (count("tiny", name) for name in ("NCP-DPO, one-sided", "NCP-DPO, the authors' way"))
-    assert theirs.num_parameters["U-Nets"] == 2 * ours.num_parameters["U-Nets"]
-    assert theirs.flops["VAE"] > 0 and theirs.flops["text"] > 0
-    assert ours.flops["VAE"] == ours.flops["text"] == 0
+    assert theirs["num_parameters"]["U-Nets"] == 2 * ours["num_parameters"]["U-Nets"]
+    ours, theirs = flops(ours), flops(theirs)
+    assert theirs.keys() - ours.keys() == {"VAE", "text"}
     # Three passes of the encoder, one of them with a backward pass, either way.
-    assert theirs.flops["anchor"] + theirs.flops["error"] == ours.flops["anchor"] + ours.flops["error"]
+    assert theirs["anchor"] + theirs["error"] == ours["anchor"] + ours["error"]
+
+
+def test_the_policy_is_the_scripts(monkeypatch):
+    script = step_cost.importlib.import_module(TINY.script)
+    create_policy = script.create_policy
+
+    def create_larger_policy(args, *rest):
+        args.rank *= 2
+        return create_policy(args, *rest)
+
+    before = count("tiny", "latent DPO")
+    monkeypatch.setattr(script, "create_policy", create_larger_policy)
+    after = step_cost.count(TINY, step_cost.VARIANTS["latent DPO"])
+    assert after["num_parameters"]["LoRA"] == 2 * before["num_parameters"]["LoRA"]
+    for key in ("flops", "bytes"):
+        assert after["parts"]["policy"][key] > before["parts"]["policy"][key]
 
 
 def test_meter_counts_what_flop_counter_mode_counts():
@@ -101,7 +156,7 @@ def test_meter_counts_what_flop_counter_mode_counts():
         model(x).sum().backward()
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
-    assert meter.flops["all"] == counter.get_total_flops() > 0
+    assert meter.parts["all"].flops == counter.get_total_flops() > 0
 
 
 def test_meter_knows_what_is_alive():
@@ -118,13 +173,60 @@ def test_meter_knows_what_is_alive():
         with meter.part("second"):
             x.view(10, 100).double()
             x.exp()
-    assert meter.peak == {"first": 4000, "second": 8000}
+    assert {name: part.peak for name, part in meter.parts.items()} == {"first": 4000, "second": 8000}
+
+
+def test_meter_counts_bytes_and_kernels():
+    linear, x = torch.nn.Linear(1000, 500, bias=False, device="meta"), torch.empty(1, 1000, device="meta")
+    meter = step_cost.Meter()
+    with meter.modules_followed(), meter, meter.part("all"):
+        torch.empty(7, device="meta")
+        y = linear(x).view(500).unsqueeze(0)
+        y.mul_(2)
+    part = meter.parts["all"]
+    # Views and an allocation are no kernels. The second one writes what it reads.
+    product, factor = 4 * (1000 + 500 * 1000 + 500), 4 * 2 * 500
+    assert part.items == {"mm float32 in torch Linear": (product, 1), "mul float32": (factor, 1)}
+    assert (part.num_kernels, part.num_bytes) == (2, product + factor)
+    counted = part.to_dict()
+    assert [name for name, *_ in counted["largest"]] == ["mm float32 in torch Linear", "mul float32"]
+    assert part.device_seconds == pytest.approx((product + factor) / 3.35e12)
+    assert counted["floor_seconds"] == 1e-5, "the launches take longer"
+
+
+def test_a_kernel_is_as_slow_as_its_flops_or_its_bytes():
+    part = step_cost.Part()
+    part.add_kernel("matrix product", 989e12, 1)
+    part.add_kernel("copy", 0, 3.35e12)
+    assert part.device_seconds == pytest.approx(2)
+
+
+def test_norms_run_in_float32_in_autocast():
+    norm, x = step_cost.in_float32(F.layer_norm), torch.randn(2, 4, dtype=torch.bfloat16)
+    assert norm(x, (4,)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x, (4,)).dtype == torch.float32
 
 
 def test_checkpointing_trades_memory_for_flops():
-    plain, checkpointed = (count("tiny", "NCP-DPO, one-sided", value) for value in (False, True))
-    assert sum(checkpointed.flops.values()) > sum(plain.flops.values())
-    assert max(checkpointed.peak.values()) < 0.5 * max(plain.peak.values())
+    plain, checkpointed = (count("tiny", "NCP-DPO", value) for value in (False, True))
+    assert (
+        step_cost_tables.step_flops(checkpointed)[0] == sum(flops(plain).values()) < sum(flops(checkpointed).values())
+    )
+    peaks = [max(part["peak_bytes"] for part in step["parts"].values()) for step in (plain, checkpointed)]
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_machines_have_marks():
+    result = {"seconds_per_step": 1.0, "pairs_per_second": 1.0, "peak_memory_gb": 2.0, "mfu": 0.5}
+    timings = {
+        "sdxl × 1": {"results": {"latent DPO": result, "NCP-DPO": {"skipped": "out of memory"}}},
+        "sdxl × 1, another machine": {"results": {"NCP-DPO": {**result, "pairs_per_second": 12.34}}},
+    }
+    text = step_cost_tables.timing_table(timings, "sdxl", (1,))
+    assert "| latent DPO | 1.00 | 1.00 | 2.0 | 50.0% |" in text
+    assert "| NCP-DPO | 12.3\\* | 12.34 | 2.0 | 50.0% |" in text
+    assert text.endswith("\\*: on another machine, where NCP-DPO makes 12.3 pairs per second.")
 
 
 def test_timing_report(tmp_path, monkeypatch, capsys):
