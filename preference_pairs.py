@@ -24,6 +24,7 @@ import argparse
 import atexit
 import bisect
 import collections
+import contextlib
 import copy
 import hashlib
 import io
@@ -40,6 +41,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -64,6 +66,8 @@ ARROW_TYPES = {"images": "binary|string|struct", "numbers": NUMBERS, "text": "st
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 # Training warns if these differ.
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
+MODEL_ARGUMENTS = (*ENCODING_HINTS[:2], "revision", "variant")
+MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
 
 
 def number_type(kind, rule, accepts):
@@ -83,6 +87,16 @@ COUNT = number_type(int, "at least 1", lambda value: value >= 1)
 POSITIVE = number_type(float, "greater than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number_type(float, "at least 0", lambda value: 0 <= value < math.inf)
 INDEX = number_type(int, "at least 0", lambda value: value >= 0)
+
+
+def add_model_arguments(parser):
+    """Adds the flags of the base model."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE that replaces the base model's.")
+    add("--revision", help="Revision of the base model on the hub.")
+    add("--variant", help="Variant of the model files, e.g. fp16.")
+    add("--vae_encode_batch_size", type=COUNT, default=4, help="Images or captions to encode at once.")
 
 
 def add_data_arguments(parser):
@@ -132,6 +146,72 @@ def check_columns(args, schema):
             raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {COLUMNS[flag]}")
 
 
+def digest_files(paths):
+    """A digest of what files hold. The user's cache keeps it as long as their paths, sizes and times are the same."""
+    stats = [(str(path), os.stat(path)) for path in paths if os.path.isfile(path)]
+    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+    kept = Path(datasets.config.HF_CACHE_HOME, "digests", hashlib.sha256(repr(state).encode()).hexdigest())
+    with contextlib.suppress(OSError):
+        if known := kept.read_text():
+            return known
+    digest = hashlib.sha256()
+    for path, _ in stats:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with contextlib.suppress(OSError):  # Not every cache can be written.
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(digest.hexdigest())
+    return digest.hexdigest()
+
+
+def digest_part(name, place="", revision=None, variant=None):
+    """What a part of a model holds: a digest of the files that are loaded, or the commit of a hub id."""
+    if not os.path.exists(name):
+        commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", revision or "main")
+        return commit.read_text() if commit.is_file() else revision
+    path, loaded = Path(name, place), rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
+    files = [file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name)]
+    return digest_files([path] if path.is_file() else files)
+
+
+def digest_models(args):
+    """Digests of the base model's parts, by name, and of the LoRA to start from."""
+    source = args.revision, args.variant
+    digests = {part: digest_part(args.pretrained_model_name_or_path, part, *source) for part in MODEL_PARTS}
+    if args.pretrained_vae_model_name_or_path is not None:
+        digests["vae"] = digest_part(args.pretrained_vae_model_name_or_path)
+    if (lora := args.pretrained_lora_path) is not None:
+        weights = "pytorch_lora_weights.safetensors"
+        digests["lora"] = digest_part(lora, weights if Path(lora, weights).is_file() else "")
+    return digests
+
+
+def digest_images(args, dataset):
+    """A digest of the files that a dataset and its images were read from. On the hub their addresses name a commit."""
+    folder, files = args.train_data_dir or args.dataset_name, list(dataset.info.download_checksums or [])
+    if not os.path.isdir(folder):
+        return hashlib.sha256(repr(files).encode()).hexdigest() if files else None
+    for column in (args.image_0_column, args.image_1_column):
+        images = dataset.data.column(column)
+        names = pc.struct_field(images, "path").filter(pc.is_null(pc.struct_field(images, "bytes"))).to_pylist()
+        files += [os.path.join(folder, name) for name in names if name]
+    return digest_files(files)
+
+
+def find_fault(*names):
+    """The first file at these paths, or in these folders, that is not whole, and what it is instead, or `None`."""
+    for name in filter(None, names):
+        for path in filter(Path.is_file, [Path(name), *sorted(Path(name).rglob("*.*"))]):
+            with open(path, "rb") as file:
+                if file.read(23) == b"version https://git-lfs":
+                    return f"{path} is a pointer of Git LFS: run `git lfs pull`"
+            try:
+                if path.suffix == ".safetensors":
+                    safetensors.safe_open(path, "pt")
+            except safetensors.SafetensorError as error:
+                return f"{path} is empty or cut off: {error}"
+
+
 def load_dataset(args):
     """Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
     and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
@@ -150,6 +230,9 @@ def load_dataset(args):
         if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
         files = [file for split_name in wanted for file in splits.get(split_name, [])]
+        if os.path.isdir(name):
+            # `datasets` would keep the rows of a file that was replaced by one of the same time.
+            source["description"] = digest_files(files)
         if files and all(file.endswith(".parquet") for file in files):
             for file in (file for file in files if "://" not in file):
                 check_columns(args, pq.read_schema(file))
@@ -159,9 +242,11 @@ def load_dataset(args):
         check_columns(args, dataset.features.arrow_schema)
         dataset = dataset.select_columns(list(features))
         # A cast writes the whole dataset again.
-        return dataset if dataset.features == features else dataset.cast(features)
+        dataset = dataset if dataset.features == features else dataset.cast(features)
+        dataset.info.download_checksums = dict.fromkeys(files)
+        return dataset
     except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
-        reason = f"{file} {one_line(error.__cause__ or error)}".strip()
+        reason = find_fault(file) or f"{file} {one_line(error.__cause__ or error)}".strip()
         raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 
@@ -217,10 +302,10 @@ def find_problem(label=1, caption="", probability=1):
         return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
-def digest_of_pairs(rows, labels, captions):
+def digest_of_pairs(rows, labels, captions, images):
     """What a resumed run recognises its data by. It is the same for images and for encoded data."""
     digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
-    return {"num_pairs": len(rows), "digest": digest.hexdigest()}
+    return {"num_pairs": len(rows), "digest": digest.hexdigest(), **({"images": images} if images else {})}
 
 
 def winner_probability(args, row):
@@ -414,6 +499,13 @@ class EncodedPairs(PreferencePairs):
             raise ValueError(f"--encoded_data_dir {folder} has no encoding.json of tools/encode_preferences.py.")
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
+        models = digest_models(args)
+        changed = [part for part, digest in encoding.get("models", {}).items() if digest != models[part]]
+        if "models" not in encoding:
+            logger.warning(f"{folder} does not say which files it was made of: replaced ones are not noticed.")
+        elif changed and all(settings[name] == encoding[name] for name in MODEL_ARGUMENTS):
+            name, parts = args.pretrained_model_name_or_path, ", ".join(changed)
+            raise ValueError(f"--pretrained_model_name_or_path {name}: {parts} changed since {folder} was encoded.")
         for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if settings[name] != encoding.get(name):
                 message = f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding.get(name)!r}."
@@ -433,7 +525,7 @@ class EncodedPairs(PreferencePairs):
         pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
         # The time ids are among a pair's tensors.
         super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
-        self.prompts, self.stored_rows = parts["prompts"], self.rows
+        self.prompts, self.stored_rows, self.images = parts["prompts"], self.rows, encoding.get("images")
 
     def read(self, row_number, crop_position, flip):
         row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
@@ -463,6 +555,7 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
         if args.train_data_dir is not None and args.on_bad_sample == "error":
             check_image_files(args, dataset, rows)
         pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
+        pairs.images = digest_images(args, dataset)
     eval_pairs = None
     if args.num_eval_pairs is not None:
         pairs, eval_pairs = pairs.hold_out(args.num_eval_pairs)

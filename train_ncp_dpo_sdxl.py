@@ -126,17 +126,6 @@ SHARE = number_type(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
 SEED = number_type(int, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
-# Copied from train_ncp_dpo_sd15.add_model_arguments
-def add_model_arguments(parser):
-    """Adds the flags of the base model, which tools/encode_preferences.py has too."""
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
-    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE that replaces the base model's.")
-    add("--revision", help="Revision of the base model on the hub.")
-    add("--variant", help="Variant of the model files, e.g. fp16.")
-    add("--vae_encode_batch_size", type=COUNT, default=4, help="Images or captions to encode at once.")
-
-
 # Copied from train_ncp_dpo_sd15.create_parser
 def create_parser():
     def auto_or_positive(text):
@@ -144,7 +133,7 @@ def create_parser():
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add_model_arguments(parser)
+    preference_pairs.add_model_arguments(parser)
     preference_pairs.add_data_arguments(parser)
 
     add = parser.add_argument_group("training data").add_argument
@@ -333,9 +322,10 @@ def load_pipeline(args, accelerator, **components):
         if own_vae is not None and "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
         pipeline = PIPELINE_CLASS.from_pretrained(name, dtype=dtypes, **options, **PIPELINE_OPTIONS, **components)
-    except (OSError, ValueError) as error:
-        problem = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
-        raise ValueError(f"--pretrained_model_name_or_path {name}: {problem}") from error
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        advice = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
+        reason = preference_pairs.find_fault(own_vae, name) or advice
+        raise ValueError(f"--pretrained_model_name_or_path {name}: {reason}") from error
     for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         # Some tokenizers do not know how many tokens the text encoder takes.
@@ -374,7 +364,8 @@ def load_pretrained_lora(args):
     try:
         tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(path, **options)
     except Exception as error:  # the converters raise many kinds
-        raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {one_line(error)}") from error
+        reason = preference_pairs.find_fault(path) or one_line(error)
+        raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {reason}") from error
     # diffusers names these alphas after weights.
     kohya_alphas = {
         re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name.removeprefix("unet.")): alpha
@@ -742,7 +733,8 @@ def create_state(args, accelerator, pairs, saved):
         "error_scale": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
-        "data": preference_pairs.digest_of_pairs(pairs.rows, *pairs.columns()),
+        "data": preference_pairs.digest_of_pairs(pairs.rows, *pairs.columns(), pairs.images),
+        "models": preference_pairs.digest_models(args),
     }
 
 
@@ -854,11 +846,19 @@ class Checkpoints:
         names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
         if args.ncp_error_scale in ("auto", saved["error_scale"]):
             names.remove("ncp_error_scale")
+        models, models_before = state["models"], saved.get("models", {})
+        others = [part for part in {**models, **models_before} if models.get(part) != models_before.get(part)]
+        if not others:
+            # The same files in another place are the same model.
+            names = [name for name in names if name not in (*preference_pairs.MODEL_ARGUMENTS, "pretrained_lora_path")]
         changes = find_changes(args, saved, names)
+        if others and models_before:
+            changes.append(f"the files of {', '.join(others)} were others")
         if (now := state["pairs_per_step"]) != (before := saved["pairs_per_step"]):
             changes.append(f"--train_batch_size x --gradient_accumulation_steps x processes is {now}, was {before}")
-        if (data := saved.get("data", state["data"])) != state["data"]:
-            changes.append(f"the data are {state['data']['num_pairs']} pairs, but were {data['num_pairs']} others")
+        data, data_before = state["data"], saved.get("data", {})
+        if {**data, **data_before} != {**data_before, **data}:
+            changes.append(f"the data are {data['num_pairs']} pairs, but were {data_before['num_pairs']} others")
         if changes and not args.allow_resume_changes:
             advice = "Give the same values, or --allow_resume_changes."
             raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")

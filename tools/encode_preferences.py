@@ -23,46 +23,43 @@
 
 The tool has the trainers' flags of model and data, reads pairs as they do and encodes in their precision. The checkpoint says
 whether the model is SDXL. Parquet files on the hub are read in order where they are, and no more of them than
-`--max_train_samples` needs. The same command continues an interrupted encoding. Several processes, also on several machines
-that share `--output_dir`, share the work. `--output_dir` can be uploaded as a dataset. Its README.md says how to read it.
+`--max_train_samples` needs. The same command continues an interrupted encoding, encodes images again that were replaced since,
+and those that could not be read and now can. Several processes, also on several machines that share `--output_dir`, share the
+work. `--output_dir` can be uploaded as a dataset. Its README.md says how to read it.
 """
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 import safetensors.torch
 import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs
 from common import READ_BATCH_SIZE, ParquetFiles, exit_code, map_ahead, whole_file
 from datasets import Dataset, Features, Value
+from picture_records import LOCK_NAME, locked_folder
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-import diffusers
 
-
-# `common` makes the repository's modules importable.
+# `common` makes the repository's modules importable. The trainers are imported where they are used: it takes seconds.
 import preference_pairs  # isort: skip
-import train_ncp_dpo_sd15  # isort: skip
-import train_ncp_dpo_sdxl  # isort: skip
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger("encode_preferences")
 
 # Pairs or prompts per file. They are held in memory until it is written.
 SHARD_SIZE = 256
@@ -73,6 +70,8 @@ PAIRS = Features(
         "caption": Value("string"),
         "winner_probability": Value("float64"),
         "prompt": Value("int64"),
+        "digest_0": Value("string"),
+        "digest_1": Value("string"),
         "tensors": Value("binary"),
     }
 )
@@ -83,6 +82,11 @@ SETTINGS = """
     resolution image_interpolation_mode no_hflip image_0_column image_1_column label_column caption_column
     preference_probability_column dataset_name dataset_config_name dataset_split_name train_data_dir max_train_samples
 """.split()
+# These say where models and data are. What they hold is compared in their place.
+PLACES = (
+    *preference_pairs.MODEL_ARGUMENTS,
+    *("dataset_name", "dataset_config_name", "dataset_split_name", "train_data_dir"),
+)
 README = """---
 configs:
 - config_name: pairs
@@ -97,7 +101,8 @@ Preference pairs, encoded by `tools/encode_preferences.py`. `encoding.json` hold
 for SDXL, `time_ids` of shape (2, orientations, 6). The first axis is the winner, then the loser. The second axis is each image as it
 is and, unless `no_hflip`, flipped horizontally. A prompt has its text embeddings. A pair's `prompt` is the number of its caption's
 row in `prompts`, and its `row` is the number of the pair in the source. Its `label` is 1 if the source's first image won and 0 if
-the second did. Its `winner_probability` is the probability that the winner wins, if the source has such a column.
+the second did. Its `winner_probability` is the probability that the winner wins, if the source has such a column. `digest_0` and
+`digest_1` are the SHA-256 of the source's first and second image.
 """
 
 
@@ -108,7 +113,7 @@ def create_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    train_ncp_dpo_sd15.add_model_arguments(parser)
+    preference_pairs.add_model_arguments(parser)
     preference_pairs.add_data_arguments(parser)
     add = parser.add_argument_group("encoding").add_argument
     precision = "Precision that training will use. Default: accelerate's configuration."
@@ -117,9 +122,6 @@ def create_parser():
     workers = "Threads that read and decode images. Default: 4."
     add("--num_workers", type=preference_pairs.COUNT, default=4, help=workers)
     add("--output_dir", required=True, help="Folder for all output: a new one, or that of an interrupted encoding.")
-    # The trainers' functions read other arguments too. They get their defaults, and the loss does not matter.
-    others = vars(train_ncp_dpo_sd15.create_parser().parse_args(["--pretrained_model_name_or_path", ""]))
-    parser.set_defaults(**{**others, "resolution": None, "loss_space": "latent", "report_to": "none"})
     return parser
 
 
@@ -127,12 +129,20 @@ def parse_args(input_args=None):
     args = create_parser().parse_args(input_args)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("Give exactly one of --dataset_name and --train_data_dir.")
+    import train_ncp_dpo_sd15
+
+    # The trainers' functions read other arguments too. They get their defaults, and the loss does not matter.
+    others = vars(train_ncp_dpo_sd15.create_parser().parse_args(["--pretrained_model_name_or_path", ""]))
+    args = argparse.Namespace(**{**others, "loss_space": "latent", "report_to": "none", **vars(args)})
     train_ncp_dpo_sd15.check_arguments(args)
     return args
 
 
 def choose_trainer(args):
     """The module of the script that trains the checkpoint. If none does, its `check_checkpoint` says so."""
+    import train_ncp_dpo_sd15
+    import train_ncp_dpo_sdxl
+
     if Path(args.pretrained_model_name_or_path).is_file():
         return train_ncp_dpo_sd15
     embed_type = train_ncp_dpo_sd15.load_config(args, "unet").get("addition_embed_type")
@@ -141,12 +151,20 @@ def choose_trainer(args):
 
 def create_accelerator(args):
     """Sets up accelerate and logging as the trainers do."""
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    import diffusers
+
     # The first process to finish waits for the others. The default limit is some minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     args.mixed_precision = accelerator.mixed_precision
     log_format = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
     logging.basicConfig(format=log_format, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
+    if not accelerator.is_main_process:
+        logger.setLevel(logging.WARNING)
     if not accelerator.is_local_main_process:
         for library in (datasets.utils, transformers.utils, diffusers.utils):
             library.logging.set_verbosity_error()
@@ -197,10 +215,22 @@ def read_files(files, rows):
         yield from zip(rows, itertools.chain.from_iterable(table.to_pylist() for table in tables))
 
 
-def open_pairs(args, pool):
-    """A function that reads rows in order, `(rows, labels, captions)` of the pairs, and the number of rows."""
+class Source(NamedTuple):
+    """The pairs to encode."""
+
+    read: Any  # a function that yields `(row number, row)` of ascending row numbers
+    rows: list
+    labels: list
+    captions: list
+    images: str | None  # a digest of the files that hold them
+    num_rows: int  # with ties
+    is_remote: bool  # parquet files on the hub
+
+
+def open_source(args, pool):
     if urls := find_remote_files(args):
         files, dataset = open_files(args, urls, pool)
+        dataset.info.download_checksums = dict.fromkeys(urls)
         read = functools.partial(read_files, files)
     else:
         dataset = preference_pairs.load_dataset(args)
@@ -210,55 +240,110 @@ def open_pairs(args, pool):
 
     rows = preference_pairs.find_rows(args, dataset)
     pairs = dataset.select(rows)
-    return read, (rows, pairs[args.label_column][:], pairs[args.caption_column][:]), len(dataset)
+    columns = pairs[args.label_column][:], pairs[args.caption_column][:]
+    images = preference_pairs.digest_images(args, dataset)
+    return Source(read, rows, *columns, images, len(dataset), is_remote=bool(urls))
 
 
 # The folder
 
 
 def write_text(path, text):
+    from train_ncp_dpo_sd15 import synchronize
+
     with whole_file(path) as incomplete:
         incomplete.write_text(text, encoding="utf-8")
-        train_ncp_dpo_sd15.synchronize(incomplete)
+        synchronize(incomplete)
 
 
-def describe(args, trainer, vae_config, dtype, num_rows, pairs, num_prompts):
-    """The content of `encoding.json`. `pairs` are their `(rows, labels, captions)`."""
-    counts = {"num_pairs": len(pairs[0]), "num_prompts": num_prompts}
+def describe(args, trainer, vae_config, dtype, source, num_prompts):
+    """The content of `encoding.json`."""
+    counts, models = {"num_pairs": len(source.rows), "num_prompts": num_prompts}, preference_pairs.digest_models(args)
     return {
         **{name: getattr(args, name) for name in SETTINGS},
         "crop": "center",
         "vae_scaling_factor": vae_config["scaling_factor"],
         "trainer": Path(trainer.__file__).name,
         "latents_dtype": str(dtype).removeprefix("torch."),
-        "num_rows": num_rows,
+        "num_rows": source.num_rows,
         **counts,
         **{f"{name}_shards": math.ceil(number / SHARD_SIZE) for name, number in counts.items()},
-        **preference_pairs.digest_of_pairs(*pairs),
+        **preference_pairs.digest_of_pairs(source.rows, source.labels, source.captions, source.images),
+        "models": {part: digest for part, digest in models.items() if re.match("vae|text_encoder|tokenizer", part)},
     }
 
 
-def open_folder(folder, encoding):
-    """Starts or continues the folder. A `ValueError` if another tool wrote it, or if settings or data differ."""
+def check_folder(folder):
+    """A `ValueError` if something else than this tool wrote to the folder."""
+    if (folder / "encoding.json").is_file() or not folder.is_dir():
+        return
+    if others := [path.name for path in folder.iterdir() if path.name not in ("encoding.json.incomplete", LOCK_NAME)]:
+        names = preference_pairs.one_line(", ".join(others))
+        raise ValueError(f"--output_dir {folder} holds {names}, but no encoding.json. Give a new folder.")
+
+
+def check_encoding(folder, encoding, saved):
+    """A `ValueError` if the folder has the `saved` encoding of other settings, data or models."""
+    is_older = "models" not in saved
+    for name, value in encoding.items():
+        if name not in ("models", "images") and (is_older or name not in PLACES) and saved.get(name) != value:
+            flag = f"--{name}" if name in SETTINGS else name
+            raise ValueError(
+                f"{flag} is {value!r}, but {folder} was encoded with {saved.get(name)!r}. Give another --output_dir."
+            )
+    if is_older:
+        logger.warning(f"{folder} does not say which files it was made of: replaced ones are not noticed")
+    elif others := [part for part, digest in encoding["models"].items() if digest != saved["models"].get(part)]:
+        name, parts = encoding["pretrained_model_name_or_path"], ", ".join(others)
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name}: {parts} changed since {folder} was encoded. Give another --output_dir."
+        )
+
+
+def open_folder(args, folder, encoding, source, pool, is_main_process):
+    """Starts or continues the folder. The main process removes files whose images have changed since they were written."""
     path = folder / "encoding.json"
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in encoding.items():
-            if saved.get(name) != value:
-                flag = f"--{name}" if name in SETTINGS else name
-                raise ValueError(
-                    f"{flag} is {value!r}, but {folder} was encoded with {saved.get(name)!r}. Give another --output_dir."
-                )
-    else:
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if saved is not None:
+        check_encoding(folder, encoding, saved)
+        images_changed = saved.get("images", source.images) != source.images
+        if images_changed and source.is_remote:
+            name = f"--dataset_name {args.dataset_name}"
+            raise ValueError(f"{name} changed since {folder} was encoded. Give another --output_dir.")
+        if is_main_process and not source.is_remote:
+            remove_stale_shards(args, list_shards(folder, "pairs", encoding), source, images_changed, pool)
+    if saved is None or images_changed:
         folder.mkdir(parents=True, exist_ok=True)
-        if others := [other.name for other in folder.iterdir() if other.name != f"{path.name}.incomplete"]:
-            names = preference_pairs.one_line(", ".join(others))
-            raise ValueError(f"--output_dir {folder} holds {names}, but no encoding.json. Give a new folder.")
         write_text(path, json.dumps(encoding, indent=2) + "\n")
     if not (folder / "README.md").exists():
         write_text(folder / "README.md", README)
     for part in ("pairs", "prompts"):
         (folder / part).mkdir(exist_ok=True)
+
+
+def remove_stale_shards(args, shards, source, images_changed, pool):
+    """Removes files of pairs that hold an image that was replaced since, or lack a pair that can be read now."""
+
+    def find_new_pair(shard):
+        path, place = shard
+        stored = Dataset.from_file(str(path))
+        digests = dict.fromkeys(stored["row"])
+        if images_changed:
+            digests = dict(zip(stored["row"], zip(stored["digest_0"], stored["digest_1"])))
+        rows = [row for row in source.rows[place] if images_changed or row not in digests]
+        for row_number, row in source.read(rows):
+            if row_number in digests:
+                is_new = digests[row_number] != digest_images(args, row)
+            else:
+                is_new = is_readable(args, row_number, row)
+            if is_new:
+                return row_number
+
+    shards = [shard for shard in shards if shard[0].exists()]
+    for (path, _), row_number in zip(shards, list(pool.map(find_new_pair, shards))):
+        if row_number is not None:
+            logger.warning(f"Row {row_number} has other images than when {path} was encoded: it is encoded again")
+            path.unlink()
 
 
 def list_shards(folder, part, encoding):
@@ -270,11 +355,13 @@ def list_shards(folder, part, encoding):
 
 
 def write_shard(path, features, records):
+    from train_ncp_dpo_sd15 import synchronize
+
     schema = features.arrow_schema
     with whole_file(path) as incomplete:
         with pa.OSFile(str(incomplete), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             writer.write_table(pa.Table.from_pylist(records, schema))
-        train_ncp_dpo_sd15.synchronize(incomplete)
+        synchronize(incomplete)
 
 
 def report(folder, encoding, seconds):
@@ -320,15 +407,37 @@ def encode_prompts(args, trainer, pipeline, shards, captions):
         write_shard(path, PROMPTS, records)
 
 
+def digest_images(args, row):
+    """The SHA-256 of the row's first and second image, `None` for one that is missing."""
+    digests = []
+    for column in (args.image_0_column, args.image_1_column):
+        try:
+            image = preference_pairs.locate_image(args, row[column])
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            digests.append(hashlib.sha256(data).hexdigest())
+        except (OSError, ValueError):
+            digests.append(None)
+    return tuple(digests)
+
+
+def is_readable(args, row_number, row):
+    try:
+        preference_pairs.read_images(args, row_number, row)
+    except preference_pairs.UnreadableImage:
+        return False
+    return True
+
+
 def decode_pair(args, has_time_ids, pair):
-    """`(row number, row, tensors)`. The tensors hold the winner and the loser in all orientations. `None` skips the pair."""
+    """`(row number, row, digests, tensors)`. The tensors hold the winner and the loser in all orientations. `None` skips the
+    pair."""
     row_number, row = pair
     try:
         images = preference_pairs.read_images(args, row_number, row)
     except preference_pairs.UnreadableImage as error:
         if args.on_bad_sample == "error":
             raise
-        logger.warning(f"{error}. The pair is left out", main_process_only=False)
+        logger.warning(f"{error}. The pair is left out")
         return None
     flips = (False,) if args.no_hflip else (False, True)
     tensors = [
@@ -336,7 +445,7 @@ def decode_pair(args, has_time_ids, pair):
         for image in images
         for flip in flips
     ]
-    return row_number, row, default_collate(tensors)
+    return row_number, row, digest_images(args, row), default_collate(tensors)
 
 
 def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
@@ -349,10 +458,10 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
         records = []
         readable = filter(None, itertools.islice(pairs, part.stop - part.start))
         for batch in batched(readable, pairs_per_batch):
-            pixel_values = torch.cat([tensors.pop("pixel_values") for _, _, tensors in batch])
+            pixel_values = torch.cat([tensors.pop("pixel_values") for *_, tensors in batch])
             latents = trainer.encode_images(pipeline.vae, pixel_values, args.vae_encode_batch_size)
             latents = latents.to(dtype).cpu().split(images_per_pair)
-            for (row_number, row, tensors), pair_latents in zip(batch, latents):
+            for (row_number, row, digests, tensors), pair_latents in zip(batch, latents):
                 tensors = {"latents": pair_latents, **tensors}
                 tensors = {name: value.unflatten(0, (2, -1)).contiguous() for name, value in tensors.items()}
                 caption = row[args.caption_column]
@@ -360,24 +469,30 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
                 if args.preference_probability_column is not None:
                     record["winner_probability"] = preference_pairs.winner_probability(args, row)
                 record |= {"prompt": prompts[caption], "tensors": safetensors.torch.save(tensors)}
+                record |= {"digest_0": digests[0], "digest_1": digests[1]}
                 records.append(record)
         write_shard(path, PAIRS, records)
 
 
 def main(args):
-    start, trainer, folder = time.monotonic(), choose_trainer(args), Path(args.output_dir)
+    trainer, folder = choose_trainer(args), Path(args.output_dir)
     args.resolution = args.resolution or trainer.DEFAULTS["resolution"]
     accelerator = create_accelerator(args)
-    dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.float16
     _, vae_config, _ = trainer.check_checkpoint(args)
+    check_folder(folder)
+    with locked_folder(folder, accelerator.is_main_process):
+        encode(args, accelerator, trainer, vae_config, folder)
+    accelerator.end_training()
 
+
+def encode(args, accelerator, trainer, vae_config, folder):
+    start, dtype = time.monotonic(), torch.float32 if accelerator.mixed_precision == "no" else torch.float16
     with ThreadPoolExecutor(args.num_workers) as pool:
         with accelerator.main_process_first():
-            read, pairs, num_rows = open_pairs(args, pool)
-            rows, _, captions = pairs
-            prompts = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-            encoding = describe(args, trainer, vae_config, dtype, num_rows, pairs, len(prompts))
-            open_folder(folder, encoding)
+            source = open_source(args, pool)
+            prompts = {caption: number for number, caption in enumerate(dict.fromkeys(source.captions))}
+            encoding = describe(args, trainer, vae_config, dtype, source, len(prompts))
+            open_folder(args, folder, encoding, source, pool, accelerator.is_main_process)
 
         missing = {}
         for part in ("prompts", "pairs"):
@@ -386,9 +501,9 @@ def main(args):
         if any(missing.values()):
             pipeline = trainer.load_pipeline(args, accelerator, unet=None)
             encode_prompts(args, trainer, pipeline, missing["prompts"], list(prompts))
-            rows_to_read = [row for _, place in missing["pairs"] for row in rows[place]]
+            rows_to_read = [row for _, place in missing["pairs"] for row in source.rows[place]]
             decode = functools.partial(decode_pair, args, trainer.HAS_TIME_IDS)
-            decoded = map_ahead(pool, decode, read(rows_to_read), 2 * args.num_workers)
+            decoded = map_ahead(pool, decode, source.read(rows_to_read), 2 * args.num_workers)
             bar = tqdm(decoded, total=len(rows_to_read), desc="Pairs", disable=not accelerator.is_local_main_process)
             encode_pairs(args, trainer, pipeline, dtype, missing["pairs"], iter(bar), prompts)
         elif accelerator.num_processes == 1:
@@ -398,7 +513,6 @@ def main(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report(folder, encoding, time.monotonic() - start)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
