@@ -32,10 +32,22 @@ import safetensors.torch
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
-from conftest import SCRIPTS, reset_accelerate, run_on_two_processes
+from conftest import ROOT, SCRIPTS, reset_accelerate, run_on_two_processes
 from datasets import Dataset
+from picture_records import locked_folder
 from PIL import Image
-from tiny_checkpoints import RESOLUTION, copy_checkpoint, edit_json, pair_columns, write_parquet
+from tiny_checkpoints import (
+    RESOLUTION,
+    build_image_folder,
+    build_parquet,
+    change_weights,
+    copy_checkpoint,
+    edit_json,
+    encoded,
+    pair_columns,
+    picture,
+    write_parquet,
+)
 
 from diffusers import AutoencoderKL
 
@@ -244,6 +256,147 @@ def test_other_data_are_not_mixed(encode_sd15, tmp_path):
         encode_sd15(dataset_name=data)
 
 
+def into(encode, name):
+    encode.folder = encode.arguments["output_dir"] = encode.folder.with_name(name)
+    return encode
+
+
+def replace_image(data, row):
+    """Puts another picture in the place of a row's first image, in a parquet file or a folder of images."""
+    if (data / "metadata.jsonl").is_file():
+        picture(50, (40, 48)).save(data / f"images/{row}_jpg_0.png")
+    else:
+        columns = Dataset.from_parquet(str(data / "train.parquet")).to_dict()
+        columns["jpg_0"][row] = encoded(picture(50, (40, 48)))
+        Dataset.from_dict(columns).to_parquet(str(data / "train.parquet"))
+
+
+@pytest.mark.parametrize("source, build", [("dataset_name", build_parquet), ("train_data_dir", build_image_folder)])
+def test_replaced_images_are_encoded_again(run_sd15, encode_sd15, tmp_path, monkeypatch, caplog, source, build):
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
+    options = {"dataset_name": None, source: build(tmp_path / "data")}
+    encode_sd15(**options)
+    data = {"dataset_name": None, "encoded_data_dir": encode_sd15.folder}
+    run_sd15(loss_space="latent", **data)
+    before = encode_sd15.contents()
+    replace_image(tmp_path / "data", row=5)
+    encode_sd15(**options)
+    assert "Row 5 " in caplog.text
+    after = encode_sd15.contents()
+    assert [name.as_posix() for name in after if after[name] != before[name]] == ["pairs/00001-of-00003.arrow"]
+    assert into(encode_sd15, "fresh")(**options).contents() == after
+    # Training on encoded data or on the images, which are the same data.
+    for data in ({"dataset_name": None, "encoded_data_dir": tmp_path / "encoded"}, options):
+        with pytest.raises(ValueError, match="data .*checkpoint-2"):
+            run_sd15(max_train_steps=3, resume_from_checkpoint="latest", loss_space="latent", **data)
+    # What is encoded and unchanged is not encoded again.
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    into(encode_sd15, "encoded")(**options)
+    assert "Nothing is left to encode" in caplog.text
+
+
+@pytest.mark.bad_input
+def test_an_image_that_was_left_out_and_mended_is_encoded(encode_sd15, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"dataset_name": None, "train_data_dir": build_image_folder(tmp_path / "data"), "on_bad_sample": "skip"}
+    image = tmp_path / "data/images/1_jpg_0.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60])
+    encode_sd15(**options)
+    left_out = encode_sd15.contents()
+    # It is tried again, and left out again.
+    assert encode_sd15(**options).contents() == left_out
+    assert "Nothing is left to encode" in caplog.text
+    image.write_bytes(whole)
+    mended = encode_sd15(**options).contents()
+    assert [row["row"] for row in encode_sd15.rows("pairs")] == list(range(12))
+    assert into(encode_sd15, "fresh")(**options).contents() == mended
+
+
+def test_a_missing_image_that_came_back_is_encoded(encode_sd15, tmp_path):
+    options = {"dataset_name": None, "train_data_dir": build_image_folder(tmp_path / "data"), "on_bad_sample": "skip"}
+    (tmp_path / "data/images/1_jpg_1.png").rename(tmp_path / "elsewhere.png")
+    assert len(encode_sd15(**options).rows("pairs")) == 11
+    (tmp_path / "elsewhere.png").rename(tmp_path / "data/images/1_jpg_1.png")
+    assert len(encode_sd15(**options).rows("pairs")) == 12
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+@pytest.mark.bad_input
+def test_a_replaced_model_is_refused(run_sd15, encode_sd15, checkpoints, tmp_path, request, part):
+    model = copy_checkpoint(checkpoints["sd15"], tmp_path / "model")
+    before = encode_sd15(pretrained_model_name_or_path=model).contents()
+    change_weights(model / part)
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model: {part} changed"):
+        encode_sd15(pretrained_model_name_or_path=model)
+    assert encode_sd15.contents() == before
+    request.getfixturevalue("no_models")
+    options = {"pretrained_model_name_or_path": model, "dataset_name": None, "encoded_data_dir": encode_sd15.folder}
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model: {part} changed"):
+        run_sd15(**options)
+
+
+def test_all_folders_can_be_moved(run_sd15, encode_sd15, checkpoints, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 5)
+    model, data = copy_checkpoint(checkpoints["sd15"], tmp_path / "model"), build_parquet(tmp_path / "data")
+    encode_sd15(pretrained_model_name_or_path=model, dataset_name=data)
+    before = encode_sd15.contents()
+    for folder in (model, tmp_path / "data", encode_sd15.folder):
+        # A copy has other times.
+        shutil.copytree(folder, tmp_path / "moved" / folder.name, copy_function=shutil.copy)
+        shutil.rmtree(folder)
+    encode_sd15.folder = encode_sd15.arguments["output_dir"] = tmp_path / "moved/encoded"
+    encode_sd15.shards("pairs")[1].unlink()
+    options = {"pretrained_model_name_or_path": tmp_path / "moved/model"}
+    encode_sd15(dataset_name=tmp_path / "moved/data", **options)
+    assert encode_sd15.contents() == before
+    # A U-Net of another training goes on with the same latents and embeddings.
+    change_weights(tmp_path / "moved/model/unet")
+    run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder, loss_space="latent", **options)
+    assert run_sd15.lora()
+
+
+def test_an_older_encoding_goes_on(run_sd15, encode_sd15, monkeypatch, caplog):
+    monkeypatch.setattr(encode_preferences, "SHARD_SIZE", 4)
+    encode_sd15()
+    expected = [row["tensors"] for row in encode_sd15.rows("pairs")]
+    edit_json(encode_sd15.folder / "encoding.json", models=..., images=...)
+    features = {name: kind for name, kind in encode_preferences.PAIRS.items() if "digest" not in name}
+    for shard in encode_sd15.shards("pairs"):
+        rows = Dataset.from_file(str(shard)).select_columns(list(features)).to_list()
+        encode_preferences.write_shard(shard, datasets.Features(features), rows)
+    encode_sd15.shards("pairs")[1].unlink()
+    encode_sd15()
+    assert "encoded does not say which files" in caplog.text
+    assert [row["tensors"] for row in encode_sd15.rows("pairs")] == expected
+    caplog.clear()
+    run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder, loss_space="latent")
+    assert "encoded does not say which files" in caplog.text
+
+
+@pytest.mark.bad_input
+def test_another_commit_on_the_hub_is_refused(encode_sd15, tmp_path, monkeypatch):
+    urls = [f"file://{build_parquet(tmp_path / commit)}/train.parquet" for commit in ("commit_1", "commit_2")]
+    # No hub is at hand.
+    monkeypatch.setattr(encode_preferences, "find_remote_files", lambda args: urls[:1])
+    before = encode_sd15(dataset_name="a/dataset").contents()
+    assert encode_sd15(dataset_name="a/dataset").contents() == before
+    monkeypatch.setattr(encode_preferences, "find_remote_files", lambda args: urls[1:])
+    with pytest.raises(ValueError, match="--dataset_name a/dataset changed"):
+        encode_sd15(dataset_name="a/dataset")
+    assert encode_sd15.contents() == before
+
+
+@pytest.mark.bad_input
+def test_two_runs_do_not_write_to_one_folder(encode_sd15):
+    with locked_folder(encode_sd15.folder), pytest.raises(ValueError, match="--output_dir .*encoded"):
+        encode_sd15()
+    assert not (encode_sd15.folder / "encoding.json").exists()
+    # The lock ends with the run that holds it.
+    encode_sd15()
+
+
 @pytest.mark.bad_input
 def test_a_folder_of_somebody_else_is_left_alone(encode_sd15):
     encode_sd15.folder.mkdir()
@@ -276,6 +429,7 @@ def test_training_refuses_latents_of_another_scale_and_warns_of_another_model(
 ):
     encode_sd15()
     other = Path(copy_checkpoint(checkpoints["sd15"], tmp_path / "other"))
+    change_weights(other / "text_encoder")
     options = {"dataset_name": None, "encoded_data_dir": encode_sd15.folder, "loss_space": "latent"}
     run_sd15(pretrained_model_name_or_path=other, mixed_precision="bf16", **options)
     assert re.search("--pretrained_model_name_or_path is '.*other', .*'.*sd15'", caplog.text)
@@ -383,6 +537,16 @@ def test_a_users_mistake_is_one_line(tmp_path):
     result = subprocess.run([sys.executable, encode_preferences.__file__, *words], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
     assert "--dataset_name" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_imports_no_trainer():
+    code = "import sys, encode_preferences as tool; {}; print(*sys.modules)"
+    parser = "tool.create_parser().format_help()"
+    result = subprocess.run(
+        [sys.executable, "-c", code.format(parser)], capture_output=True, text=True, cwd=ROOT / "tools"
+    )
+    assert not {"accelerate", "diffusers", "peft", "transformers"} & set(result.stdout.split())
+    assert "preference_pairs" in result.stdout
 
 
 def test_help_is_ascii(capsys):
