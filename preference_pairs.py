@@ -66,7 +66,8 @@ ARROW_TYPES = {"images": "binary|string|struct", "numbers": NUMBERS, "text": "st
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 # Training warns if these differ.
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
-MODEL_ARGUMENTS = (*ENCODING_HINTS[:2], "revision", "variant")
+# Flags that name a base model, and the parts of one.
+MODEL_ARGUMENTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
 MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
 
 

@@ -39,10 +39,11 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -218,7 +219,7 @@ def read_files(files, rows):
 class Source(NamedTuple):
     """The pairs to encode."""
 
-    read: Any  # a function that yields `(row number, row)` of ascending row numbers
+    read: Callable  # yields `(row number, row)` of ascending row numbers
     rows: list
     labels: list
     captions: list
