@@ -116,13 +116,13 @@ def test_a_lora_that_does_not_fit_is_named(checkpoints, parquet, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     safetensors.torch.save_file(lora, other / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="--pretrained_lora_path .*other does not fit the U-Net: .*size mismatch"):
+    with pytest.raises(ValueError, match="--pretrained_lora_path .*other .*size mismatch"):
         run(pretrained_lora_path=other)
 
     run(**OPTIONS)
     more = {**run.lora(), **{name.replace("attn1", "attn7"): weight for name, weight in lora.items()}}
     safetensors.torch.save_file(more, other / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="--pretrained_lora_path .*other does not fit the U-Net: .*attn7"):
+    with pytest.raises(ValueError, match="--pretrained_lora_path .*other .*attn7"):
         run.into("more")(pretrained_lora_path=other)
 
     safetensors.torch.save_file({**lora, TEXT_ENCODER_KEY: torch.zeros(4, 3)}, other / WEIGHTS_NAME)
