@@ -484,10 +484,6 @@ def test_too_many_steps_that_are_not_finite(run_sd15, monkeypatch):
         run_sd15(loss_space="latent", max_train_steps=6, max_skipped_steps=1)
 
 
-def error_scale(run):
-    return json.loads((run.output_dir / "checkpoint-4" / "training_state.json").read_text())["error_scale"]
-
-
 @pytest.fixture(scope="module")
 def scene_pairs(tmp_path_factory):
     """Pairs of well and badly drawn pictures for a base model that knows such."""
@@ -499,30 +495,82 @@ def scene_pairs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("loss_space", ["latent", "ncp"])
-def test_two_processes_equal_one_with_twice_the_batch(scene_pairs, tmp_path, monkeypatch, loss_space):
-    # As in the processes; of a few pairs rounding would show.
+@pytest.fixture
+def scene_run(scene_pairs, tmp_path, monkeypatch):
+    """β multiplies what the batch size changes in fp32 rounding. That is the smaller the better the model predicts: one with
+    random weights would not do."""
+    # As in other processes. Of a few pairs rounding would show.
     for name, number in (("SCALE_BLOCK_SIZE", 64), ("MAX_SCALE_PAIRS", 512)):
         monkeypatch.setattr(train_ncp_dpo_sd15, name, number)
-    # 11 pairs in batches of 2 x 2 or 1 x 4, two a step: the third epoch is begun. β multiplies what the batch size changes in
-    # fp32 rounding, which is the smaller the better the model predicts: one with random weights would not do.
-    run = Run("sd15", ASSETS, scene_pairs, tmp_path / "one")
-    options = {"loss_space": loss_space, "max_train_steps": 5, "checkpointing_steps": 4}
-    options = {"resolution": 48, "learning_rate": 1e-4, "max_train_samples": 11, "ncp_error_scale": "auto", **options}
-    run(train_batch_size=4, **options)
-    one = run.lora(), run.scalars("loss"), error_scale(run)
-    run.output_dir = run.arguments["--output_dir"] = tmp_path / "two"
-    words = run.command([], {f"--{name}": value for name, value in options.items()})
-    codes, log = run_on_two_processes("train_ncp_dpo_sd15.py", words, tmp_path / "log")
-    assert codes == [0, 0], log
-    assert run.scalars("loss") == pytest.approx(one[1], abs=2e-5 if loss_space == "latent" else 1e-3)
-    assert min(one[1]) < 0.69, "the policy left the reference"
-    # Measured on the same pairs
-    assert error_scale(run) == (pytest.approx(one[2], rel=1e-3) if loss_space == "ncp" else None)
-    # All that a LoRA's up weights hold was learnt.
-    two = run.up_weights()
-    difference = math.sqrt(sum((two[name] - one[0][name]).square().sum().item() for name in two))
-    learnt = math.sqrt(sum(weight.square().sum().item() for weight in two.values()))
-    assert difference < 1e-3 * learnt
-    files = {path.name for path in (run.output_dir / "checkpoint-4").iterdir()}
+    run = Run("sd15", ASSETS, scene_pairs, tmp_path / "output")
+    # 11 pairs, 4 a step: the third epoch is begun.
+    options = {"train_batch_size": 4, "max_train_samples": 11, "max_train_steps": 6, "ncp_error_scale": "auto"}
+    options |= {"resolution": 48, "learning_rate": 1e-4}
+    run.arguments |= {f"--{name}": value for name, value in options.items()}
+    return run
+
+
+def deviation(lora, expected):
+    """How far a LoRA is from another one, in relation to what that one has learnt: all that up weights hold was learnt."""
+    ups = [name for name in lora if "lora.up" in name]
+    difference = sum((lora[name] - expected[name]).square().sum().item() for name in ups)
+    return math.sqrt(difference / sum(expected[name].square().sum().item() for name in ups))
+
+
+@pytest.mark.parametrize("loss_space", ["latent", "ncp"])
+def test_another_number_of_processes_goes_on_alike(scene_run, tmp_path, loss_space):
+    options = {"loss_space": loss_space, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4}
+    scene_run(**options)
+    one, losses, rates = scene_run.lora(), scene_run.scalars("loss"), scene_run.scalars("lr")
+    scale = scene_run.state("checkpoint-6")["error_scale"]
+    assert rates == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4])
+
+    def run_on_two(steps):
+        words = {**options, "train_batch_size": 2, "max_train_steps": steps, "resume_from_checkpoint": "latest"}
+        words = scene_run.command([], {f"--{name}": value for name, value in words.items()})
+        codes, log = run_on_two_processes("train_ncp_dpo_sd15.py", words, tmp_path / "log")
+        assert codes == [0, 0], log
+
+    scene_run.into("elastic")
+    run_on_two(steps=2)
+    # Measured on the same pairs.
+    assert scene_run.state("checkpoint-2")["error_scale"] == (pytest.approx(scale, rel=1e-3) if scale else None)
+    batches = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    scene_run(**options, **batches, max_train_steps=3, resume_from_checkpoint="latest")
+    run_on_two(steps=6)
+    files = {path.name for path in (scene_run.output_dir / "checkpoint-6").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
+    assert scene_run.scalars("lr") == rates
+    assert scene_run.scalars("loss") == pytest.approx(losses, abs=2e-5 if loss_space == "latent" else 1e-3)
+    assert min(losses) < 0.69, "the policy left the reference"
+    assert deviation(scene_run.lora(), one) < 1e-3
+
+
+@pytest.mark.parametrize("loss_space", ["latent", "ncp"])
+def test_another_accumulation_goes_on_alike(scene_run, loss_space):
+    options = {"loss_space": loss_space, "ncp_error_scale": 1000}
+    scene_run(**options, checkpointing_steps=3)
+    unbroken, checkpoint = scene_run.lora(), scene_run.output_dir / "checkpoint-3"
+    # accelerate had counted 3 batches by then. A step that counted on from them would end in its middle.
+    options |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": checkpoint}
+    scene_run.into("resumed")(**options)
+    assert scene_run.state("checkpoint-6")["next_pair"] == 24
+    assert deviation(scene_run.lora(), unbroken) < 1e-3
+
+
+def test_other_pairs_per_step_go_on_at_the_next_pair(run_sd15):
+    # Nothing is learnt, and a loss is the mean of its pairs' errors: it tells which pairs of the stream a step had.
+    options = {"loss_type": "sft", "loss_space": "latent", "learning_rate": 0}
+    run_sd15(train_batch_size=1, max_train_steps=15, **options)
+    errors = run_sd15.scalars("loss")
+    assert len(set(errors)) == 15
+    run_sd15.into("resumed")(train_batch_size=2, max_train_steps=3, **options)
+    assert run_sd15.state("checkpoint-3")["next_pair"] == 6
+    options |= {"train_batch_size": 3, "max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="--train_batch_size x --gradient_accumulation_steps x processes is 3, was 2"):
+        run_sd15(**options)
+    run_sd15("--allow_resume_changes", **options)
+    # The last step reaches into the second epoch: there are 12 pairs.
+    steps = [errors[0:2], errors[2:4], errors[4:6], errors[6:9], errors[9:12], errors[12:15]]
+    assert run_sd15.scalars("loss") == pytest.approx([sum(step) / len(step) for step in steps], rel=1e-5)
+    assert run_sd15.state("checkpoint-6")["next_pair"] == 15
