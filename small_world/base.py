@@ -187,8 +187,6 @@ def train_denoiser(tokenizer, captions, latents, size):
 
 def train_base(folder, size):
     """Trains a Stable Diffusion on well and badly drawn pictures, and saves it in half precision."""
-    # The number of threads changes the order of sums, and so the model.
-    torch.set_num_threads(2)
     random.seed(SEED)
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -219,4 +217,6 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--output_dir", type=Path, default=ASSETS)
     args = parser.parse_args()
+    # The number of threads changes the order of sums, and so the model.
+    torch.set_num_threads(2)
     train_base(args.output_dir, SIZES[args.size])
