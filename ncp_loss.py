@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 LAYERS = ("mid", "down")
 TARGET_TIMESTEPS = ("previous", "current", "zero")
-DEFAULT_PROBE_RMS = {torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+DEFAULT_PROBE_RMS = {torch.float32: 5e-4, torch.float16: 0.03, torch.bfloat16: 0.06}
 REFERENCE_ADAPTER = "reference"  # the PEFT adapter that `reference_model` switches to
 
 
@@ -387,8 +387,9 @@ class NoiseConditionedPerception:
         target_timestep (`str`): "previous" takes the posterior's step to t' = t - 1 (the paper). "current" takes a
             step of the same k_t from x_t itself, with t' = t. "zero" compares predicted clean latents, with t' = 0.
         probe_rms (`float`, *optional*): root mean square in latent space to which smaller steps are enlarged; 0 is the
-            formula as printed. By default 0 in fp64, 5e-4 in fp32 (few steps are smaller), 0.05 in fp16 and TF32, 0.1
-            in bf16. Half precision takes central differences: one more pass each, and no second-order error.
+            formula as printed. By default 0 in fp64, 5e-4 in fp32 (few steps are smaller), 0.03 in fp16 and TF32, 0.06
+            in bf16. Half precision takes central differences: one more forward pass each, and no second-order error.
+            Their gradient is that of one side, so the policy's steps are enlarged to half of this size.
         error_scale (`float`): ρ, a factor of all errors; 1 is the paper as written.
 
     Raises:
@@ -447,7 +448,7 @@ class NoiseConditionedPerception:
         with torch.no_grad(), self._frozen_encoder():
             if ref_pred is not None:
                 # The probe goes from the reference's prediction to the target, and the change goes the other way.
-                probe, inverse_size = self._probe(step.k * (target - center_pred))
+                probe, inverse_size = self._probe(step.k * (target - center_pred), self._probe_rms)
                 other_points = center - probe if self._central else center
                 features = self._features(torch.cat([center + probe, other_points]), *conditioning)
                 features, other_features = features.to(dtype).chunk(2)
@@ -472,7 +473,9 @@ class NoiseConditionedPerception:
         # e = mean (a + Δ)² = r + mean Δ(2a + Δ), and ∂e/∂pred = 2k/n · Jᵀ(a + Δ). Without a reference, a = 0, r = 0
         # and Δ = J·k(pred - target).
         dtype = self._error_dtype
-        probe, inverse_size = self._probe(anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred))
+        delta = anchor.k * (model_pred.detach().to(dtype) - anchor.center_pred)
+        # The encoder's curvature changes the gradient at one side, the less the closer it is to the center.
+        probe, inverse_size = self._probe(delta, self._probe_rms / 2 if self._central else self._probe_rms)
         probe, inverse_size = anchor.side * probe, anchor.side * inverse_size
         points, other_features = anchor.center + probe, anchor.center_features
         # The backward pass is inside the block too: checkpointing runs the encoder again, and autocast would round.
@@ -497,12 +500,12 @@ class NoiseConditionedPerception:
             return errors, None
         return errors, self.error_scale * 2 / slope[0].numel() * anchor.k * slope_rms * points.grad
 
-    def _probe(self, delta):
-        # s·delta, and the factor that turns the difference of features over it (from -s·delta to s·delta for central
-        # differences) into the change along delta. Where delta is 0, the factor is set to 0, so that the change is
-        # exactly 0 whatever the encoder rounds.
+    def _probe(self, delta, probe_rms):
+        # s·delta, whose root mean square is at least `probe_rms`, and the factor that turns a difference of features
+        # into the change along delta: 1/s, or 1/(2·s) between both sides. Where delta is 0, the factor is set to 0, so
+        # that the change is exactly 0 whatever the encoder rounds.
         rms = _rms(delta)
-        scale = (self._probe_rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_min(1)
+        scale = (probe_rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_min(1)
         return scale * delta, (rms > 0) / (2 * scale if self._central else scale)
 
     def _features(self, x, timesteps, encoder_hidden_states, added_cond_kwargs):

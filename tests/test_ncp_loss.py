@@ -480,17 +480,17 @@ def test_central_gradient_is_that_of_the_side_that_the_noise_chooses(target_time
     def features(x):
         return literal.features(x, seen_at, *batch["condition"])
 
-    def difference(prediction, other):
+    def difference(prediction, other, probe_rms):
         """The change of the features from `other` to `prediction`, and the step from the center to the plus side."""
         step = k * (prediction - other)
-        size = (step.flatten(1).norm(dim=1) / math.sqrt(step[0].numel())).view(-1, 1, 1, 1)
-        enlarged = step * 0.5 / size.clamp(max=0.5)
-        return (features(center + enlarged) - features(center - enlarged)) * size.clamp(max=0.5), enlarged
+        size = (step.flatten(1).norm(dim=1) / math.sqrt(step[0].numel())).view(-1, 1, 1, 1).clamp(max=probe_rms)
+        enlarged = step * probe_rms / size
+        return (features(center + enlarged) - features(center - enlarged)) * size / (2 * probe_rms), enlarged
 
     # The slope of e comes from both sides.
-    slope, enlarged = difference(batch["prediction"], center_pred)
+    slope, enlarged = difference(batch["prediction"], center_pred, 0.25)
     if ref:
-        ref_slope = difference(batch["ref"], batch["target"])[0]
+        ref_slope = difference(batch["ref"], batch["target"], 0.5)[0]
         assert relative_difference(anchor.ref_errors, ref_slope.square().mean(dim=(1, 2, 3))) < 1e-9
         slope = slope + ref_slope
     assert relative_difference(errors, slope.square().mean(dim=(1, 2, 3))) < 1e-9

@@ -15,6 +15,7 @@
 """Compares the perceptual error in half precision with the literal formula in float64, by `benchmarks/precision.py`."""
 
 import copy
+from pathlib import Path
 
 import precision
 import pytest
@@ -30,6 +31,7 @@ DEFAULTS = {
     "bf16": precision.Variant(torch.bfloat16),
 }
 HALF = ["fp16", "bf16"]
+SMALL_WORLD = Path(__file__).resolve().parents[1] / "assets/small-world"
 
 # The tests share one measurement, so they run in one process.
 pytestmark = pytest.mark.xdist_group("precision")
@@ -41,21 +43,41 @@ def measured():
 
 
 @pytest.mark.parametrize("rms", precision.PREDICTION_RMS)
-@pytest.mark.parametrize(("name", "bound"), [("fp32", 0.9999), ("fp16", 0.99), ("bf16", 0.99)])
-def test_gradient_points_the_right_way(measured, name, bound, rms):
-    assert measured[name].min_cosine[rms] >= bound
+@pytest.mark.parametrize(
+    ("name", "mean", "smallest"), [("fp32", 0.9999, 0.9999), ("fp16", 0.998, 0.99), ("bf16", 0.975, 0.92)]
+)
+def test_gradient_points_the_right_way(measured, name, mean, smallest, rms):
+    assert measured[name].mean_cosine[rms] >= mean
+    assert measured[name].min_cosine[rms] >= smallest
 
 
 @pytest.mark.parametrize("rms", precision.PREDICTION_RMS)
-@pytest.mark.parametrize("name", HALF)
-def test_error_is_right(measured, name, rms):
-    assert measured[name].mean_error[rms] <= 0.05
+@pytest.mark.parametrize(("name", "bound"), [("fp16", 0.02), ("bf16", 0.08)])
+def test_error_is_right(measured, name, bound, rms):
+    assert measured[name].mean_error[rms] <= bound
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_margin_follows_the_exact_one(measured, name):
-    assert measured[name].correlation >= 0.98
+@pytest.mark.parametrize(("name", "bound"), [("fp16", 0.99), ("bf16", 0.97)])
+def test_margin_follows_the_exact_one(measured, name, bound):
+    assert measured[name].correlation >= bound
     assert measured[name].right_sign >= 0.95
+
+
+@pytest.fixture(scope="module")
+def ranges_of_timesteps():
+    half = {name: DEFAULTS[name] for name in HALF}
+    return [result for _, result in precision.measure_model(SMALL_WORLD, half, pairs=4)]
+
+
+# Trained weights bend more than random ones, so a gradient at one side needs a small probe.
+@pytest.mark.parametrize(("name", "bound"), [("fp16", 0.998), ("bf16", 0.994)])
+def test_precision_on_trained_weights(ranges_of_timesteps, name, bound):
+    results = [result[name] for result in ranges_of_timesteps]
+    cosines = [result["mean_cosine"] for result in results]
+    assert sum(cosines) / len(cosines) >= bound
+    assert min(cosines) >= 0.98
+    assert sum(result["right_sign"] for result in results) / len(results) >= 0.95
+    assert max(result["mean_error"] for result in results) <= 0.08
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
