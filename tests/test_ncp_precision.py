@@ -69,7 +69,7 @@ def ranges_of_timesteps():
     return [result for _, result in precision.measure_model(SMALL_WORLD, half, pairs=4)]
 
 
-# Trained weights bend more than random ones, so a gradient at one side needs a small probe.
+# The encoder is more curved with trained weights than with random ones, so the gradient at one side needs a small probe.
 @pytest.mark.parametrize(("name", "bound"), [("fp16", 0.998), ("bf16", 0.994)])
 def test_precision_on_trained_weights(ranges_of_timesteps, name, bound):
     results = [result[name] for result in ranges_of_timesteps]
