@@ -56,7 +56,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -71,7 +71,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import (
     check_min_version,
-    convert_state_dict_to_diffusers,
     convert_state_dict_to_kohya,
     convert_unet_state_dict_to_peft,
     make_image_grid,
@@ -351,13 +350,18 @@ def load_pretrained_lora(args):
         return None
     # Translates the block names of some SDXL files.
     options = {"unet_config": SimpleNamespace(**load_config(args, "unet")), "return_lora_metadata": True}
-    if Path(path, WEIGHTS_NAME).is_file():
-        options["weight_name"] = WEIGHTS_NAME
     try:
-        tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(path, **options)
+        source = path if os.path.exists(path) else snapshot_download(path, allow_patterns=WEIGHTS_NAME)
+        file = Path(source, WEIGHTS_NAME) if os.path.isdir(source) else Path(source)
+        with safetensors.safe_open(file, "pt") as opened:
+            num_weights = sum(not name.endswith(".alpha") for name in opened.keys())
+        options["weight_name"] = file.name
+        tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(file.parent, **options)
     except Exception as error:  # the converters raise many kinds
         reason = preference_pairs.find_fault(path) or one_line(error)
         raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {reason}") from error
+    if (lost := num_weights - len(tensors)) > 0:  # such as the scales of a DoRA in kohya's format
+        raise ValueError(f"--pretrained_lora_path {path}: diffusers drops {lost} of its weights. Give a plain LoRA.")
     # diffusers names these alphas after weights.
     kohya_alphas = {
         re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name.removeprefix("unet.")): alpha
@@ -401,13 +405,16 @@ def create_policy(args, unet, pretrained_lora):
     """The frozen U-Net with a LoRA in float32 as its adapter "default". A new LoRA changes nothing yet. A pretrained one
     gives the starting weights, and a frozen copy of it becomes the adapter "reference"."""
     unet.requires_grad_(False)
-    if pretrained_lora is None:
-        options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
-        unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
-    for adapter in (ncp_loss.REFERENCE_ADAPTER, "default") if pretrained_lora is not None else ():
-        weights, config = pretrained_lora
+    options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    weights, config = pretrained_lora or ({}, LoraConfig(target_modules=targets, **options))
+    for adapter in (ncp_loss.REFERENCE_ADAPTER, "default") if weights else ("default",):
         try:
             unet.add_adapter(copy.deepcopy(config), adapter)
+            for name, parameter in unet.named_parameters():
+                if ".lora_" in name:
+                    # PEFT gives it the U-Net's dtype, which would round the weights.
+                    parameter.data = parameter.float()
             result = set_peft_model_state_dict(unet, dict(weights), adapter_name=adapter)
             if result.unexpected_keys:
                 raise ValueError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
@@ -416,13 +423,10 @@ def create_policy(args, unet, pretrained_lora):
                 f"--pretrained_lora_path {args.pretrained_lora_path} does not fit: {one_line(error)}"
             ) from error
     for layer in unet.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.lora_A.float()
-            layer.lora_B.float()
-            if type(layer) is LoraLinear:
-                layer.__class__ = FusedLoraLinear
-            else:
-                layer.cast_input_dtype_enabled = False  # autocast does it
+        if type(layer) is LoraLinear:
+            layer.__class__ = FusedLoraLinear
+        elif isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # autocast does it
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.channels_last:
@@ -731,8 +735,10 @@ def read_state(checkpoint):
     """A checkpoint's training_state.json. A `ValueError` for one of an older version."""
     state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     if "format" not in state:
-        removed = "with --timestep_weighting, --sdpo_safeguard and a merged --pretrained_lora_path"
-        raise ValueError(f"{checkpoint} is of an older version, {removed}: finish its run with that version.")
+        names = ("timestep_weighting", "sdpo_safeguard", "pretrained_lora_path")
+        used = [f"--{name}" for name in names if state["arguments"].get(name) not in (None, False, "none")]
+        version = f"an older version with {', '.join(used)}" if used else "an older version"
+        raise ValueError(f"{checkpoint} is of {version}: finish its run with that version.")
     return state
 
 
@@ -863,7 +869,9 @@ class Checkpoints:
         logger.info(f"Saved {folder}")
 
     def save_lora(self, folder):
-        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.policy))
+        lora = get_peft_model_state_dict(self.policy).items()
+        # `convert_state_dict_to_diffusers` renames attention alone. diffusers does not load a mixture of names.
+        lora = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in lora}
         metadata = self.policy.peft_config["default"].to_dict()
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
 

@@ -25,7 +25,7 @@ from conftest import SCRIPTS
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_unets import UNETS, conditioning
+from tiny_unets import UNETS, conditioning, lora_parameters
 
 
 def create_policy(kind, dtype, pretrained_lora=None, learnt=True, **options):
@@ -103,6 +103,17 @@ def test_a_new_lora_changes_no_bit(kind, dtype):
         assert torch.equal(predict(policy), prediction)
 
 
+def test_a_new_lora_has_no_second_adapter(kind):
+    policy, _ = create_policy(kind, torch.bfloat16, learnt=False)
+    lora, layers = lora_parameters(policy), [name for name, _ in UNETS[kind]().named_modules()]
+    layers = [name for name in layers if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert lora.keys() == {f"{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
+    assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in lora.values())
+    assert len(list(policy.parameters())) == len(list(UNETS[kind]().parameters())) + len(lora)
+    assert not any(weight.requires_grad for name, weight in policy.named_parameters() if name not in lora)
+    assert list(policy.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("targets", [["to_q"], ["conv1", "to_q"]], ids=["attention", "convolutions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def test_policy_and_reference_of_a_pretrained_lora_agree_to_the_bit(kind, dtype, targets):
@@ -116,6 +127,16 @@ def test_policy_and_reference_of_a_pretrained_lora_agree_to_the_bit(kind, dtype,
     }
     config = LoraConfig(r=3, lora_alpha=2, target_modules=names)
     policy, predict = create_policy(kind, dtype, (weights, config), learnt=False)
+    lora = lora_parameters(policy)
+    adapters = {
+        name: [lora[name.replace(".weight", f".{part}.weight")] for part in ("default", "reference")]
+        for name in weights
+    }
+    assert len(lora) == 2 * len(weights)
+    for name, (trained, reference) in adapters.items():
+        assert trained.requires_grad and not reference.requires_grad
+        assert trained.dtype == reference.dtype == torch.float32
+        assert torch.equal(trained, weights[name]) and torch.equal(reference, weights[name])
     prediction = predict(policy)
     with ncp_loss.reference_model(policy):
         assert torch.equal(predict(policy), prediction)
