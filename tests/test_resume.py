@@ -329,6 +329,20 @@ def test_resume_refuses_more_steps_of_a_schedule_that_ends(run_sd15):
 
 
 @pytest.mark.bad_input
+def test_resume_refuses_checkpoints_of_older_versions(run_sd15):
+    run_sd15(loss_space="latent")
+    run_sd15.edit_state("checkpoint-2", lambda state: state.pop("format"))
+    used = {"timestep_weighting": "ncp", "sdpo_safeguard": True, "pretrained_lora_path": "somewhere"}
+    unused = {"timestep_weighting": "none", "sdpo_safeguard": False, "pretrained_lora_path": None}
+    for flags in [{}, unused, *({**unused, flag: used[flag]} for flag in used), used]:
+        run_sd15.edit_state("checkpoint-2", lambda state: state["arguments"].update(flags))
+        with pytest.raises(ValueError, match="checkpoint-2 is of an older version") as error:
+            run_sd15(loss_space="latent", max_train_steps=3, resume_from_checkpoint="latest")
+        named = [flag for flag, value in flags.items() if value == used[flag]]
+        assert re.findall(r"--(\w+)", str(error.value)) == named
+
+
+@pytest.mark.bad_input
 def test_resume_refuses_other_pairs_per_step(run_sd15):
     run_sd15(loss_space="latent")
     with pytest.raises(ValueError, match="--gradient_accumulation_steps x processes is 6, was 2"):
