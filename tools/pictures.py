@@ -34,7 +34,12 @@ from tqdm.auto import tqdm
 
 import diffusers
 from diffusers import DiffusionPipeline
-from diffusers.utils import check_min_version
+from diffusers.utils import (
+    check_min_version,
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -46,6 +51,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHTS = r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.([^.-]+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 # The end of the name of a LoRA layer's second matrix in the formats of diffusers, peft and kohya.
 LORA_UP = re.compile(r"[._]lora(?:_linear_layer|_embedding)?[._](?:up|B)\b")
+LORA_DOWN = re.compile(LORA_UP.pattern.replace("up|B", "down|A"))
 SEED = number_type(int, "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 RESOLUTION = number_type(int, "at least 8", lambda value: value >= 8)
 
@@ -254,18 +260,24 @@ def load_pipeline(args, source):
 
 def load_lora(pipeline, named, file, adapter_name):
     """
-    Adds a LoRA to a pipeline. A `ValueError` says that it does not fit: diffusers itself would skip layers that the model lacks.
-    `named` is the flag and its value.
+    Adds a LoRA to a pipeline. A `ValueError` says that it does not fit: diffusers itself would skip layers that the model lacks
+    and the scales of a DoRA in kohya's format. `named` is the flag and its value.
     """
     try:
         with safe_open(file, "pt") as tensors:
-            layers = [LORA_UP.split(name)[0] for name in tensors.keys() if LORA_UP.search(name)]
+            names = list(tensors.keys())
+        layers = [LORA_UP.split(name)[0] for name in names if LORA_UP.search(name)]
         # Older versions of diffusers ask the hub unless the file's name is given.
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter_name)
     except Exception as error:
         raise ValueError(f"{named} does not fit {type(pipeline).__name__}: {one_line(error)}") from error
+    if scale := next((name for name in names if name.endswith("dora_scale")), None):
+        raise ValueError(
+            f"{named} holds {scale}, which diffusers leaves out. Give a plain LoRA, or a DoRA as PEFT saves it."
+        )
+    # transformers 5 has no `text_model`, but files have it.
     fitting = {
-        f"{component}.{name}"
+        f"{component}.{name}".replace("text_model.", ""): module
         for component, part in pipeline.components.items()
         if isinstance(part, torch.nn.Module)
         for name, module in part.named_modules()
@@ -273,11 +285,34 @@ def load_lora(pipeline, named, file, adapter_name):
         if not any(weight.is_meta for weight in module.parameters())
     }
     if len(fitting) < max(len(layers), 1):
-        missing = next((layer for layer in layers if layer not in fitting), None)
+        missing = next((layer for layer in layers if layer.replace("text_model.", "") not in fitting), None)
         raise ValueError(
             f"{named}: {len(fitting)} of its {len(layers)} layers fit the model, not {missing}. Give a LoRA of this model,"
             f" in the format of {type(pipeline).__name__}.save_lora_weights."
         )
+    for layer, strength in read_strengths(pipeline, file).items():
+        fitting[layer.replace("text_model.", "")].scaling[adapter_name] = strength
+
+
+def read_strengths(pipeline, file):
+    """
+    What a LoRA's file multiplies the update of each layer by, alpha / rank: diffusers gives some layers the alpha of others.
+    Empty if the file holds PEFT's configuration, which says it.
+    """
+    options = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
+    tensors, alphas, config = pipeline.lora_state_dict(file.parent, weight_name=file.name, **options)
+    if config:
+        return {}
+    strengths = {}
+    for name, down in tensors.items():
+        if LORA_DOWN.search(name):
+            alpha = (alphas or {}).get(f"{name.split('.lora.')[0]}.alpha", len(down))
+            strengths[name] = alpha / len(down)
+    text = {name: strengths.pop(name) for name in list(strengths) if name.startswith("text_encoder")}
+    if text:
+        text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
+    strengths = {**convert_unet_state_dict_to_peft(strengths), **text}
+    return {name.removesuffix(".lora_A.weight"): strength for name, strength in strengths.items()}
 
 
 # Pictures

@@ -202,11 +202,11 @@ def test_what_is_no_pipeline_is_an_error(evaluate, flag, tmp_path):
     assert not (tmp_path / "evaluation").exists()
 
 
-def save_lora(model, folder, seed=0):
+def save_lora(model, folder, seed=0, **options):
     """A LoRA of random weights for the attention of a model, in diffusers' format."""
     torch.manual_seed(seed)
     pipeline = DiffusionPipeline.from_pretrained(model)
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False, **options))
     pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
     return folder / pictures.LORA_NAME
 
@@ -244,6 +244,76 @@ def test_a_lora_draws_as_if_it_were_merged(evaluate, checkpoints, tmp_path):
     settings = json.loads((folder / "model" / "settings.json").read_text())
     assert settings["lora_weights"] == str(file.parent)
     assert settings["weights"]["lora_weights"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def get_layer(pipeline, name):
+    component, _, layer = name.partition(".")
+    return getattr(pipeline, component).get_submodule(layer)
+
+
+def random_kohya_lora(pipeline):
+    """A LoRA in kohya's format for all kinds of layers, each with a rank and an alpha of its own, and its updates by layer."""
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}
+    if hasattr(pipeline, "text_encoder_2"):
+        prefixes |= {"text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
+    targets = ("to_q", "to_out.0", "conv1", "conv_shortcut", "proj_in", "ff.net.2", "q_proj", "out_proj", "fc1")
+    lora, updates, generator = {}, {}, torch.Generator().manual_seed(0)
+    for component, prefix in prefixes.items():
+        for layer, module in getattr(pipeline, component).named_modules():
+            if not layer.endswith(targets):
+                continue
+            rank, weight = 2 + len(updates) % 3, module.weight
+            name = f"{prefix}_{layer.replace('.', '_')}".replace("text_model_text_model", "text_model")
+            down = torch.randn(rank, *weight.shape[1:], generator=generator)
+            up = torch.randn(len(weight), rank, *(weight.dim() - 2) * [1], generator=generator)
+            lora |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            # Some files give some layers no alpha: it is the rank.
+            alpha = (None, 0.1, 0.2, 0.5)[len(updates) % 4]
+            if alpha is not None:
+                lora[f"{name}.alpha"] = torch.tensor(alpha)
+            updates[f"{component}.{layer}"] = (
+                (alpha or rank) / rank * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+            )
+    return lora, updates
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_layers_have_the_strength_that_the_file_gives_them(checkpoints, tmp_path, kind):
+    pipeline = DiffusionPipeline.from_pretrained(checkpoints[kind])
+    lora, updates = random_kohya_lora(pipeline)
+    safetensors.torch.save_file(lora, tmp_path / "lora.safetensors")
+    weights = {layer: get_layer(pipeline, layer).weight.clone() for layer in updates}
+    pictures.load_lora(pipeline, "--lora_weights", tmp_path / "lora.safetensors", "lora")
+    for layer, update in updates.items():
+        merged = get_layer(pipeline, layer)
+        merged.merge()
+        torch.testing.assert_close(merged.base_layer.weight - weights[layer], update, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_of_peft_keeps_its_scales(checkpoints, tmp_path):
+    file = save_lora(checkpoints["sd15"], tmp_path / "lora", use_dora=True)
+    lora, ending = safetensors.torch.load_file(file), ".lora_magnitude_vector"
+    lora = {name: 1.5 * weight if name.endswith(ending) else weight for name, weight in lora.items()}
+    safetensors.torch.save_file(lora, file)
+    pipeline = DiffusionPipeline.from_pretrained(checkpoints["sd15"])
+    pictures.load_lora(pipeline, "--lora_weights", file, "lora")
+    scales = {name: weight for name, weight in lora.items() if name.endswith(ending)}
+    assert scales
+    for name, scale in scales.items():
+        layer = get_layer(pipeline, name.removesuffix(ending))
+        assert torch.equal(layer.lora_magnitude_vector["lora"].weight, scale)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", ["lora_weights", "baseline_lora_weights"])
+def test_a_dora_in_kohyas_format_is_refused(evaluate, checkpoints, tmp_path, flag):
+    lora, _ = random_kohya_lora(DiffusionPipeline.from_pretrained(checkpoints["sd15"]))
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    lora[f"{name}.dora_scale"] = torch.ones(1, len(lora[f"{name}.lora_down.weight"][0]), 1, 1)
+    safetensors.torch.save_file(lora, tmp_path / "dora.safetensors")
+    with pytest.raises(ValueError, match=f"--{flag} {tmp_path}/dora.safetensors .*proj_in.dora_scale"):
+        evaluate(**{flag: tmp_path / "dora.safetensors"})
+    assert not list(tmp_path.glob("evaluation/*/*.png")), "neither side is drawn"
 
 
 @pytest.mark.bad_input
