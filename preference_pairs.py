@@ -26,6 +26,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import itertools
@@ -35,6 +36,7 @@ import math
 import os
 import re
 import signal
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -46,8 +48,9 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ COLUMNS = {
 }
 NUMBERS = "u?int|halffloat|float|double|decimal"
 ARROW_TYPES = {"images": "binary|string|struct", "numbers": NUMBERS, "text": "string"}
+# PIL refuses a PNG with more than 1 MB of text, but the text may be a whole workflow.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 # Training on encoded data must have the same values as the encoding.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 # Training warns if these differ.
@@ -213,6 +218,11 @@ def find_fault(*names):
                 return f"{path} is empty or cut off: {error}"
 
 
+def same_prompt_key(caption):
+    """A text that is equal for captions that differ only in spaces, case and Unicode's ways of writing a character."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
 def load_dataset(args):
     """Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
     and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
@@ -246,7 +256,7 @@ def load_dataset(args):
         dataset = dataset if dataset.features == features else dataset.cast(features)
         dataset.info.download_checksums = dict.fromkeys(files)
         return dataset
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
         reason = find_fault(file) or f"{file} {one_line(error.__cause__ or error)}".strip()
         raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
 
@@ -344,7 +354,7 @@ def locate_image(args, value):
         raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
     # A downloaded dataset must not read other files of this machine.
     source = args.train_data_dir or args.dataset_name
-    caches = [folder for folder in (args.cache_dir, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE) if folder]
+    caches = [folder for folder in (args.cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE) if folder]
     folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches)]
     path = folders[0] / value["path"]
     if not any(path.resolve().is_relative_to(folder) for folder in folders):
@@ -353,14 +363,21 @@ def locate_image(args, value):
 
 
 def read_image(source):
-    """An upright RGB image, transparency on white, from encoded bytes or a path."""
+    """An upright image in sRGB, transparency on white, from encoded bytes or a path."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data:
         raise ValueError("empty, 0 bytes")
     if (start := data[:20]).isascii() and start.decode().isprintable():
         raise ValueError(f"{start.decode()!r}... is text instead of an image; decode base64 first")
     image = Image.open(io.BytesIO(data))
+    # The resized image would take gigabytes.
+    if max(image.size) > 32 * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} pixels, but a side must be at most 32 times the other")
+    if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:
+        raise ValueError("an animation, but must be a single picture")
     image.load()
+    profile = image.info.get("icc_profile")
+    transform = create_srgb_transform(profile, image.mode) if profile else None
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # PIL's parsers raise many kinds
@@ -374,8 +391,31 @@ def read_image(source):
         image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
+    if transform is not None:
+        alpha = image.getchannel("A") if image.mode == "RGBA" else 255
+        image = transform.apply(image.convert(transform.input_mode))
+        image.putalpha(alpha)
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def create_srgb_transform(icc_profile, mode):
+    """What converts images of a mode from the colours of a profile to sRGB, or `None` if nothing is to be converted."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        is_gray = mode[0] in "1LIF" and profile.profile.xcolor_space.strip() == "GRAY"
+        mode = mode if mode in ("CMYK", "LAB") else "L" if is_gray else "RGB"
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # PIL raises many kinds
+        warnings.warn("The colour profile of an image cannot be used and is ignored: its colours are taken for sRGB.")
+        return None
+    # Profiles of sRGB have many names, so 216 colours are compared.
+    colours = np.mgrid[:256:51, :256:51, :256:51].T.astype(np.uint8).reshape(36, 6, 3)
+    colours = Image.fromarray(colours).convert(mode)
+    changes = np.subtract(transform.apply(colours), colours.convert("RGB"), dtype=int)
+    return transform if abs(changes).max() > 2 else None
 
 
 def preprocess_image(image, args, crop_position, flip, has_time_ids):
@@ -423,11 +463,9 @@ class PairStream(torch.utils.data.Sampler):
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """
-    `pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, of shape `(T,)`, with noise of `latent_shape`,
+    """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, of shape `(T,)`, with noise of `latent_shape`,
     `(C, H, W)`; `pairs[epoch, row, timestep]` is the same at a given timestep. `rows` are ascending. With `winner_only`
-    losers are not read.
-    """
+    losers are not read."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
         self.dataset, self.rows, self.args = dataset, rows, args
@@ -469,21 +507,43 @@ class PreferencePairs(torch.utils.data.Dataset):
         dataset = self.dataset.select(self.rows)
         return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
 
+    def identify_images(self):
+        """A digest of each image of a pair that can be read. Pairs are in the order of `rows`."""
+        identities, columns = [], (self.args.image_0_column, self.args.image_1_column)
+        for row_number in tqdm(self.rows, "Comparing images", disable=not logger.isEnabledFor(logging.INFO)):
+            row = self.dataset[row_number]
+            identities.append([])
+            for image in (row[column] for column in columns):
+                with contextlib.suppress(OSError, ValueError):  # Training names it.
+                    source = locate_image(self.args, image)
+                    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+                    identities[-1].append(hashlib.sha256(data).digest())
+        return identities
+
     def hold_out(self, num_pairs):
-        """Splits by caption into pairs to train on and at least `num_pairs` held-out pairs."""
-        captions, num_held_out, held_out = self.columns()[1], 0, set()
-        counts = sorted(collections.Counter(captions).items())
-        for index in np.random.default_rng(self.args.seed).permutation(len(counts)):
-            if num_held_out < num_pairs:
-                caption, count = counts[index]
-                held_out.add(caption)
-                num_held_out += count
-        if num_held_out == len(captions):
-            counted = f"there are {num_held_out} pairs of {len(counts)} captions"
+        """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image."""
+        captions, places, groups, held_out = self.columns()[1], collections.defaultdict(list), [], set()
+        keys = [(same_prompt_key(caption), *images) for caption, images in zip(captions, self.identify_images())]
+        for place, keys_of_pair in enumerate(keys):
+            for key in keys_of_pair:
+                places[key].append(place)
+        while places:
+            # The list grows while it is read: every pair adds those that share a key with it.
+            group = places.popitem()[1]
+            for place in group:
+                group += itertools.chain.from_iterable(places.pop(key, []) for key in keys[place])
+            groups.append(set(group))
+        groups.sort(key=lambda group: min(captions[place] for place in group))
+        order = np.random.default_rng(self.args.seed).permutation(len(groups))
+        # Groups of more pairs than are asked for come last.
+        for index in sorted(order, key=lambda index: len(groups[index]) > num_pairs):
+            held_out |= groups[index] if len(held_out) < num_pairs else set()
+        if len(held_out) == len(captions):
+            counted = f"there are {len(captions)} pairs of {len(groups)} captions with images of their own"
             raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counted}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
-        train_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption not in held_out]
-        eval_pairs.rows = [row for row, caption in zip(self.rows, captions) if caption in held_out]
+        train_pairs.rows = [row for place, row in enumerate(self.rows) if place not in held_out]
+        eval_pairs.rows = [row for place, row in enumerate(self.rows) if place in held_out]
         # Held-out pairs are compared, also where training reads winners only.
         eval_pairs.winner_only = False
         return train_pairs, eval_pairs
@@ -520,7 +580,7 @@ class EncodedPairs(PreferencePairs):
             paths, num_shards = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
             if len(paths) != num_shards:
                 raise ValueError(
-                    f"{folder / part} holds {len(paths)} of {num_shards} files: encode again, to complete it."
+                    f"{folder / part} holds {len(paths)} of {num_shards} files: encode again to add them."
                 )
             parts[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
         pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
@@ -542,6 +602,12 @@ class EncodedPairs(PreferencePairs):
     def columns(self):
         dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
         return dataset["label"][:], dataset["caption"][:]
+
+    def identify_images(self):
+        columns = [self.dataset[name][:] for name in ("digest_0", "digest_1") if name in self.dataset.column_names]
+        if not columns:
+            logger.warning(f"{self.args.encoded_data_dir} has no digests: held-out images may be in other pairs too.")
+        return list(zip(*columns)) or [()] * len(self.rows)
 
 
 def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):

@@ -15,6 +15,7 @@
 """From a dataset's row to the batch, and what is said of bad input before any model is loaded."""
 
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -26,6 +27,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import preference_pairs
 import pyarrow as pa
@@ -36,7 +38,8 @@ from accelerate.state import PartialState
 from conftest import Run, start_script
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from preference_pairs import (
     PairStream,
     PreferencePairs,
@@ -247,6 +250,199 @@ def test_greys_that_say_nothing_are_refused_with_their_row(values, message):
         make_pairs(columns)[0, 1]
 
 
+# Colours, metadata and shapes
+
+
+def saved(image, file_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def difference(data, image):
+    """The mean difference, of 255, of what is read from `data` from an image."""
+    return np.abs(pixels(read_image(data)) - pixels(image)).mean()
+
+
+def fixed_point(*values):
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def gamma_curve(gamma):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def build_profile(space, tags, name="x"):
+    """An ICC profile of version 2. `tags` are added to those that every profile has."""
+    text = name.encode() + b"\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": b"XYZ \0\0\0\0" + fixed_point(0.9642, 1, 0.8249),
+        **tags,
+    }
+    body, table, offset = b"", b"", 132 + 12 * len(tags)
+    for tag, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += tag + struct.pack(">II", offset + len(body), len(value))
+        body += value
+    pcs = b"Lab " if b"A2B0" in tags else b"XYZ "
+    head = struct.pack(">I4s4s4s4s4s", offset + len(body), b"none", b"\2\x40\0\0", b"mntr", space, pcs)
+    head += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + fixed_point(0.9642, 1, 0.8249) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+def rgb_profile(primaries, curve, name="x"):
+    """A profile of these primaries, as XYZ under D50."""
+    columns = zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)
+    tags = {tag: b"XYZ \0\0\0\0" + fixed_point(*column) for tag, column in columns}
+    return build_profile(b"RGB ", {**tags, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)}, name)
+
+
+SRGB_PRIMARIES = (0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)
+PROFILES = {
+    "Adobe RGB": rgb_profile(
+        ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), gamma_curve(2.2)
+    ),
+    "Display P3": rgb_profile(
+        ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)), gamma_curve(2.2)
+    ),
+    "ProPhoto": rgb_profile(
+        ((0.79767, 0.28804, 0), (0.13519, 0.71188, 0), (0.03134, 0.00009, 0.82491)), gamma_curve(1.8)
+    ),
+    "linear sRGB": rgb_profile(SRGB_PRIMARIES, gamma_curve(1), "sRGB with linear values"),
+}
+# The curve of sRGB in 1024 points.
+LEVELS = np.arange(1024) / 1023
+LEVELS = 65535 * np.where(LEVELS <= 0.04045, LEVELS / 12.92, ((LEVELS + 0.055) / 1.055) ** 2.4)
+SRGB_CURVE = b"curv\0\0\0\0" + struct.pack(">I1024H", 1024, *LEVELS.round().astype(int))
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "P with transparency"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_colours_of_a_profile_become_srgb(name, mode):
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(PROFILES[name]))
+    stored = ImageCms.profileToProfile(picture(3), ImageCms.createProfile("sRGB"), profile)
+    options = {"icc_profile": PROFILES[name]}
+    if mode == "RGBA":
+        stored.putalpha(Image.linear_gradient("L").resize(stored.size))
+    elif mode.startswith("P"):
+        stored = stored.quantize(64)
+    if "transparency" in mode:
+        options["transparency"] = bytes([0, 100, 200, *[255] * 61])
+    alpha = Image.open(io.BytesIO(saved(stored, **options))).convert("RGBA").getchannel("A")
+    image = ImageCms.profileToProfile(stored.convert("RGBA").convert("RGB"), profile, ImageCms.createProfile("sRGB"))
+    image.putalpha(alpha)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert difference(saved(stored, **options), image) == 0
+    assert difference(saved(stored, **{**options, "icc_profile": None}), image) > 3
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_greys_of_a_profile_become_srgb(mode):
+    profile, grey = build_profile(b"GRAY", {b"kTRC": gamma_curve(1)}), picture(3).convert("L")
+    linear = pixels(grey) / 255
+    expected = 255 * np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    if mode == "I;16":
+        grey = Image.fromarray((pixels(grey) * 257).astype(np.uint16))
+    if mode == "LA":
+        grey = grey.convert("LA")
+        grey.paste((0, 0), (0, 0, 10, 48))
+        expected[:, :10] = 255
+    assert np.abs(pixels(read_image(saved(grey, icc_profile=profile))) - expected[..., None]).max() < 1
+
+
+def cmyk_profile():
+    """The profile of a device whose cyan ink is red and whose magenta ink is grey."""
+    colours = {(0, 0, 0, 0): [255, 128, 128], (1, 0, 0, 0): [128, 208, 195], (0, 1, 0, 0): [128, 128, 128]}
+    grid = [value for inks in np.ndindex(2, 2, 2, 2) for value in colours.get(inks, [0, 128, 128])]
+    identity = fixed_point(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    table = (
+        b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + bytes(grid) + bytes(range(256)) * 3
+    )
+    return build_profile(b"CMYK", {b"A2B0": table})
+
+
+def test_cmyk_of_a_profile_becomes_srgb():
+    image = Image.new("CMYK", (24, 8))
+    image.paste((0, 255, 0, 0), (8, 0, 16, 8))
+    image.paste((255, 0, 0, 0), (16, 0, 24, 8))
+    white, grey, red = pixels(read_image(saved(image, "TIFF", icc_profile=cmyk_profile())))[4, 4::8]
+    assert white.min() > 250 and np.abs(grey - 119).max() <= 3 and red[0] > 200 and red[1:].max() < 100
+    plain = pixels(read_image(saved(image, "TIFF")))[4, 4::8]
+    assert plain.tolist() == [[255, 255, 255], [255, 0, 255], [0, 255, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_a_profile_of_srgb_changes_nothing(mode):
+    image = picture(3).convert(mode)
+    assert difference(saved(image, icc_profile=SRGB), read_image(saved(image))) == 0
+    # Its name does not say so.
+    unnamed = rgb_profile(SRGB_PRIMARIES, SRGB_CURVE)
+    assert difference(saved(image, icc_profile=unnamed), read_image(saved(image))) == 0
+
+
+@pytest.mark.parametrize(
+    "mode, profile", [("RGB", bytes(2_000_000)), ("RGB", b"x"), ("CMYK", SRGB), ("RGB", cmyk_profile())]
+)
+@pytest.mark.bad_input
+def test_an_unusable_profile_is_a_warning(mode, profile):
+    preference_pairs.create_srgb_transform.cache_clear()
+    image = picture(3).convert(mode)
+    with pytest.warns(UserWarning, match="colour profile"):
+        data = saved(image, "PNG" if mode == "RGB" else "TIFF", icc_profile=profile)
+        assert difference(data, image.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "many chunks"])
+@pytest.mark.bad_input
+def test_much_text_in_a_png_does_not_matter(kind):
+    info, text = PngInfo(), json.dumps({"nodes": ["x" * 50] * 40_000})
+    if kind == "iTXt":
+        info.add_itxt("workflow", text, zip=True)
+    for number in range({"tEXt": 1, "zTXt": 1, "iTXt": 0, "many chunks": 40}[kind]):
+        info.add_text(f"workflow {number}", text, zip=kind != "tEXt")
+    assert difference(saved(picture(1), pnginfo=info), picture(1)) == 0
+
+
+def animation(file_format):
+    return saved(picture(0), file_format, save_all=True, append_images=[picture(1)])
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (animation("GIF"), "an animation"),
+        (animation("PNG"), "an animation"),
+        (animation("WEBP"), "an animation"),
+        (saved(Image.new("RGB", (100_000, 10))), "100000x10 pixels, .* 32 times"),
+        (saved(Image.new("L", (3, 97))), "3x97 pixels, .* 32 times"),
+    ],
+)
+@pytest.mark.bad_input
+def test_animations_and_extreme_shapes_are_refused_with_their_row(data, message):
+    columns = pair_columns(3)
+    columns["jpg_1"][2] = data
+    with pytest.raises(ValueError, match=rf"Row 2 .*jpg_1 cannot be read as an image: {message}"):
+        make_pairs(columns)[0, 2]
+
+
+def test_single_pictures_in_formats_of_several():
+    for file_format in ("GIF", "WEBP"):
+        data = saved(picture(0), file_format, lossless=True)
+        assert difference(data, Image.open(io.BytesIO(data)).convert("RGB")) == 0
+    # A photograph may hold a preview, and a TIFF further pages. The first is the picture.
+    for file_format in ("MPO", "TIFF"):
+        data = animation(file_format)
+        assert difference(data, Image.open(io.BytesIO(data)).convert("RGB")) == 0
+    assert read_image(saved(Image.new("RGB", (96, 3)))).size == (96, 3)
+
+
 @pytest.mark.bad_input
 def test_base64_instead_of_an_image():
     columns = pair_columns(3)
@@ -313,6 +509,20 @@ def test_paths_below_the_data_are_read(tmp_path):
     assert read_image(locate_image(hub, {"bytes": None, "path": str(cache / "b.png")})).size == picture(0).size
     with pytest.raises(ValueError, match="a.png leads out of .*cache"):
         locate_image(hub, {"bytes": None, "path": str(folder / "images/a.png")})
+
+
+@pytest.mark.bad_input
+def test_a_hub_dataset_reads_no_token(tmp_path, monkeypatch):
+    """The user's token is beside the caches of hub and datasets."""
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(preference_pairs, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = arguments(dataset_name="somebody/pairs")
+    for name in ("datasets/a.png", "hub/a.png"):
+        assert locate_image(hub, {"bytes": None, "path": str(tmp_path / name)}) == str(tmp_path / name)
+    for name in ("token", "stored_tokens", "datasets/../token"):
+        with pytest.raises(ValueError, match=f"{name} leads out of .*datasets"):
+            locate_image(hub, {"bytes": None, "path": str(tmp_path / name)})
 
 
 @pytest.mark.bad_input
@@ -440,6 +650,13 @@ def test_shards_of_another_kind_are_named(tmp_path, change, message):
         columns = {name: column for name, column in columns.items() if column is not None}
         pq.write_table(pa.table(columns), tmp_path / f"train-{shard}.parquet")
     with pytest.raises(ValueError, match=f"--dataset_name .* cannot be read: .*{message}"):
+        load_pairs(dataset_name=str(tmp_path))
+
+
+@pytest.mark.bad_input
+def test_a_folder_with_a_script_is_named(tmp_path):
+    (tmp_path / f"{tmp_path.name}.py").write_text("")
+    with pytest.raises(ValueError, match=f"--dataset_name {tmp_path} cannot be read: .*{tmp_path.name}.py"):
         load_pairs(dataset_name=str(tmp_path))
 
 
@@ -699,6 +916,100 @@ def test_a_file_may_occur_in_several_pairs(checkpoints, tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = Run("sd15", checkpoints["sd15"], None, tmp_path / "output")
     run(train_data_dir=folder, loss_space="latent", max_train_steps=1)
+
+
+# Held-out pairs
+
+
+def images_of(pairs):
+    """The bytes of all images of the pairs."""
+    names = (pairs.args.image_0_column, pairs.args.image_1_column)
+    return {pairs.dataset[row][name]["bytes"] for row in pairs.rows for name in names}
+
+
+def repeated_columns(captions):
+    """Every pair under two captions: that of `pair_columns`, and what the function `captions` makes of it."""
+    columns = {name: [value for value in values for _ in range(2)] for name, values in pair_columns(12, 0).items()}
+    columns["caption"] = [captions(text) if row % 2 else text for row, text in enumerate(columns["caption"])]
+    return columns
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        str.upper,
+        lambda text: f" {text.replace(' ', '  ')}\n",
+        lambda text: text.replace("p", "\uff50"),
+        lambda text: f"a photo of {text}",
+    ],
+)
+def test_held_out_pairs_share_no_prompt_and_no_image(captions):
+    pairs = make_pairs(repeated_columns(captions))
+    trained, held_out = pairs.hold_out(7)
+    assert len(held_out.rows) == 8 and sorted(trained.rows + held_out.rows) == pairs.rows
+    assert not images_of(trained) & images_of(held_out)
+    prompts = [set(map(preference_pairs.same_prompt_key, part.columns()[1])) for part in (trained, held_out)]
+    assert prompts[0].isdisjoint(prompts[1])
+    # The same for a seed, others for another.
+    assert make_pairs(repeated_columns(captions)).hold_out(7)[1].rows == held_out.rows
+    assert make_pairs(repeated_columns(captions), seed=1).hold_out(7)[1].rows != held_out.rows
+
+
+def test_pairs_that_share_images_through_others_stay_together():
+    columns = pair_columns(12, 0)
+    # Rows 0 to 5 are a chain, in which an image is now on one side of a pair and now on the other.
+    for row in range(5):
+        columns["jpg_0"][row + 1] = columns["jpg_1"][row]
+    for seed in range(20):
+        trained, held_out = make_pairs(columns, seed=seed).hold_out(3)
+        assert len(held_out.rows) == 3 and min(held_out.rows) > 5
+    # Where so many are asked for, the chain is held out too.
+    trained, held_out = make_pairs(columns).hold_out(7)
+    assert set(range(6)) <= set(held_out.rows) and not set(held_out.rows) & set(trained.rows)
+    with pytest.raises(ValueError, match="--num_eval_pairs 12 leaves no pair to train on: there are 12 pairs of 7 "):
+        make_pairs(columns).hold_out(12)
+
+
+@pytest.mark.bad_input
+def test_pairs_whose_images_cannot_be_read_can_be_held_out(tmp_path):
+    folder = Path(build_image_folder(tmp_path / "images", num_pairs=6))
+    edit_metadata(folder, lambda rows: [json.dumps({**row, "jpg_0_file_name": None}) for row in rows])
+    (folder / "images/0_jpg_1.png").unlink()
+    trained, held_out = load_pairs(train_data_dir=str(folder), on_bad_sample="skip").hold_out(2)
+    assert len(held_out.rows) == 2 and len(trained.rows) == 4
+
+
+def test_the_same_pairs_of_a_folder_are_held_out(tmp_path, parquet):
+    from_folder = load_pairs(train_data_dir=build_image_folder(tmp_path / "images"))
+    assert from_folder.hold_out(5)[1].rows == load_pairs(dataset_name=parquet).hold_out(5)[1].rows
+
+
+def write_stream(folder, columns):
+    folder.mkdir(parents=True)
+    table = pa.table(columns)
+    with pa.OSFile(str(folder / "0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("with_digests", [True, False])
+def test_the_same_pairs_of_encoded_data_are_held_out(tmp_path, with_digests, caplog):
+    columns = repeated_columns(lambda text: f"a photo of {text}")
+    pairs, args = make_pairs(columns), arguments(encoded_data_dir=str(tmp_path))
+    settings = {name: getattr(args, name, None) for name in preference_pairs.ENCODING_ARGUMENTS}
+    settings |= {name: getattr(args, name) for name in preference_pairs.ENCODING_HINTS}
+    settings |= {"vae_scaling_factor": 1, "no_hflip": False, "num_pairs_shards": 1, "num_prompts_shards": 1}
+    (tmp_path / "encoding.json").write_text(json.dumps(settings))
+    write_stream(tmp_path / "prompts", {"caption": ["x"]})
+    stored = {"row": pairs.rows, "label": columns["label_0"], "caption": columns["caption"]}
+    digests = {
+        f"digest_{side}": [hashlib.sha256(image).hexdigest() for image in columns[f"jpg_{side}"]] for side in (0, 1)
+    }
+    write_stream(tmp_path / "pairs", {**stored, **(digests if with_digests else {})})
+    encoded_pairs = preference_pairs.EncodedPairs(args, {"scaling_factor": 1}, (4, 16, 16), torch.arange(1000), False)
+    held_out = encoded_pairs.hold_out(7)[1]
+    assert (held_out.rows == pairs.hold_out(7)[1].rows) == with_digests
+    assert ("has no digests" in caplog.text) == (not with_digests)
+    assert held_out.columns()[1] == [columns["caption"][row] for row in held_out.rows]
 
 
 def test_max_train_samples(parquet):

@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import tempfile
-import unicodedata
 from collections import Counter, deque
 from pathlib import Path
 
@@ -76,11 +75,6 @@ def exit_code(function, *arguments):
 
 
 # Reading
-
-
-def same_prompt_key(caption):
-    """A text that is equal for captions that differ only in spaces, case and Unicode's ways of writing a character."""
-    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
 def require_columns(columns, available, source):

@@ -22,9 +22,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import filelock
-from common import SCHEMA, iter_rows, name_source, read_metadata, same_prompt_key, source_warning, write_shards
+from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
 from datasets import Features, Value
-from preference_pairs import read_image
+from preference_pairs import read_image, same_prompt_key
 from tqdm.auto import tqdm
 
 
@@ -90,13 +90,14 @@ def load_picture(path):
 
 def read_pictures(input_dir):
     """
-    The pictures of each prompt that has two or more: `{prompt: [line of metadata.jsonl, with the picture's path]}`. Missing
-    pictures are left out with a warning. A `ValueError` names a line that is wrong or leads out of the folder.
+    The pictures of each prompt that has two or more: `{prompt: [line of metadata.jsonl, with the picture's path and digest]}`.
+    Missing pictures, and those that equal another one of their prompt, are left out with a warning. A `ValueError` names a
+    line that is wrong or leads out of the folder.
     """
     file = Path(input_dir, RECORD_NAME)
     if not file.is_file():
         raise ValueError(f"--input_dir {input_dir} has no {RECORD_NAME}. Give the folder that draw wrote.")
-    folder, prompts, missing = Path(input_dir).resolve(), defaultdict(dict), []
+    folder, prompts, missing, repeated = Path(input_dir).resolve(), defaultdict(dict), [], []
     for index, row in enumerate(iter_rows(read_metadata(str(file)))):
         for column in ("file_name", "prompt"):
             if not isinstance(row.get(column), str):
@@ -107,12 +108,19 @@ def read_pictures(input_dir):
             raise ValueError(
                 f"{file}, picture {index}: {row['file_name']!r:.200} leads out of --input_dir {input_dir}."
             )
-        if row["path"].is_file():
-            prompts[same_prompt_key(row["prompt"])][row["file_name"]] = row
-        else:
+        if not row["path"].is_file():
             missing.append(row["file_name"])
+            continue
+        row["digest"] = digest_of_files(row["path"])
+        first = prompts[same_prompt_key(row["prompt"])].setdefault(row["digest"], row)
+        if first["file_name"] != row["file_name"]:
+            repeated.append(f"{row['file_name']}, which equals {first['file_name']}")
     if missing:
         logger.warning(f"{len(missing)} pictures of {file} are missing and left out, the first is {missing[0]}")
+    if repeated:
+        logger.warning(
+            f"{len(repeated)} pictures equal another of their prompt and are left out, the first is {repeated[0]}"
+        )
     if alone := [row["prompt"] for rows in prompts.values() if len(rows) == 1 for row in rows.values()]:
         logger.warning(f"{len(alone)} prompts with only one picture are left out, the first is {alone[0]!r:.80}")
     groups = [list(rows.values()) for rows in prompts.values() if len(rows) > 1]

@@ -77,7 +77,6 @@ from common import (
     pair_ranks,
     read_metadata,
     require_columns,
-    same_prompt_key,
     source_warning,
     whole_file,
     write_shards,
@@ -276,7 +275,7 @@ class Inspection:
 
     def add(self, row, label, caption, images, probability, uids):
         """`images` are what `inspect_image` returns, `uids` the images' ids or `None`."""
-        from preference_pairs import find_problem
+        from preference_pairs import find_problem, same_prompt_key
 
         problems = [("bad labels", find_problem(label=label)), ("bad captions", find_problem(caption=caption))]
         problems.append(("bad probabilities", find_problem(probability=probability)))
@@ -469,6 +468,8 @@ def read_comparisons(args):
     The metadata of all rows, and a `pd.DataFrame` of the comparisons: `label` is 1, 0 or 0.5 (a tie), `prompt`, `image_0`
     and `image_1` are numbers that tell prompts and images apart, and a larger `order` is a later pair.
     """
+    from preference_pairs import same_prompt_key
+
     names = flags_of(args, "label_column", "caption_column", "order_column")
     rows = load_rows(args, names)
     uids = flags_of(args, "image_0_uid_column", "image_1_uid_column")

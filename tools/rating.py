@@ -69,19 +69,14 @@ def number_pairs(prompts):
     """
     Every two pictures of every prompt, `{key: (picture, picture)}`. The key depends on the prompt and the pictures' content.
     The first pairs of all prompts come first, then the second ones, so that a rater who stops early has seen all prompts.
-    Equal pictures make no pair.
     """
-    rounds, num_equal = [], 0
+    rounds = []
     for prompt, rows in tqdm(prompts.items(), desc="Reading pictures"):
         for picture in rows:
             load_picture(picture["path"])
-            picture["digest"] = digest_of_files(picture["path"])
         pairs = list(itertools.combinations(rows, 2))
         random.Random(prompt).shuffle(pairs)
-        rounds.append([pair for pair in pairs if pair[0]["digest"] != pair[1]["digest"]])
-        num_equal += len(pairs) - len(rounds[-1])
-    if num_equal:
-        logger.warning(f"{num_equal} pairs of two equal pictures are left out")
+        rounds.append(pairs)
     keyed = {}
     for pair in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*rounds))):
         content = [pair[0]["prompt"], *(picture["digest"] for picture in pair)]

@@ -33,10 +33,11 @@ import pandas as pd
 import preference_pairs
 import pyarrow.parquet as pq
 import pytest
-from common import ParquetFiles, pair_ranks, row_groups, same_prompt_key, write_shards
+from common import ParquetFiles, pair_ranks, row_groups, write_shards
 from conftest import ROOT
 from datasets import Dataset, Features, Value, load_dataset
 from PIL import Image
+from preference_pairs import same_prompt_key
 from prepare_preferences import encoded_bytes, inspect_image, main, parse_args
 from tiny_checkpoints import build_tokenizer
 from transformers import CLIPTextConfig
