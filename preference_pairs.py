@@ -180,10 +180,14 @@ def digest_part(name, place="", revision=None, variant=None):
     return digest_files([path] if path.is_file() else files)
 
 
+def digest_model(name, revision, variant):
+    """Digests of a model's parts, by name."""
+    return {part: digest_part(name, part, revision, variant) for part in MODEL_PARTS}
+
+
 def digest_models(args):
     """Digests of the base model's parts, by name, and of the LoRA to start from."""
-    source = args.revision, args.variant
-    digests = {part: digest_part(args.pretrained_model_name_or_path, part, *source) for part in MODEL_PARTS}
+    digests = digest_model(args.pretrained_model_name_or_path, args.revision, args.variant)
     if args.pretrained_vae_model_name_or_path is not None:
         digests["vae"] = digest_part(args.pretrained_vae_model_name_or_path)
     if (lora := args.pretrained_lora_path) is not None:

@@ -46,7 +46,7 @@ from accelerate import Accelerator
 from common import exit_code, iter_rows, pair_ranks, read_metadata, whole_file
 from datasets import Value
 from packaging.version import Version
-from picture_records import LOCK_NAME, RECORD_NAME, digest_of_files, locked_folder, read_pictures, write_pairs
+from picture_records import LOCK_NAME, RECORD_NAME, locked_folder, read_pictures, write_pairs
 from pictures import (
     Flags,
     Picture,
@@ -135,7 +135,7 @@ def draw(args):
             names = "pretrained_model_name_or_path variant revision lora_weights scheduler seed num_inference_steps"
             names = f"{names} guidance_scale resolution mixed_precision".split()
             weights = {
-                "pretrained_model_name_or_path": [digest_of_files(source.model) for source in sources],
+                "pretrained_model_name_or_path": [source.model_digest() for source in sources],
                 "lora_weights": [source.lora_digest() for source in sources],
             }
             save_settings(folder, {name: getattr(args, name) for name in names}, weights, prompts)

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from picture_records import digest_of_files, load_picture, locked_folder
+from picture_records import load_picture, locked_folder
 from pictures import (
     Flags,
     Picture,
@@ -99,7 +99,7 @@ def describe_side(args, side, source):
         "scheduler": source.scheduler,
         **{name: getattr(args, name) for name in DRAWING_ARGUMENTS},
     }
-    return settings, {flags.model: digest_of_files(source.model), flags.lora: source.lora_digest()}
+    return settings, {flags.model: source.model_digest(), flags.lora: source.lora_digest()}
 
 
 def picture_path(args, side, index):

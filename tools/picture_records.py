@@ -64,21 +64,9 @@ def locked_folder(folder, is_main_process=True):
         lock.release()
 
 
-def digest_of_files(path):
-    """
-    A digest that changes when a file or a folder does. A file is read; a folder counts by its files' names, sizes and times.
-    It says nothing about a hub id.
-    """
-    path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    states = [
-        f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    ]
-    return hashlib.sha256(b"".join(states)).hexdigest()
+def digest_of_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_picture(path):
@@ -111,7 +99,7 @@ def read_pictures(input_dir):
         if not row["path"].is_file():
             missing.append(row["file_name"])
             continue
-        row["digest"] = digest_of_files(row["path"])
+        row["digest"] = digest_of_file(row["path"])
         first = prompts[same_prompt_key(row["prompt"])].setdefault(row["digest"], row)
         if first["file_name"] != row["file_name"]:
             repeated.append(f"{row['file_name']}, which equals {first['file_name']}")

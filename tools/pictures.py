@@ -27,9 +27,9 @@ from common import whole_file
 from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
 from peft.tuners.lora import LoraLayer
-from picture_records import RECORD_NAME, digest_of_files
-from preference_pairs import COUNT, NOT_NEGATIVE, number_type, one_line
-from safetensors import safe_open
+from picture_records import RECORD_NAME, digest_of_file
+from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, find_fault, number_type, one_line
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 import diffusers
@@ -170,8 +170,11 @@ class Source(NamedTuple):
     scheduler: str
     flags: Flags
 
+    def model_digest(self):
+        return digest_model(self.model, self.revision, self.variant)
+
     def lora_digest(self):
-        return None if self.lora is None else digest_of_files(self.lora)
+        return None if self.lora is None else digest_of_file(self.lora)
 
 
 def open_source(args, flags, model, variant, revision, lora):
@@ -243,10 +246,10 @@ def load_pipeline(args, source):
         pipeline = DiffusionPipeline.from_pretrained(
             source.model, variant=source.variant, revision=source.revision, dtype=dtype
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"--{source.flags.model} {source.model}, --{source.flags.variant} {source.variant} cannot be loaded: "
-            f"{one_line(error)}"
+            f"{find_fault(source.model) or one_line(error)}"
         ) from error
     if hasattr(pipeline, "safety_checker"):
         # No safety checker: a picture that it blackens would lose.
@@ -270,7 +273,8 @@ def load_lora(pipeline, named, file, adapter_name):
         # Older versions of diffusers ask the hub unless the file's name is given.
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter_name)
     except Exception as error:
-        raise ValueError(f"{named} does not fit {type(pipeline).__name__}: {one_line(error)}") from error
+        reason = find_fault(file) or one_line(error)
+        raise ValueError(f"{named} does not fit {type(pipeline).__name__}: {reason}") from error
     if scale := next((name for name in names if name.endswith("dora_scale")), None):
         raise ValueError(
             f"{named} holds {scale}, which diffusers leaves out. Give a plain LoRA, or a DoRA as PEFT saves it."

@@ -33,7 +33,7 @@ from datetime import datetime, timezone
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Value
-from picture_records import digest_of_files, load_picture, write_pairs
+from picture_records import digest_of_file, load_picture, write_pairs
 from tqdm.auto import tqdm
 
 
@@ -283,7 +283,7 @@ def write_choices(folder, choices):
                 votes[pair][rater] = label
     for key, labels in votes.items():
         pair = choices.pairs[key]
-        if not is_there(pair) or any(digest_of_files(picture["path"]) != picture["digest"] for picture in pair):
+        if not is_there(pair) or any(digest_of_file(picture["path"]) != picture["digest"] for picture in pair):
             num_changed += 1
             continue
         share = statistics.mean(labels.values())

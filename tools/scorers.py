@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from picture_records import digest_of_files, load_picture
+from picture_records import digest_of_file, load_picture
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
@@ -76,7 +76,7 @@ class Aesthetic(CLIPSimilarity):
         )
         state = torch.load(weights, map_location="cpu", weights_only=True)
         self.head.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
-        self.version = f"{Path(weights).name}@{digest_of_files(weights)[:12]}"
+        self.version = f"{Path(weights).name}@{digest_of_file(weights)[:12]}"
 
     def forward(self, prompts, images):
         _, pictures = self.embed(prompts, images)

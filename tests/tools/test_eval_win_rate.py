@@ -36,6 +36,7 @@ from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from tiny_checkpoints import change_weights, copy_checkpoint
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_base
@@ -453,10 +454,27 @@ def test_pictures_of_a_model_that_was_replaced_are_not_kept(evaluate, checkpoint
     model = tmp_path / "model"
     shutil.copytree(checkpoints["sd15"], model)
     evaluate(pretrained_model_name_or_path=model)
+    # A copy has other times.
     shutil.rmtree(model)
-    shutil.copytree(checkpoints["sd2"], model)
+    shutil.copytree(checkpoints["sd15"], model, copy_function=shutil.copy)
+    evaluate(pretrained_model_name_or_path=model)
+    change_weights(model / "vae")
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*evaluation/model"):
         evaluate(pretrained_model_name_or_path=model)
+
+
+@pytest.mark.bad_input
+def test_weights_that_are_not_whole_are_named(evaluate, checkpoints, tmp_path):
+    lora = save_lora(checkpoints["sd15"], tmp_path / "lora")
+    unet = copy_checkpoint(checkpoints["sd15"], tmp_path / "model") / "unet/diffusion_pytorch_model.safetensors"
+    for flag, value, file in [
+        ("lora_weights", lora, lora),
+        ("pretrained_model_name_or_path", tmp_path / "model", unet),
+    ]:
+        for data in (b"", file.read_bytes()[:1000]):
+            file.write_bytes(data)
+            with pytest.raises(ValueError, match=f"--{flag} {value}.* {re.escape(str(file))} is empty or cut off"):
+                evaluate(**{flag: value})
 
 
 def test_processes_share_the_prompts(evaluate, tmp_path):
