@@ -23,10 +23,8 @@ from the run's seed, the epoch and the row. The number of processes or workers a
 import argparse
 import atexit
 import bisect
-import collections
 import contextlib
 import copy
-import functools
 import hashlib
 import io
 import itertools
@@ -41,6 +39,7 @@ import warnings
 from pathlib import Path
 
 import datasets
+import networkx
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,16 +54,18 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
-# The kind of value in the column of each flag, and the Arrow types that can hold it.
+# A kind of value, its type in `datasets`, and the Arrow types that can hold it.
+IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
+NUMBER = "numbers", datasets.Value("float64"), "u?int|halffloat|float|double|decimal"
+TEXT = "text", datasets.Value("string"), "string"
+# What the column of each flag holds.
 COLUMNS = {
-    "image_0_column": "images",
-    "image_1_column": "images",
-    "label_column": "numbers",
-    "caption_column": "text",
-    "preference_probability_column": "numbers",
+    "image_0_column": IMAGE,
+    "image_1_column": IMAGE,
+    "label_column": NUMBER,
+    "caption_column": TEXT,
+    "preference_probability_column": NUMBER,
 }
-NUMBERS = "u?int|halffloat|float|double|decimal"
-ARROW_TYPES = {"images": "binary|string|struct", "numbers": NUMBERS, "text": "string"}
 # PIL refuses a PNG with more than 1 MB of text, but the text may be a whole workflow.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 # Training on encoded data must have the same values as the encoding.
@@ -80,10 +81,9 @@ def number_type(kind, rule, accepts):
     """A `type` for argparse: an `int` or `float` for which `accepts` is true; `rule` states the condition in words."""
 
     def convert(text):
-        value = kind(text)
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
-        return value
+        if accepts(value := kind(text)):
+            return value
+        raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
 
     convert.__name__ = kind.__name__
     return convert
@@ -96,7 +96,6 @@ INDEX = number_type(int, "at least 0", lambda value: value >= 0)
 
 
 def add_model_arguments(parser):
-    """Adds the flags of the base model."""
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
     add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE that replaces the base model's.")
@@ -106,7 +105,6 @@ def add_model_arguments(parser):
 
 
 def add_data_arguments(parser):
-    """Adds the flags that say where pairs come from and how their images are read."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="Hub id, or local folder of parquet files, of preference pairs.")
     add("--dataset_config_name", help="Configuration of the dataset.")
@@ -127,29 +125,24 @@ def add_data_arguments(parser):
 
 
 def one_line(text, length=200):
-    """A text as one line of at most `length` characters, for a message."""
     return " ".join(str(text).split())[:length]
 
 
-def pair_columns(args):
-    """The dataset's columns by their flags."""
-    return {flag: getattr(args, flag) for flag in COLUMNS if getattr(args, flag) is not None}
-
-
 def pair_features(args):
-    number, text, image = datasets.Value("float64"), datasets.Value("string"), datasets.Image(decode=False)
-    features = {"numbers": number, "text": text, "images": image}
-    return datasets.Features({column: features[COLUMNS[flag]] for flag, column in pair_columns(args).items()})
+    features = {getattr(args, flag): feature for flag, (_, feature, _) in COLUMNS.items()}
+    return datasets.Features({column: feature for column, feature in features.items() if column is not None})
 
 
 def check_columns(args, schema):
     """Raises a `ValueError` if a column is missing or of a type that cannot hold its kind of value."""
-    for flag, column in pair_columns(args).items():
+    for flag, (kind, _, arrow_types) in COLUMNS.items():
+        if (column := getattr(args, flag)) is None:
+            continue
         if column not in schema.names:
             raise ValueError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
         arrow_type = one_line(schema.field(column).type)
-        if not re.match(f"null|(large_)?({ARROW_TYPES[COLUMNS[flag]]})", arrow_type):
-            raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {COLUMNS[flag]}")
+        if not re.match(f"null|(large_)?({arrow_types})", arrow_type):
+            raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {kind}")
 
 
 def digest_files(paths):
@@ -161,7 +154,7 @@ def digest_files(paths):
         if known := kept.read_text():
             return known
     digest = hashlib.sha256()
-    for path, _ in stats:
+    for path, *_ in state:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     with contextlib.suppress(OSError):  # Not every cache can be written.
@@ -180,19 +173,15 @@ def digest_part(name, place="", revision=None, variant=None):
     return digest_files([path] if path.is_file() else files)
 
 
-def digest_model(name, revision, variant):
-    """Digests of a model's parts, by name."""
-    return {part: digest_part(name, part, revision, variant) for part in MODEL_PARTS}
-
-
 def digest_models(args):
     """Digests of the base model's parts, by name, and of the LoRA to start from."""
-    digests = digest_model(args.pretrained_model_name_or_path, args.revision, args.variant)
-    if args.pretrained_vae_model_name_or_path is not None:
-        digests["vae"] = digest_part(args.pretrained_vae_model_name_or_path)
+    source = args.revision, args.variant
+    digests = {part: digest_part(args.pretrained_model_name_or_path, part, *source) for part in MODEL_PARTS}
+    if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
+        digests["vae"] = digest_part(own_vae)
     if (lora := args.pretrained_lora_path) is not None:
-        weights = "pytorch_lora_weights.safetensors"
-        digests["lora"] = digest_part(lora, weights if Path(lora, weights).is_file() else "")
+        file = Path(lora, "pytorch_lora_weights.safetensors")
+        digests["lora"] = digest_part(file if file.is_file() else lora)
     return digests
 
 
@@ -209,17 +198,14 @@ def digest_images(args, dataset):
 
 
 def find_fault(*names):
-    """The first file at these paths, or in these folders, that is not whole, and what it is instead, or `None`."""
+    """The first .safetensors file at these paths, or in these folders, that is not whole, and why, or `None`."""
     for name in filter(None, names):
-        for path in filter(Path.is_file, [Path(name), *sorted(Path(name).rglob("*.*"))]):
-            with open(path, "rb") as file:
-                if file.read(23) == b"version https://git-lfs":
-                    return f"{path} is a pointer of Git LFS: run `git lfs pull`"
+        for path in [Path(name), *sorted(Path(name).rglob("*.safetensors"))]:
             try:
-                if path.suffix == ".safetensors":
+                if path.suffix == ".safetensors" and path.is_file():
                     safetensors.safe_open(path, "pt")
             except safetensors.SafetensorError as error:
-                return f"{path} is empty or cut off: {error}"
+                return f"{path} is empty, cut off or a pointer of Git LFS (run `git lfs pull`): {error}"
 
 
 def same_prompt_key(caption):
@@ -228,13 +214,11 @@ def same_prompt_key(caption):
 
 
 def load_dataset(args):
-    """Opens `--dataset_name` or `--train_data_dir` for training and all tools. A row has images as `{"bytes", "path"}`, label
-    and caption; label and caption may be `None`. A `ValueError` names the flag, column, file or line that is wrong."""
+    """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
-    name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
+    name, split, features, file = args.dataset_name, args.dataset_split_name, pair_features(args), ""
     source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
-    file, options = "", {}
     try:
         if Path(name).is_file():
             raise ValueError("it is a file: give the folder that contains it")
@@ -252,16 +236,15 @@ def load_dataset(args):
             for file in (file for file in files if "://" not in file):
                 check_columns(args, pq.read_schema(file))
             # With the features given, all files have these types and no other column is read.
-            file, options = "", {"features": features, "columns": list(features)}
-        dataset = datasets.load_dataset(**source, split=split, **options)
+            file, source = "", {**source, "features": features, "columns": list(features)}
+        dataset = datasets.load_dataset(**source, split=split)
         check_columns(args, dataset.features.arrow_schema)
         dataset = dataset.select_columns(list(features))
-        # A cast writes the whole dataset again.
-        dataset = dataset if dataset.features == features else dataset.cast(features)
+        dataset = dataset if dataset.features == features else dataset.cast(features)  # A cast writes it all again.
         dataset.info.download_checksums = dict.fromkeys(files)
         return dataset
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
-        reason = find_fault(file) or f"{file} {one_line(error.__cause__ or error)}".strip()
+        reason = f"{file} {one_line(error.__cause__ or error)}".strip()
         raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 
@@ -271,11 +254,10 @@ def load_image_folder(args):
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
     columns = {column: [] for column in features}
-    for line_number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    for line_number, line in ((number, line) for number, line in lines if line.strip()):
         try:
-            row = dict(json.loads(line))
+            row = dict(json.loads(line))  # also with a byte-order mark
             for column, feature in features.items():
                 is_image = isinstance(feature, datasets.Image)
                 key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
@@ -299,11 +281,10 @@ def find_rows(args, dataset):
     for row, values in enumerate(zip(*columns)):
         if problem := find_problem(*values):
             raise ValueError(f"Row {row}: {problem}.")
-    labels = columns[0]
-    rows = [row for row, label in enumerate(labels) if label != 0.5]
-    logger.info(f"{len(rows)} pairs with a winner; {len(labels) - len(rows)} ties are left out")
+    rows = [row for row, label in enumerate(columns[0]) if label != 0.5]
+    logger.info(f"{len(rows)} pairs with a winner; {len(dataset) - len(rows)} ties are left out")
     if not rows:
-        raise ValueError(f"--dataset_name or --train_data_dir: all {len(labels)} rows are ties, no pair has a winner.")
+        raise ValueError(f"--dataset_name or --train_data_dir: all {len(dataset)} rows are ties: none has a winner.")
     return rows[: args.max_train_samples]
 
 
@@ -335,11 +316,8 @@ class UnreadableImage(ValueError):
 
 def read_images(args, row_number, row, winner_only=False):
     """The winner and the loser of a row as RGB images. Raises `UnreadableImage`."""
-    columns = [args.image_0_column, args.image_1_column]
-    if row[args.label_column] == 0:
-        columns.reverse()
-    images = []
-    for column in columns[:1] if winner_only else columns:
+    columns, images = (args.image_0_column, args.image_1_column), []
+    for column in columns[:: -1 if row[args.label_column] == 0 else 1][: 1 if winner_only else 2]:
         try:
             images.append(read_image(locate_image(args, row[column])))
         except Exception as error:
@@ -366,6 +344,17 @@ def locate_image(args, value):
     return str(path.resolve())
 
 
+def digest_pair(args, row):
+    """The SHA-256 of a row's first and second image, `None` for one that is missing."""
+    digests = [None, None]
+    for side, column in enumerate((args.image_0_column, args.image_1_column)):
+        with contextlib.suppress(OSError, ValueError):
+            image = locate_image(args, row[column])
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            digests[side] = hashlib.sha256(data).hexdigest()
+    return tuple(digests)
+
+
 def read_image(source):
     """An upright image in sRGB, transparency on white, from encoded bytes or a path."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -380,8 +369,7 @@ def read_image(source):
     if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:
         raise ValueError("an animation, but must be a single picture")
     image.load()
-    profile = image.info.get("icc_profile")
-    transform = create_srgb_transform(profile, image.mode) if profile else None
+    icc_profile = image.info.get("icc_profile")
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # PIL's parsers raise many kinds
@@ -393,51 +381,35 @@ def read_image(source):
         if not (values.min() >= 0 and values.max() <= highest):
             raise ValueError(f"its values are {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
         image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    if transform is not None:
-        alpha = image.getchannel("A") if image.mode == "RGBA" else 255
-        image = transform.apply(image.convert(transform.input_mode))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if icc_profile:
+        try:
+            profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)), ImageCms.createProfile("sRGB")
+            is_gray = image.mode in ("1", "L", "LA") and profile.profile.xcolor_space.strip() == "GRAY"
+            mode = image.mode if image.mode in ("CMYK", "LAB") else "L" if is_gray else "RGB"
+            image = ImageCms.profileToProfile(image.convert(mode), profile, srgb, outputMode="RGB")
+        except Exception:  # PIL raises many kinds
+            warnings.warn("The colour profile of an image cannot be used and is ignored: it is taken to be sRGB.")
+    image = image.convert("RGB")
+    if alpha is not None:
         image.putalpha(alpha)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-@functools.lru_cache(maxsize=16)
-def create_srgb_transform(icc_profile, mode):
-    """What converts images of a mode from the colours of a profile to sRGB, or `None` if nothing is to be converted."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-        is_gray = mode[0] in "1LIF" and profile.profile.xcolor_space.strip() == "GRAY"
-        mode = mode if mode in ("CMYK", "LAB") else "L" if is_gray else "RGB"
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except Exception:  # PIL raises many kinds
-        warnings.warn("The colour profile of an image cannot be used and is ignored: its colours are taken for sRGB.")
-        return None
-    # Profiles of sRGB have many names, so 216 colours are compared.
-    colours = np.mgrid[:256:51, :256:51, :256:51].T.astype(np.uint8).reshape(36, 6, 3)
-    colours = Image.fromarray(colours).convert(mode)
-    changes = np.subtract(transform.apply(colours), colours.convert("RGB"), dtype=int)
-    return transform if abs(changes).max() > 2 else None
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
 
 
 def preprocess_image(image, args, crop_position, flip, has_time_ids):
-    """The square of an image that training sees: `pixel_values` of shape `(3, resolution, resolution)` in uint8. `crop_position`
-    is a share of the room above and to the left, (0, 0) to (1, 1). With `has_time_ids` also SDXL's micro-conditioning:
-    original height and width, the crop's top and left, target height and width."""
+    """`pixel_values`, the square that training sees, in uint8. `crop_position` is a share of the room above and to the left,
+    (0, 0) to (1, 1). With `has_time_ids` also SDXL's micro-conditioning: original size, the crop's corner, target size."""
     width, height = image.size
     size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
     image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
-    if flip:
-        image = ImageOps.mirror(image)
+    image = ImageOps.mirror(image) if flip else image
     top = round(crop_position[0] * (image.height - args.resolution))
     left = round(crop_position[1] * (image.width - args.resolution))
     image = image.crop((left, top, left + args.resolution, top + args.resolution))
     tensors = {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
     if has_time_ids:
-        time_ids = [height, width, top, left, args.resolution, args.resolution]
-        tensors["time_ids"] = torch.tensor(time_ids, dtype=torch.float32)
+        tensors["time_ids"] = torch.tensor([height, width, top, left, *2 * [args.resolution]], dtype=torch.float32)
     return tensors
 
 
@@ -449,8 +421,7 @@ def spread_timesteps(timesteps, first, count, offset):
 
 
 class PairStream(torch.utils.data.Sampler):
-    """Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream. The order of an epoch depends on the
-    seed and the epoch alone."""
+    """Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream."""
 
     def __init__(self, rows, seed, start, stop):
         self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
@@ -467,9 +438,8 @@ class PairStream(torch.utils.data.Sampler):
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, of shape `(T,)`, with noise of `latent_shape`,
-    `(C, H, W)`; `pairs[epoch, row, timestep]` is the same at a given timestep. `rows` are ascending. With `winner_only`
-    losers are not read."""
+    """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, with noise of `latent_shape`, `(C, H, W)`;
+    `pairs[epoch, row, timestep]` has that timestep. `rows` are ascending. With `winner_only` losers are not read."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
         self.dataset, self.rows, self.args = dataset, rows, args
@@ -511,43 +481,27 @@ class PreferencePairs(torch.utils.data.Dataset):
         dataset = self.dataset.select(self.rows)
         return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
 
-    def identify_images(self):
-        """A digest of each image of a pair that can be read. Pairs are in the order of `rows`."""
-        identities, columns = [], (self.args.image_0_column, self.args.image_1_column)
-        for row_number in tqdm(self.rows, "Comparing images", disable=not logger.isEnabledFor(logging.INFO)):
-            row = self.dataset[row_number]
-            identities.append([])
-            for image in (row[column] for column in columns):
-                with contextlib.suppress(OSError, ValueError):  # Training names it.
-                    source = locate_image(self.args, image)
-                    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-                    identities[-1].append(hashlib.sha256(data).digest())
-        return identities
+    def digests(self):
+        """`digest_pair` of each of `rows`."""
+        rows = tqdm(self.rows, "Comparing images", disable=not logger.isEnabledFor(logging.INFO))
+        return (digest_pair(self.args, self.dataset[row]) for row in rows)
 
     def hold_out(self, num_pairs):
         """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image."""
-        captions, places, groups, held_out = self.columns()[1], collections.defaultdict(list), [], set()
-        keys = [(same_prompt_key(caption), *images) for caption, images in zip(captions, self.identify_images())]
-        for place, keys_of_pair in enumerate(keys):
-            for key in keys_of_pair:
-                places[key].append(place)
-        while places:
-            # The list grows while it is read: every pair adds those that share a key with it.
-            group = places.popitem()[1]
-            for place in group:
-                group += itertools.chain.from_iterable(places.pop(key, []) for key in keys[place])
-            groups.append(set(group))
-        groups.sort(key=lambda group: min(captions[place] for place in group))
+        captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
+        for row, digests in zip(self.rows, self.digests()):
+            networkx.add_star(graph, [row, same_prompt_key(captions[row]), *filter(None, digests)])
+        groups = [captions.keys() & nodes for nodes in networkx.connected_components(graph)]
+        groups.sort(key=lambda group: min(captions[row] for row in group))
         order = np.random.default_rng(self.args.seed).permutation(len(groups))
         # Groups of more pairs than are asked for come last.
         for index in sorted(order, key=lambda index: len(groups[index]) > num_pairs):
             held_out |= groups[index] if len(held_out) < num_pairs else set()
-        if len(held_out) == len(captions):
-            counted = f"there are {len(captions)} pairs of {len(groups)} captions with images of their own"
-            raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counted}.")
+        if held_out == captions.keys():
+            counts = f"{len(captions)} pairs are {len(groups)} groups that share no caption and no image"
+            raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
-        train_pairs.rows = [row for place, row in enumerate(self.rows) if place not in held_out]
-        eval_pairs.rows = [row for place, row in enumerate(self.rows) if place in held_out]
+        train_pairs.rows, eval_pairs.rows = sorted(captions.keys() - held_out), sorted(held_out)
         # Held-out pairs are compared, also where training reads winners only.
         eval_pairs.winner_only = False
         return train_pairs, eval_pairs
@@ -555,8 +509,7 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 class EncodedPairs(PreferencePairs):
     """The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
-    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
-    `ValueError` says that files are missing or that the data were encoded with other settings."""
+    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings."""
 
     def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
         folder = Path(args.encoded_data_dir)
@@ -567,7 +520,7 @@ class EncodedPairs(PreferencePairs):
         models = digest_models(args)
         changed = [part for part, digest in encoding.get("models", {}).items() if digest != models[part]]
         if "models" not in encoding:
-            logger.warning(f"{folder} does not say which files it was made of: replaced ones are not noticed.")
+            logger.warning(f"{folder} has no digests: replaced files and repeated images are not noticed.")
         elif changed and all(settings[name] == encoding[name] for name in MODEL_ARGUMENTS):
             name, parts = args.pretrained_model_name_or_path, ", ".join(changed)
             raise ValueError(f"--pretrained_model_name_or_path {name}: {parts} changed since {folder} was encoded.")
@@ -581,11 +534,9 @@ class EncodedPairs(PreferencePairs):
             raise ValueError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
         parts = {}
         for part in ("pairs", "prompts"):
-            paths, num_shards = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
-            if len(paths) != num_shards:
-                raise ValueError(
-                    f"{folder / part} holds {len(paths)} of {num_shards} files: encode again to add them."
-                )
+            paths, count = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
+            if len(paths) != count:
+                raise ValueError(f"{folder / part} holds {len(paths)} of {count} files: encode again to add them.")
             parts[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
         pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
         # The time ids are among a pair's tensors.
@@ -595,10 +546,8 @@ class EncodedPairs(PreferencePairs):
     def read(self, row_number, crop_position, flip):
         row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
         tensors, sides = safetensors.torch.load(row["tensors"]), range(1 if self.winner_only else 2)
-        example = {
-            "images": [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides],
-            "prompt": safetensors.torch.load(self.prompts[row["prompt"]]["tensors"]),
-        }
+        images = [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides]
+        example = {"images": images, "prompt": safetensors.torch.load(self.prompts[row["prompt"]]["tensors"])}
         if self.args.preference_probability_column is not None:
             example["winner_probability"] = torch.tensor(row["winner_probability"])
         return example
@@ -607,24 +556,26 @@ class EncodedPairs(PreferencePairs):
         dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
         return dataset["label"][:], dataset["caption"][:]
 
-    def identify_images(self):
-        columns = [self.dataset[name][:] for name in ("digest_0", "digest_1") if name in self.dataset.column_names]
-        if not columns:
-            logger.warning(f"{self.args.encoded_data_dir} has no digests: held-out images may be in other pairs too.")
-        return list(zip(*columns)) or [()] * len(self.rows)
+    def digests(self):
+        has_digests = "digest_0" in self.dataset.column_names
+        return zip(self.dataset["digest_0"][:], self.dataset["digest_1"][:]) if has_digests else [()] * len(self.rows)
 
 
 def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
     """The pairs to train on and the held-out pairs or `None`. The first batch is known to be readable."""
     side = args.resolution // vae_config["downscaling_factor"]
-    latent_shape = (vae_config["latent_channels"], side, side)
+    latent_shape = vae_config["latent_channels"], side, side
     if args.encoded_data_dir is not None:
         pairs = EncodedPairs(args, vae_config, latent_shape, timesteps, winner_only)
     else:
         dataset = load_dataset(args)
         rows = find_rows(args, dataset)
-        if args.train_data_dir is not None and args.on_bad_sample == "error":
-            check_image_files(args, dataset, rows)
+        is_strict = args.train_data_dir is not None and args.on_bad_sample == "error"
+        for column in (args.image_0_column, args.image_1_column) if is_strict else ():
+            for row, image in zip(rows, dataset.select(rows)[column][:]):
+                if image and not os.path.isfile(os.path.join(args.train_data_dir, image["path"])):
+                    name = f"{column} is {image['path']!r:.100}"
+                    raise ValueError(f"Row {row}: {name}, which is no file in {args.train_data_dir}.")
         pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
         pairs.images = digest_images(args, dataset)
     eval_pairs = None
@@ -634,16 +585,6 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
     for key in PairStream(pairs.rows, args.seed, 0, min(args.train_batch_size, len(pairs.rows))):
         pairs[key]
     return pairs, eval_pairs
-
-
-def check_image_files(args, dataset, rows):
-    """Raises a `ValueError` for the first file of `--train_data_dir` that a row names and that is not there."""
-    for column in (args.image_0_column, args.image_1_column):
-        images = dataset[column][:]
-        for row in rows:
-            if images[row] and not os.path.isfile(os.path.join(args.train_data_dir, images[row]["path"])):
-                name = f"{column} is {images[row]['path']!r:.100}"
-                raise ValueError(f"Row {row}: {name}, which is no file in {args.train_data_dir}.")
 
 
 def collate_fn(examples):
@@ -671,5 +612,5 @@ def create_dataloader(args, pairs, start, stop):
 
     options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_stop_signals}
     options |= {"pin_memory": torch.accelerator.is_available(), "collate_fn": collate_fn}
-    stream = PairStream(pairs.rows, args.seed, start, stop)
-    return torch.utils.data.DataLoader(pairs, args.train_batch_size, sampler=stream, **options)
+    options |= {"sampler": PairStream(pairs.rows, args.seed, start, stop), "batch_size": args.train_batch_size}
+    return torch.utils.data.DataLoader(pairs, **options)

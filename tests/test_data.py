@@ -381,10 +381,10 @@ def test_cmyk_of_a_profile_becomes_srgb():
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_a_profile_of_srgb_changes_nothing(mode):
     image = picture(3).convert(mode)
-    assert difference(saved(image, icc_profile=SRGB), read_image(saved(image))) == 0
-    # Its name does not say so.
-    unnamed = rgb_profile(SRGB_PRIMARIES, SRGB_CURVE)
-    assert difference(saved(image, icc_profile=unnamed), read_image(saved(image))) == 0
+    # The second one's name does not say that it is sRGB.
+    for profile in (SRGB, rgb_profile(SRGB_PRIMARIES, SRGB_CURVE)):
+        changes = pixels(read_image(saved(image, icc_profile=profile))) - pixels(read_image(saved(image)))
+        assert np.abs(changes).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,6 @@ def test_a_profile_of_srgb_changes_nothing(mode):
 )
 @pytest.mark.bad_input
 def test_an_unusable_profile_is_a_warning(mode, profile):
-    preference_pairs.create_srgb_transform.cache_clear()
     image = picture(3).convert(mode)
     with pytest.warns(UserWarning, match="colour profile"):
         data = saved(image, "PNG" if mode == "RGB" else "TIFF", icc_profile=profile)
@@ -966,7 +965,7 @@ def test_pairs_that_share_images_through_others_stay_together():
     # Where so many are asked for, the chain is held out too.
     trained, held_out = make_pairs(columns).hold_out(7)
     assert set(range(6)) <= set(held_out.rows) and not set(held_out.rows) & set(trained.rows)
-    with pytest.raises(ValueError, match="--num_eval_pairs 12 leaves no pair to train on: there are 12 pairs of 7 "):
+    with pytest.raises(ValueError, match="--num_eval_pairs 12 leaves no pair to train on: 12 pairs are 7 groups "):
         make_pairs(columns).hold_out(12)
 
 
@@ -998,6 +997,7 @@ def test_the_same_pairs_of_encoded_data_are_held_out(tmp_path, with_digests, cap
     settings = {name: getattr(args, name, None) for name in preference_pairs.ENCODING_ARGUMENTS}
     settings |= {name: getattr(args, name) for name in preference_pairs.ENCODING_HINTS}
     settings |= {"vae_scaling_factor": 1, "no_hflip": False, "num_pairs_shards": 1, "num_prompts_shards": 1}
+    settings |= {"models": {}} if with_digests else {}
     (tmp_path / "encoding.json").write_text(json.dumps(settings))
     write_stream(tmp_path / "prompts", {"caption": ["x"]})
     stored = {"row": pairs.rows, "label": columns["label_0"], "caption": columns["caption"]}

@@ -30,7 +30,6 @@ work. `--output_dir` can be uploaded as a dataset. Its README.md says how to rea
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -334,7 +333,7 @@ def remove_stale_shards(args, shards, source, images_changed, pool):
         rows = [row for row in source.rows[place] if images_changed or row not in digests]
         for row_number, row in source.read(rows):
             if row_number in digests:
-                is_new = digests[row_number] != digest_images(args, row)
+                is_new = digests[row_number] != preference_pairs.digest_pair(args, row)
             else:
                 is_new = is_readable(args, row_number, row)
             if is_new:
@@ -408,19 +407,6 @@ def encode_prompts(args, trainer, pipeline, shards, captions):
         write_shard(path, PROMPTS, records)
 
 
-def digest_images(args, row):
-    """The SHA-256 of the row's first and second image, `None` for one that is missing."""
-    digests = []
-    for column in (args.image_0_column, args.image_1_column):
-        try:
-            image = preference_pairs.locate_image(args, row[column])
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            digests.append(hashlib.sha256(data).hexdigest())
-        except (OSError, ValueError):
-            digests.append(None)
-    return tuple(digests)
-
-
 def is_readable(args, row_number, row):
     try:
         preference_pairs.read_images(args, row_number, row)
@@ -446,7 +432,7 @@ def decode_pair(args, has_time_ids, pair):
         for image in images
         for flip in flips
     ]
-    return row_number, row, digest_images(args, row), default_collate(tensors)
+    return row_number, row, preference_pairs.digest_pair(args, row), default_collate(tensors)
 
 
 def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):

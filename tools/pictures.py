@@ -28,7 +28,7 @@ from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
 from peft.tuners.lora import LoraLayer
 from picture_records import RECORD_NAME, digest_of_file
-from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, find_fault, number_type, one_line
+from preference_pairs import COUNT, MODEL_PARTS, NOT_NEGATIVE, digest_part, find_fault, number_type, one_line
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
@@ -171,7 +171,7 @@ class Source(NamedTuple):
     flags: Flags
 
     def model_digest(self):
-        return digest_model(self.model, self.revision, self.variant)
+        return {part: digest_part(self.model, part, self.revision, self.variant) for part in MODEL_PARTS}
 
     def lora_digest(self):
         return None if self.lora is None else digest_of_file(self.lora)
