@@ -53,6 +53,20 @@ def latent_error(model_pred, target):
     return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
+class Errors(NamedTuple):
+    policy: torch.Tensor  # (N,), winners first
+    reference: torch.Tensor | None  # (N,)
+
+
+class LatentSpace:
+    """The counterpart of [`NoiseConditionedPerception`]."""
+
+    @staticmethod
+    def errors(model_pred, ref_pred, target, **inputs):
+        """The `Errors` of predictions of shape `(N, C, H, W)`; without `ref_pred` the policy's alone."""
+        return Errors(latent_error(model_pred, target), None if ref_pred is None else latent_error(ref_pred, target))
+
+
 class LossInputs(NamedTuple):
     """What a loss is computed from: tensors of shape `(B,)` and the loss's options."""
 
@@ -204,6 +218,31 @@ def preference_loss(
     return PreferenceLoss(losses.mean(), margin, (0.5 * (margin.sign() + 1)).mean())
 
 
+def preference_metrics(
+    error_w, error_l=None, ref_error_w=None, ref_error_l=None, winner_probability=None, **loss_options
+):
+    """
+    Means over B pairs, floats by name: the loss, margin and implicit accuracy of [`preference_loss`] with
+    `loss_options`, all errors, and the drift, the policy's errors minus the reference's, which grows before a run
+    diverges. Where β scales logits, also their root mean square, `logit_spread`, and the share beyond ±5, `saturated`.
+    Arguments are tensors of shape `(B,)`; without `error_l` there are only winners, and the loss is their error.
+    """
+    metrics = {"loss": error_w, "error_w": error_w}
+    if ref_error_w is not None:
+        metrics["drift_w"] = error_w - ref_error_w
+    if error_l is not None:
+        ref_errors = None
+        if ref_error_w is not None:
+            ref_errors, metrics["drift_l"] = torch.cat([ref_error_w, ref_error_l]), error_l - ref_error_l
+        errors = torch.cat([error_w, error_l])
+        result = preference_loss(errors, ref_errors, winner_probability=winner_probability, **loss_options)
+        metrics.update(error_l=error_l, **result._asdict())
+        if LOSSES[loss_options["loss_type"]].uses_logits:
+            logits = 0.5 * loss_options["beta"] * result.margin
+            metrics.update(logit_spread=logits.square().mean().sqrt(), saturated=(logits.abs() > 5).float())
+    return {name: value.mean().item() for name, value in metrics.items()}
+
+
 def error_scale(latent_margins, feature_margins):
     """
     The factor ρ that gives margins in feature space the size they have in latent space, so that β, λ and the learning
@@ -336,10 +375,14 @@ class StepTable(NamedTuple):
         sigma = ((1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)).sqrt()
         return cls(x_weight, k, sigma, k, previous)
 
-    def at(self, timesteps, dtype):
-        """The rows of `timesteps`, `(N,)`: coefficients of shape `(N, 1, 1, 1)` in `dtype`, and t' of shape `(N,)`."""
-        coefficients = torch.stack(self[:-1]).to(dtype).to(timesteps.device)[:, timesteps]
-        return StepTable(*coefficients.view(4, -1, 1, 1, 1), self.timesteps.to(timesteps.device)[timesteps])
+    def to(self, device, dtype):
+        coefficients = (column.to(dtype).to(device) for column in self[:-1])  # MPS has no float64.
+        return StepTable(*coefficients, self.timesteps.to(device))
+
+    def at(self, timesteps):
+        """The rows of `timesteps`, `(N,)`: coefficients of shape `(N, 1, 1, 1)`, and t' of shape `(N,)`."""
+        coefficients = torch.stack(self[:-1])[:, timesteps]
+        return StepTable(*coefficients.view(4, -1, 1, 1, 1), self.timesteps[timesteps])
 
 
 def _rms(x):
@@ -407,7 +450,8 @@ class NoiseConditionedPerception:
         self.layer = layer
         self.probe_rms = probe_rms
         self.error_scale = error_scale
-        self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep)
+        # Copied once: a copy in every step would wait for the device.
+        self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep).to(unet.device, self._error_dtype)
 
     def anchor(
         self,
@@ -436,7 +480,7 @@ class NoiseConditionedPerception:
         dtype = self._error_dtype
         target = target.to(dtype)
         center_pred = target if ref_pred is None else ref_pred.detach().to(dtype)
-        step = self.step_table.at(timesteps, dtype)
+        step = self.step_table.at(timesteps)
         center = step.x_weight * noisy_latents.to(dtype) + step.pred_weight * center_pred
         if variance_noise is not None:
             center = center + step.sigma * variance_noise.to(dtype)
@@ -458,6 +502,11 @@ class NoiseConditionedPerception:
             elif not self._central:
                 center_features = self._features(center, *conditioning).to(dtype)
         return Anchor(center, center_pred, step.k, conditioning, center_features, side, ref_change, ref_errors)
+
+    def errors(self, model_pred, ref_pred, **inputs):
+        """The `Errors` of predictions of shape `(N, C, H, W)`. `inputs` are those of `anchor`."""
+        anchor = self.anchor(ref_pred=ref_pred, **inputs)
+        return Errors(self.error(model_pred, anchor), anchor.ref_errors)
 
     def error(self, model_pred, anchor):
         """

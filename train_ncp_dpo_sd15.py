@@ -28,7 +28,9 @@ perceptual encoder. `preference_pairs.py` reads the pairs and `ncp_loss.py` comp
 
 import argparse
 import collections
+import contextlib
 import copy
+import ctypes
 import datetime
 import errno
 import json
@@ -40,12 +42,14 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import datasets
+import filelock
 import ncp_loss
 import numpy as np
 import preference_pairs
@@ -56,7 +60,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
-from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, snapshot_download, upload_folder
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -95,6 +99,9 @@ BETAS = {}  # first values to try where they differ from those of `ncp_loss.LOSS
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of text embeddings
+# Inputs of a U-Net that training does not give: guidance, classes, images, boxes.
+OTHER_INPUTS = "time_cond_proj_dim class_embed_type num_class_embeds encoder_hid_dim_type attention_type".split()
+LAUNCHER = os.getppid()
 STATE_NAME = "training_state.json"
 STATE_FORMAT = 2
 # A resumed run must have the same values as its checkpoint.
@@ -121,6 +128,7 @@ LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.P
 # Arguments
 
 
+BELOW_1 = number_type(float, "in [0, 1)", lambda value: 0 <= value < 1)
 SHARE = number_type(float, "in [0, 0.5)", lambda value: 0 <= value < 0.5)
 SEED = number_type(int, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
@@ -180,13 +188,14 @@ def create_parser():
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=INDEX, default=500, help="Steps of warm-up, for schedules that have one.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--lr_power", type=POSITIVE, default=1.0, help="Power of polynomial.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=1e-2)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="Largest norm of the gradient; a larger one is scaled down.")
+    add("--adam_beta1", type=BELOW_1, default=0.9)
+    add("--adam_beta2", type=BELOW_1, default=0.999)
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2)
+    add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8)
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="A gradient of a larger norm is scaled down; 0: none.")
+    add("--ddp_timeout", type=COUNT, default=1800, help="Seconds after which a process that does not answer is lost.")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
@@ -270,6 +279,8 @@ def check_checkpoint(args):
     if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(embed_type, "no script")
         raise ValueError(f"{base} has another architecture: {script} trains it.")
+    if extra := [name for name in OTHER_INPUTS if unet.get(name) not in (None, "default")]:
+        raise ValueError(f"{base}: the U-Net has a {extra[0]}, an input that training does not give.")
     width = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
     if (wanted := unet["cross_attention_dim"]) != width:
         raise ValueError(f"{base}: the U-Net takes embeddings of width {wanted}, but the text encoders give {width}.")
@@ -452,8 +463,10 @@ def encode_images(vae, pixel_values, batch_size):
 def tokenize(pipeline, name, captions):
     """The `input_ids` of captions, `(B, L)`, for the text encoder `name`."""
     tokenizer, text_encoder = (getattr(pipeline, part) for part in (name.replace("text_encoder", "tokenizer"), name))
-    inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return inputs.input_ids.to(text_encoder.device)
+    input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    if torch.accelerator.is_available():
+        input_ids = input_ids.pin_memory()  # A copy of other memory would wait for the device.
+    return input_ids.to(text_encoder.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -485,11 +498,6 @@ class Denoising(NamedTuple):
         return unet(*inputs, added_cond_kwargs=self.added_cond_kwargs).sample
 
 
-class Errors(NamedTuple):
-    policy: torch.Tensor  # (N,), winners first
-    reference: torch.Tensor | None  # (N,)
-
-
 def noise_batch(args, batch, pipeline, noise_scheduler):
     """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
     if args.encoded_data_dir is not None:
@@ -519,23 +527,26 @@ def predict(denoising, unet, policy, needs_reference):
     return denoising.predict(unet), ref_pred
 
 
-def measure_errors(denoising, model_pred, ref_pred, perception):
-    """[`Errors`] of predictions, in latent space if `perception` is `None`."""
-    if perception is None:
-        ref_errors = None if ref_pred is None else ncp_loss.latent_error(ref_pred, denoising.target)
-        return Errors(ncp_loss.latent_error(model_pred, denoising.target), ref_errors)
-    anchor = perception.anchor(**denoising._asdict(), ref_pred=ref_pred)
-    return Errors(perception.error(model_pred, anchor), anchor.ref_errors)
+def loss_options(args):
+    options = {"loss_type": args.loss_type, "beta": args.beta_dpo, "sft_weight": args.sft_weight}
+    return {**options, "label_smoothing": args.label_smoothing, "target_margin": args.target_margin}
 
 
 def measure_loss(args, errors, batch):
-    """The [`PreferenceLoss`] of a batch's pairs. If only winners were read (sft), it has a loss and no margin."""
+    """The loss of a batch's pairs: of their winners alone if only these were read (sft)."""
     if len(errors.policy) == len(batch["timesteps"]):
-        return ncp_loss.PreferenceLoss(errors.policy.mean(), None, None)
-    options = {"loss_type": args.loss_type, "beta": args.beta_dpo, "sft_weight": args.sft_weight}
-    options |= {"label_smoothing": args.label_smoothing, "target_margin": args.target_margin}
-    probability = batch.get("winner_probability")
-    return ncp_loss.preference_loss(errors.policy, errors.reference, winner_probability=probability, **options)
+        return errors.policy.mean()
+    options = {"winner_probability": batch.get("winner_probability"), **loss_options(args)}
+    return ncp_loss.preference_loss(errors.policy, errors.reference, **options).loss
+
+
+def check_prediction(args, model_pred, target, noise_scheduler):
+    """Warns if a prediction before training is worse than zero, as with another `prediction_type` than the model's."""
+    error, error_of_zero = (ncp_loss.latent_error(pred, target).mean() for pred in (model_pred, 0 * model_pred))
+    if error > error_of_zero:
+        found = f"its error is {error:.3g}, that of a prediction of zero {error_of_zero:.3g}"
+        kind = f"`prediction_type` {noise_scheduler.config.prediction_type}"
+        logger.warning(f"--pretrained_model_name_or_path: {found}. Is {kind} in its scheduler_config.json right?")
 
 
 def tabulate(batch, errors):
@@ -548,24 +559,9 @@ def tabulate(batch, errors):
 
 
 def summarize(args, table):
-    """Means over the pairs of a table."""
-    sides = [side for side in "wl" if f"error_{side}" in table]
-    has_reference = "ref_error_w" in table
-    errors = torch.cat([table[f"error_{side}"] for side in sides])
-    ref_errors = torch.cat([table[f"ref_error_{side}"] for side in sides]) if has_reference else None
-    loss, margin, implicit_accuracy = measure_loss(args, Errors(errors, ref_errors), table)
-    metrics = {"loss": loss, **{f"error_{side}": table[f"error_{side}"] for side in sides}}
-    if margin is not None:
-        metrics.update(margin=margin, implicit_accuracy=implicit_accuracy)
-    if has_reference:
-        # The drift shows how far the policy has left the reference. It grows before a run diverges.
-        metrics.update((f"drift_{side}", table[f"error_{side}"] - table[f"ref_error_{side}"]) for side in sides)
-    if margin is not None and ncp_loss.LOSSES[args.loss_type].uses_logits:
-        logits = 0.5 * args.beta_dpo * margin
-        # The spread is taken about 0, where the policy equals the reference, so that one pair has a spread too.
-        metrics["logit_spread"] = logits.square().mean().sqrt()
-        metrics["saturated"] = (logits.abs() > 5).float()
-    return {name: value.mean().item() for name, value in metrics.items()}
+    """Means over the pairs of a table, by name."""
+    names = ("error_w", "error_l", "ref_error_w", "ref_error_l", "winner_probability")
+    return ncp_loss.preference_metrics(**{name: table.get(name) for name in names}, **loss_options(args))
 
 
 def split_by_timestep(table, timesteps):
@@ -601,8 +597,8 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
             for batch in load_batches(accelerator, pairs, keys, SCALE_BATCH_SIZE):
                 denoising = noise_batch(args, batch, pipeline, noise_scheduler)
                 predictions, margins = predict(denoising, policy, policy, needs_reference=True), []
-                for space in (None, perception):
-                    errors = measure_errors(denoising, *predictions, space)
+                for space in (ncp_loss.LatentSpace, perception):
+                    errors = space.errors(*predictions, **denoising._asdict())
                     change = errors.reference - errors.policy
                     margins.append(change if pairs.winner_only else torch.sub(*change.chunk(2)))
                 block.append(torch.stack(margins, dim=1).cpu())
@@ -621,9 +617,9 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
 
 
 def create_perception(args, accelerator, pairs, policy, pipeline, noise_scheduler, saved, state):
-    """What errors are measured with, or `None` for latent space. The error scale is given, the checkpoint's, or measured."""
+    """The space in which errors are measured. Its error scale is given, the checkpoint's, or measured."""
     if args.loss_space == "latent":
-        return None
+        return ncp_loss.LatentSpace
     options = {"layer": args.ncp_layer, "target_timestep": args.ncp_timestep, "probe_rms": args.ncp_probe_rms}
     perception = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, **options)
     if args.ncp_error_scale != "auto":
@@ -640,8 +636,7 @@ def create_perception(args, accelerator, pairs, policy, pipeline, noise_schedule
 def create_accelerator(args):
     """Sets up accelerate, logging, the output folder and the repository on the hub."""
     accelerator = Accelerator(
-        # One process may write, draw or read for hours while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -668,6 +663,8 @@ def create_accelerator(args):
             name = args.hub_model_id or Path(args.output_dir).resolve().name
             repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token)
             args.hub_model_id = repo.repo_id
+            if file_exists(repo.repo_id, WEIGHTS_NAME, token=args.hub_token):
+                logger.warning(f"--hub_model_id {repo.repo_id} holds a LoRA already, which the upload will replace")
     return accelerator
 
 
@@ -690,6 +687,7 @@ def create_state(args, accelerator, pairs, saved):
         "global_step": saved["global_step"] if saved else 0,
         "next_pair": saved["next_pair"] if saved else 0,  # its number in the stream
         "pairs_per_step": pairs_per_step,
+        "validated_step": saved.get("validated_step") if saved else None,
         "error_scale": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
@@ -748,6 +746,13 @@ class Checkpoints:
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
+        if accelerator.is_main_process:
+            # The operating system frees it when the process ends.
+            self.lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout as error:
+                raise ValueError(f"--output_dir {self.folder}: another run writes to it now.") from error
         # Machines need not share the folder, but must have the checkpoint that the main process chooses.
         checkpoint = self.choose() if accelerator.is_main_process else None
         choice = broadcast_object_list([checkpoint, checkpoint and read_state(checkpoint)])
@@ -814,6 +819,8 @@ class Checkpoints:
             changes.append(f"the files of {', '.join(others)} were others")
         if (now := state["pairs_per_step"]) != (before := saved["pairs_per_step"]):
             changes.append(f"--train_batch_size x --gradient_accumulation_steps x processes is {now}, was {before}")
+            fitting, rest = divmod(before, args.train_batch_size * state["num_processes"])
+            changes[-1] += "" if rest else f" (--gradient_accumulation_steps {fitting} fits)"
         data, data_before = state["data"], saved.get("data", {})
         if {**data, **data_before} != {**data_before, **data}:
             changes.append(f"the data are {data['num_pairs']} pairs, but were {data_before['num_pairs']} others")
@@ -842,31 +849,30 @@ class Checkpoints:
             raise ValueError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
         logger.info(f"Resumed from {self.checkpoint}")
 
-    def save(self, state):
+    def save(self, state, signals):
         """Writes `checkpoint-N`, which gets its name when all of it is on the disk, and removes those over the limit."""
         folder = self.folder / f"checkpoint-{state['global_step']}"
         incomplete = folder.with_name(f"incomplete-{folder.name}")
-        try:
-            self.accelerator.save_state(str(incomplete))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
+        with signals.others_wait():
+            # The other processes have nothing that a resume needs.
+            if folder.exists() or not self.accelerator.is_main_process:
+                return
+            try:
+                self.accelerator.save_state(str(incomplete))
                 self.save_lora(incomplete)
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in incomplete.rglob("*"):
                     synchronize(path)
                 incomplete.rename(folder)
-            self.accelerator.wait_for_everyone()
-            # A machine that does not share --output_dir still has its part.
-            shutil.rmtree(incomplete, ignore_errors=True)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(incomplete, ignore_errors=True)
-            whole = ", ".join(path.name for path in self.find()) or "none"
-            advice = f"Whole checkpoints: {whole}. Make room, or go on from one of them in another --output_dir."
-            raise RuntimeError(f"{folder} could not be saved: {error}. {advice}") from error
-        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
-            for old in self.find()[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-        logger.info(f"Saved {folder}")
+            except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+                shutil.rmtree(incomplete, ignore_errors=True)
+                whole = ", ".join(path.name for path in self.find()) or "none"
+                advice = f"Whole checkpoints: {whole}. Make room, or go on from one of them in another --output_dir."
+                raise RuntimeError(f"{folder} could not be saved: {error}. {advice}") from error
+            if self.args.checkpoints_total_limit is not None:
+                for old in self.find()[: -self.args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+            logger.info(f"Saved {folder}")
 
     def save_lora(self, folder):
         lora = get_peft_model_state_dict(self.policy).items()
@@ -874,6 +880,13 @@ class Checkpoints:
         lora = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in lora}
         metadata = self.policy.peft_config["default"].to_dict()
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
+        make_readable(Path(folder, WEIGHTS_NAME))
+
+
+def make_readable(path):
+    """Gives a file the permissions of new files. safetensors 0.8 makes it readable by its owner alone."""
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
 
 
 def synchronize(path):
@@ -893,11 +906,14 @@ def synchronize(path):
 class Monitor:
     """Logs the metrics of every step, one step late, when the device has computed them, and warns of problems."""
 
-    def __init__(self, args, accelerator, state, timesteps):
-        self.args, self.accelerator, self.state, self.timesteps = args, accelerator, state, timesteps
-        # TensorBoard refuses lists.
+    def __init__(self, args, accelerator, state):
+        self.args, self.accelerator, self.state = args, accelerator, state
+        # Logs are uploaded, without local paths. TensorBoard refuses lists.
         settings = {**state["arguments"], "ncp_error_scale": state["error_scale"], "timesteps": str(args.timesteps)}
-        accelerator.init_trackers(args.tracker_name, settings)
+        settings = {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
+        # TensorBoard leaves out what a stopped run logged of the steps that come again.
+        options = {"tensorboard": {"purge_step": state["global_step"] + 1}}
+        accelerator.init_trackers(args.tracker_name, settings, options)
         logger.info(f"Training for {args.max_train_steps} steps")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
@@ -914,6 +930,13 @@ class Monitor:
             self.num_skipped_pairs += 1
             message = f"{reason}. The next pair takes its place, {self.num_skipped_pairs} were skipped so far"
             logger.warning(message, main_process_only=False)
+
+    def track(self, function, *values, **options):
+        """Calls a function of the trackers. If it fails, the run goes on."""
+        try:
+            function(*values, **options)
+        except Exception as error:  # trackers raise many kinds
+            logger.warning(f"--report_to {self.args.report_to} failed: {one_line(error)}")
 
     def record(self, tables, grad_norm, learning_rate):
         """Gathers the tables of a step's batches from all processes, and logs the step before."""
@@ -935,14 +958,10 @@ class Monitor:
             copied.synchronize()
         metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
         self.check_finite(step, metrics, table["rows"].int().tolist())
-        for bucket, part in split_by_timestep(table, self.timesteps):
-            summary = summarize(self.args, part)
-            kept = summary.keys() & {"implicit_accuracy", "margin", "drift_w", "drift_l"}
-            metrics.update({f"{name}/{bucket}": summary[name] for name in kept})
         shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
         self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.progress_bar.update()
-        self.accelerator.log(metrics, step=step)
+        self.track(self.accelerator.log, metrics, step=step)
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
         if self.flat_steps == 100:
             advice = f"Raise --beta_dpo {self.args.beta_dpo}: nothing holds the policy near the reference."
@@ -963,20 +982,26 @@ class Monitor:
 
 
 @torch.no_grad()
-def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor):
+def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals):
     """Measures held-out pairs in latent space and in that of training, in total and by timestep range, for trackers and
-    `eval.csv`. Lines of this and later steps in that file are replaced."""
-    spaces = {"latent": None, args.loss_space: perception}
+    `eval.csv`. Lines of this and later steps in that file are replaced. A stop signal breaks it off."""
+    spaces = {"latent": ncp_loss.LatentSpace, args.loss_space: perception}
     tables, metrics, lines, global_step = {space: [] for space in spaces}, {}, [], monitor.state["global_step"]
     # A pair has the same timestep in every measurement.
     timesteps = preference_pairs.spread_timesteps(pairs.timesteps, 0, len(pairs.rows), 0.5)
     keys = [(0, row, timestep) for row, timestep in zip(pairs.rows, timesteps)]
-    for batch in load_batches(accelerator, pairs, keys, args.train_batch_size):
+    batches = load_batches(accelerator, pairs, keys, args.train_batch_size)
+    for _ in range(math.ceil(len(keys) / accelerator.num_processes / args.train_batch_size)):
+        batch = next(batches, None)
+        if signals.agreed():
+            return
+        if batch is None:  # The last processes may have one batch less.
+            continue
         monitor.report_skipped_pairs(batch["skipped"])
         denoising = noise_batch(args, batch, pipeline, noise_scheduler)
         model_pred, ref_pred = predict(denoising, policy, policy, needs_reference=True)
-        for space, measured_with in spaces.items():
-            errors = measure_errors(denoising, model_pred, ref_pred, measured_with)
+        for space, measured_in in spaces.items():
+            errors = measured_in.errors(model_pred, ref_pred, **denoising._asdict())
             tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
     for space, parts in tables.items():
         parts = gather_object(parts)
@@ -986,7 +1011,7 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
             values = [summary[name] for name in EVAL_METRICS]
             metrics.update((f"eval/{space}/{name}/{bucket}", value) for name, value in zip(EVAL_METRICS, values))
             lines.append(",".join(map(str, [global_step, space, bucket, len(part["rows"]), *values])))
-    accelerator.log(metrics, step=global_step)
+    monitor.track(accelerator.log, metrics, step=global_step)
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
     logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
@@ -998,30 +1023,33 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
 
 
 @torch.no_grad()
-def log_validation(args, accelerator, pipeline, global_step):
+def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     """Draws `validation/step-N.png`, from the same noise at every step, and `before_after.png` of step 0, which the
     reference draws, and this step."""
     folder = Path(args.output_dir, "validation")
     path, vae = folder / f"step-{global_step}.png", pipeline.vae
-    if not (args.run_validation and accelerator.is_main_process) or global_step == 0 and path.is_file():
+    if not (args.run_validation and accelerator.is_main_process) or signals.stop:
         return
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
-    # All images share the embeddings. Both pipelines return them in this order.
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    guided = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    embeds = pipeline.encode_prompt(args.validation_prompt, device=accelerator.device, **guided)
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
-    options.update(zip(names, embeds))
-    images = []
+    decoded = []
     # Tiles need less memory than whole images, so drawing does not raise the peak. Training encodes whole images.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
+        if signals.stop:
+            break
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
-        latents = pipeline(generator=generator, **options).images
+        latents = pipeline(args.validation_prompt, generator=generator, **options).images
         # Pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
-        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(image)
+        decoded.append(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
     vae.disable_tiling()
+    if signals.stop:
+        return
+    if not torch.cat(decoded).isfinite().all():
+        flags = f"--validation_prompt {args.validation_prompt!r} with --mixed_precision {args.mixed_precision}"
+        logger.warning(f"Step {global_step}: {flags} gives an image that is not finite, so none is saved")
+        return
+    images = pipeline.image_processor.postprocess(torch.cat(decoded))
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
@@ -1029,7 +1057,22 @@ def log_validation(args, accelerator, pipeline, global_step):
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.stack(images)}, step=global_step, **layout)
+            monitor.track(tracker.log_images, {"validation": np.stack(images)}, step=global_step, **layout)
+
+
+def validate(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals):
+    """Measures held-out pairs and draws images. What a stop signal breaks off is done when the run is resumed."""
+    step = monitor.state["global_step"]
+    if pairs is not None:
+        measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals)
+    with signals.others_wait():
+        if not Path(args.output_dir, "validation", "step-0.png").is_file():
+            with ncp_loss.reference_model(policy):
+                log_validation(args, accelerator, pipeline, 0, monitor, signals)
+        if 0 < step < args.max_train_steps:  # The last images are drawn after the LoRA is saved.
+            log_validation(args, accelerator, pipeline, step, monitor, signals)
+    if not signals.stop:
+        monitor.state["validated_step"] = step
 
 
 def public_name(name):
@@ -1071,6 +1114,7 @@ def save_kohya_lora(path, lora, alphas, description):
     network |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     metadata = {"format": "pt", "ss_network_module": "networks.lora", **network, **description}
     safetensors.torch.save_file(kohya, path, metadata)
+    make_readable(path)
     return metadata
 
 
@@ -1094,7 +1138,7 @@ def save_model_card(args, accelerator, state):
     settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
     settings |= {"pairs per step": state["pairs_per_step"], **{name: getattr(args, name) for name in CARD_ARGUMENTS}}
     picture, held_out = "", ""
-    if args.run_validation:
+    if (output_dir / "validation" / "before_after.png").is_file():
         picture = f"![{args.validation_prompt}, before and after](validation/before_after.png)\n\n"
     if args.num_eval_pairs is not None:
         rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
@@ -1131,46 +1175,87 @@ def finish(args, accelerator, policy, state):
     save_model_card(args, accelerator, state)
     if args.push_to_hub:
         # Checkpoints and other files in the folder stay here.
-        files = [
-            WEIGHTS_NAME,
-            KOHYA_WEIGHTS_NAME,
-            "README.md",
-            "eval.csv",
-            "validation/*.png",
-            f"{args.logging_dir}/**",
-        ]
+        files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "eval.csv", "validation/*.png"]
+        files.append(f"{args.logging_dir}/**/events*")
+        repo_id, folder = args.hub_model_id, args.output_dir
         options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
-        upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
+        try:
+            upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        except Exception as error:  # of the network, of the hub, of rights
+            command = shlex.join(["hf", "upload", repo_id, folder, ".", "--include", *files])
+            message = (
+                f"--push_to_hub failed: {one_line(error)}. The LoRA is in {folder}. To repeat the upload:\n{command}"
+            )
+            raise RuntimeError(message) from error
 
 
 # Training
 
 
 class StopSignals:
-    """Records the first SIGTERM or SIGINT. A second one stops at once."""
+    """Lets SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the launcher's death stop the run before its next batch. A second signal
+    ends it at once."""
 
-    def __init__(self):
-        self.received, self.pending_sum = 0, None
-        for stop_signal in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(stop_signal, self.receive)
+    def __init__(self, args, accelerator):
+        self.stop, self.number, self.time, self.group = False, signal.SIGTERM, None, None
+        if accelerator.num_processes > 1:
+            # Without the device, which would have to finish its work first.
+            timeout = datetime.timedelta(seconds=args.ddp_timeout)
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"} & vars(signal).keys()  # Windows has two.
+        numbers = (getattr(signal, name) for name in names)
+        # `nohup` has SIGHUP ignored.
+        self.handlers = {n: signal.signal(n, self.receive) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+            ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
+            if os.getppid() != LAUNCHER:
+                self.receive(signal.SIGUSR2)
 
-    def receive(self, number, frame):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+    def receive(self, number, frame=None):
+        if self.time is None:
+            self.stop, self.number, self.time = True, number, time.monotonic()
+            os.write(2, b"\nStopping after this batch\n")  # `print` may be interrupted itself.
+        # A launcher may pass on a signal that the terminal has sent as well.
+        elif time.monotonic() - self.time > 2 and number != signal.SIGUSR2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    def reached(self, accelerator):
-        """Whether a process had received one at the step before. That sum is ready and needs no waiting."""
-        before = self.pending_sum
-        self.pending_sum = accelerator.reduce(torch.tensor(self.received, device=accelerator.device))
-        return before is not None and before.item() > 0
+    def exchange(self, works):
+        """Whether a process still works while the others wait. `stop` becomes the same on all."""
+        flags = torch.tensor([self.stop, works], dtype=torch.int)
+        if self.group is not None:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, self.group)
+        stop, works = flags.tolist()
+        self.stop = stop > 0
+        return works > 0
 
-    def stop(self, args, accelerator):
-        """Ends the run after its checkpoint and logs the command that goes on."""
-        accelerator.end_training()
-        number = self.received or signal.SIGTERM
-        command = f"{launch_command(args, accelerator)} --resume_from_checkpoint latest"
-        logger.info(f"Stopped by {signal.Signals(number).name}. To go on:\n{command}")
-        sys.exit(128 + number)
+    def agreed(self):
+        """Whether a process was told to stop. Waits for all processes, and all get the same answer."""
+        while self.exchange(works=False):
+            pass
+        return self.stop
+
+    @contextlib.contextmanager
+    def others_wait(self):
+        """The other processes wait for this block, longer than `--ddp_timeout` if need be."""
+        finished = threading.Event()
+
+        def tell_others():
+            while self.group is not None and not finished.wait(1):
+                self.exchange(works=True)
+
+        thread = threading.Thread(target=tell_others)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+        self.agreed()
+
+    def release(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def main(args):
@@ -1196,26 +1281,27 @@ def main(args):
     checkpoints.load(policy)
     models = {"policy": policy, "pipeline": pipeline, "noise_scheduler": noise_scheduler}
     perception = create_perception(args, accelerator, pairs, **models, saved=checkpoints.saved, state=state)
-    monitor = Monitor(args, accelerator, state, timesteps)
-    with ncp_loss.reference_model(policy):
-        log_validation(args, accelerator, pipeline, 0)
-    # Resumed runs may have stopped just before this measurement.
-    if monitor.is_validation_step and eval_pairs is not None:
-        measure_held_out(args, accelerator, eval_pairs, **models, perception=perception, monitor=monitor)
+    monitor, signals = Monitor(args, accelerator, state), StopSignals(args, accelerator)
+    validation = {**models, "perception": perception, "monitor": monitor, "signals": signals}
+    if monitor.is_validation_step and state["validated_step"] != state["global_step"]:
+        validate(args, accelerator, eval_pairs, **validation)
 
     unet.train()
-    needs_reference = ncp_loss.LOSSES[args.loss_type].needs_reference
-    signals, stops, tables = StopSignals(), False, []
+    needs_reference, tables = ncp_loss.LOSSES[args.loss_type].needs_reference, []
     for batch in dataloader:
+        if signals.agreed():
+            break
         monitor.report_skipped_pairs(batch["skipped"])
         with accelerator.accumulate(unet):
             denoising = noise_batch(args, batch, pipeline, noise_scheduler)
             model_pred, ref_pred = predict(denoising, unet, policy, needs_reference)
-            errors = measure_errors(denoising, model_pred, ref_pred, perception)
-            accelerator.backward(measure_loss(args, errors, batch).loss)
+            if state["next_pair"] == 0 and not tables:
+                check_prediction(args, model_pred.detach(), denoising.target, noise_scheduler)
+            errors = perception.errors(model_pred, ref_pred, **denoising._asdict())
+            accelerator.backward(measure_loss(args, errors, batch))
             tables.append(tabulate(batch, errors))
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
                 # With --max_skipped_steps 0 the run ends before it saves such a step.
                 if args.max_skipped_steps > 0 and not grad_norm.isfinite():
                     optimizer.zero_grad()
@@ -1229,30 +1315,30 @@ def main(args):
         state["next_pair"] += pairs_per_step
         monitor.record(tables, grad_norm, lr_scheduler.get_last_lr()[0])
         tables.clear()
-        stops = signals.reached(accelerator)
-        ends = state["global_step"] == args.max_train_steps
-        saves = ends or stops or state["global_step"] % args.checkpointing_steps == 0
-        if monitor.is_validation_step or saves:
+        if monitor.is_validation_step:
             monitor.flush()
-        if saves:
-            checkpoints.save(state)
-        if stops:
-            break
-        if monitor.is_validation_step and eval_pairs is not None:
-            measure_held_out(args, accelerator, eval_pairs, **models, perception=perception, monitor=monitor)
-        if monitor.is_validation_step and not ends:
-            log_validation(args, accelerator, pipeline, state["global_step"])
+            validate(args, accelerator, eval_pairs, **validation)
+        if state["global_step"] % args.checkpointing_steps == 0 or state["global_step"] == args.max_train_steps:
+            monitor.flush()
+            checkpoints.save(state, signals)
 
-    accelerator.wait_for_everyone()
+    if stops := signals.agreed():
+        # The gradients of an unfinished step are dropped.
+        monitor.flush()
+        checkpoints.save(state, signals)
     # A wrapped model that outlives its process group destroys it with Python's lock held, and gloo's threads hang.
     unet, optimizer, lr_scheduler = accelerator.free_memory(unet, optimizer, lr_scheduler)
     if stops:
-        signals.stop(args, accelerator)
+        monitor.track(accelerator.end_training)
+        command = f"{launch_command(args, accelerator)} --resume_from_checkpoint latest"
+        logger.info(f"Stopped by {signal.Signals(signals.number).name}. To go on:\n{command}")
+        sys.exit(128 + signals.number)
+    signals.release()
     if accelerator.is_main_process:
         checkpoints.save_lora(args.output_dir)
-        log_validation(args, accelerator, pipeline, args.max_train_steps)
+        log_validation(args, accelerator, pipeline, args.max_train_steps, monitor, signals)
         finish(args, accelerator, policy, state)
-    accelerator.end_training()
+    monitor.track(accelerator.end_training)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ from diffusers.utils import logging
 
 sys.path.insert(0, str(step_cost_tables.ROOT))
 
-from ncp_loss import LOSSES, NoiseConditionedPerception, preference_loss, reference_model  # noqa: E402
+from ncp_loss import LOSSES, LatentSpace, NoiseConditionedPerception, preference_loss, reference_model  # noqa: E402
 
 
 class Model(NamedTuple):
@@ -240,7 +240,7 @@ class Step:
 
         self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype), None)
         self.policy.train()
-        self.second_unet = self.perception = None
+        self.second_unet, self.perception = None, LatentSpace
         if variant.second_unet:
             self.second_unet = self.create_unet(variant.dtype).requires_grad_(False)
         if variant.loss_space == "ncp":
@@ -309,8 +309,8 @@ class Step:
         if self.second_unet is None:
             needs_reference = LOSSES[self.args.loss_type].needs_reference
             model_pred, ref_pred = self.script.predict(denoising, self.policy, self.policy, needs_reference)
-            errors = self.script.measure_errors(denoising, model_pred, ref_pred, self.perception)
-            return self.script.measure_loss(self.args, errors, self.batch).loss
+            errors = self.perception.errors(model_pred, ref_pred, **denoising._asdict())
+            return self.script.measure_loss(self.args, errors, self.batch)
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
         with torch.no_grad(), reference_model(self.policy):
             ref_pred = denoising.predict(self.policy)
@@ -512,7 +512,7 @@ def metered(step, meter):
         (step.perception, "anchor", "anchor"),
         (step.perception, "error", "error"),
     ]:
-        if owner is not None:
+        if hasattr(owner, name):  # latent space has neither anchor nor error
             patches.append(mock.patch.object(owner, name, meter.part(part)(getattr(owner, name))))
     with contextlib.ExitStack() as stack:
         for context in [*patches, meter.modules_followed(), meter]:

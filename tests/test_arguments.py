@@ -14,19 +14,18 @@
 
 """What the flags and the environment say, and that what they cannot mean is said before any model is loaded."""
 
-import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import train_ncp_dpo_sd15
-from accelerate.state import PartialState
 from conftest import ROOT
 from huggingface_hub.errors import HFValidationError
-from train_ncp_dpo_sd15 import StopSignals, parse_args
+from train_ncp_dpo_sd15 import launch_command, parse_args
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_what_one_flag_decides(run_sd15, no_models, capfd, options, message):
         ([], {"caption_column": "text"}, r"has no column 'text' \(--caption_column\)"),
         ([], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
         (["--run_validation"], {}, "--run_validation needs a --validation_prompt"),
-        ([], {"report_to": "wandb", "hub_token": "secret"}, "--hub_token would show up in wandb's logs"),
+        ([], {"report_to": "wandb", "hub_token": "secret"}, "--hub_token .*wandb"),
     ],
 )
 @pytest.mark.bad_input
@@ -102,7 +101,7 @@ def test_fp16_without_a_gpu(run_sd15, no_models, monkeypatch):
 @pytest.mark.bad_input
 def test_all_trackers_may_include_wandb(run_sd15, no_models, monkeypatch):
     monkeypatch.setattr(train_ncp_dpo_sd15, "get_available_trackers", lambda: ["tensorboard", "wandb"])
-    with pytest.raises(ValueError, match="--hub_token would show up in wandb's logs"):
+    with pytest.raises(ValueError, match="--hub_token .*wandb"):
         run_sd15(report_to="all", hub_token="secret")
 
 
@@ -178,25 +177,13 @@ def test_help_bears_code_pages(script):
     assert result.stdout.isascii() and b"--encoded_data_dir" in result.stdout
 
 
-def test_the_command_that_goes_on_holds_no_secret(monkeypatch, caplog):
-    PartialState()  # what the scripts log through
-
-    class Accelerator:
-        num_processes = 2
-
-        def end_training(self):
-            pass
-
-    caplog.set_level(logging.INFO)
+def test_the_command_that_goes_on_holds_no_secret(monkeypatch):
     words = ["--validation_prompt", "John's cat", "--hub_token", "hf_secret", "--rank", "8", "--timesteps", "1", "2"]
     words += ["--resume_from_checkpoint", "a folder/checkpoint-4", "--no_hflip", "--dataset_name", "pairs"]
     words += ["--pretrained_model_name_or_path", "model"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     args = parse_args(words)
-    with pytest.raises(SystemExit):
-        StopSignals().stop(args, Accelerator())
-    (line,) = [line for line in caplog.text.splitlines() if line.startswith("accelerate launch")]
+    line = launch_command(args, SimpleNamespace(num_processes=2))
     assert "secret" not in line and line.startswith("accelerate launch --num_processes 2 train.py ")
-    assert line.endswith(" --resume_from_checkpoint latest")
     again = vars(parse_args(shlex.split(line)[5:]))
-    assert again == {**vars(args), "hub_token": None, "resume_from_checkpoint": "latest"}
+    assert again == {**vars(args), "hub_token": None, "resume_from_checkpoint": None}

@@ -55,5 +55,4 @@ def test_four_processes_equal_one_with_their_batches_together(run_sd15, tmp_path
     learnt = math.sqrt(sum(weight.square().sum().item() for weight in four.values()))
     assert difference < 1e-3 * learnt
     checkpoint = run_sd15.output_dir / "checkpoint-5"
-    assert {f"random_states_{rank}.pkl" for rank in range(4)} <= {path.name for path in checkpoint.iterdir()}
     assert json.loads((checkpoint / "training_state.json").read_text())["num_processes"] == 4
