@@ -243,7 +243,7 @@ def check(args):
     for row, ((label, caption, images), *others) in enumerate(zip(inspected, probabilities, uids)):
         inspection.add(row, label, caption, images, *others)
     findings = inspection.findings
-    findings["duplicate pairs"], findings["contradicting pairs"] = find_repeats(inspection.pairs)
+    findings |= find_repeats(inspection.pairs)
     for caption, row in inspection.captions.items() if tokenizer else ():
         if (length := len(tokenizer(caption, verbose=False).input_ids)) > max_tokens:
             findings["long captions"].append(f"row {row}: {length} tokens")
@@ -342,17 +342,23 @@ def inspect_image(value, args=None):
 
 
 def find_repeats(pairs):
-    """The rows of `pairs`, `(row, prompt, winner, loser)`, that say the same, and those that say the opposite, in words."""
+    """
+    The rows of `pairs`, `(row, prompt, winner, loser)`, that say the same, those that say the opposite and those of the same
+    images under other captions, in words, by kind.
+    """
     pairs = pd.DataFrame(pairs, columns=["row", "prompt", "winner", "loser"])
-    either_way = ["prompt", "first", "second"]
+    either_way, images = ["prompt", "first", "second"], ["first", "second"]
     pairs["first"], pairs["second"] = pairs[["winner", "loser"]].min(axis=1), pairs[["winner", "loser"]].max(axis=1)
-    duplicates, contradictions = [], []
+    duplicates, contradictions, recurring = [], [], []
     for _, same_images in pairs[pairs.duplicated(either_way, keep=False)].groupby(either_way, sort=False):
         verdicts = [", ".join(map(str, rows)) for _, rows in same_images.groupby("winner", sort=False)["row"]]
         duplicates.extend(f"rows {rows}" for rows in verdicts if "," in rows)
         if len(verdicts) == 2:
             contradictions.append(f"rows {verdicts[0]} against {verdicts[1]}")
-    return duplicates, contradictions
+    once = pairs.drop_duplicates(either_way)
+    for _, same_images in once[once.duplicated(images, keep=False)].groupby(images, sort=False):
+        recurring.append(f"rows {', '.join(map(str, same_images['row']))}")
+    return {"duplicate pairs": duplicates, "contradicting pairs": contradictions, "recurring pairs": recurring}
 
 
 def read_columns(args, names):
@@ -402,6 +408,7 @@ def print_report(args, counts, findings, sizes, max_tokens):
         "identical images": "both images of the pair are the same",
         "duplicate pairs": "the same prompt, images and preference in more than one row",
         "contradicting pairs": "the same prompt and images with opposite preferences",
+        "recurring pairs": "the same two images under other captions",
     }
     for name, (count, meaning) in counts.items():
         print(f"{name:<20} {count:>11,}{meaning}")

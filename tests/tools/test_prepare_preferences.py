@@ -293,6 +293,7 @@ def test_check_finds_repeated_contradicting_and_identical_pairs(tmp_path, capsys
         (a, a, 1, "x"),
         (a, c, 0.5, "x"),  # a tie says neither
         (b, c, 0, "x"),
+        (c, b, 0, " X"),  # the opposite, under the same prompt
     ]
     jpg_0, jpg_1, labels, captions = zip(*pairs)
     columns = {"jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": [float(label) for label in labels], "caption": captions}
@@ -300,7 +301,8 @@ def test_check_finds_repeated_contradicting_and_identical_pairs(tmp_path, capsys
     assert run("check", "--dataset_name", folder, "--num_proc", 1) == 0
     output = capsys.readouterr().out
     assert "duplicate pairs:\n  rows 0, 1\n" in output
-    assert "contradicting pairs:\n  rows 0, 1 against 2\n  rows 4 against 5\n" in output
+    assert "contradicting pairs:\n  rows 0, 1 against 2\n  rows 4 against 5\n  rows 8 against 9\n" in output
+    assert "recurring pairs:\n  rows 0, 3\n\n" in output
     assert "identical images:\n  row 6\n" in output
 
 
