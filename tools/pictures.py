@@ -53,7 +53,7 @@ WEIGHTS = r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.([^.-]+))?
 LORA_UP = re.compile(r"[._]lora(?:_linear_layer|_embedding)?[._](?:up|B)\b")
 LORA_DOWN = re.compile(LORA_UP.pattern.replace("up|B", "down|A"))
 SEED = number_type(int, "from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
-RESOLUTION = number_type(int, "at least 8", lambda value: value >= 8)
+RESOLUTION = number_type(int, "a multiple of 8", lambda value: value >= 8 and value % 8 == 0)
 
 
 # Arguments

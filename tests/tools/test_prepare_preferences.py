@@ -601,14 +601,6 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
         assert error.startswith("error: ") and message in error, (arguments, error)
 
 
-@pytest.mark.parametrize("flag", ["--min_wins", "--max_pairs_per_prompt"])
-@pytest.mark.bad_input
-def test_counts_are_positive(flag, capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse_args(["filter", "--dataset_name", "x", "--output_file", "y", flag, "0"])
-    assert exit.value.code == 2 and flag in capsys.readouterr().err
-
-
 # filter
 
 
