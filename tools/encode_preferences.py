@@ -395,12 +395,25 @@ def batched(items, size):
         yield batch
 
 
+def check_finite(args, encoding, names):
+    """Raises a `ValueError` with the name of the first row of a tensor that holds values that are not finite."""
+    for name, finite in zip(names, encoding.isfinite().flatten(1).all(dim=1).tolist()):
+        if not finite:
+            raise ValueError(
+                f"{name} has an encoding with values that are not finite: --pretrained_model_name_or_path "
+                f"{args.pretrained_model_name_or_path}, or its VAE, overflows at --mixed_precision {args.mixed_precision}. "
+                "Give --mixed_precision no or another model."
+            )
+
+
 def encode_prompts(args, trainer, pipeline, shards, captions):
     """Writes shards of captions' embeddings, in the text encoders' dtype."""
     for path, part in shards:
         records = []
         for batch in batched(captions[part], args.vae_encode_batch_size):
             embeddings = {name: value.cpu() for name, value in trainer.encode_prompt(pipeline, batch).items()}
+            for value in embeddings.values():
+                check_finite(args, value, [f"Prompt {caption!r:.80}" for caption in batch])
             for index, caption in enumerate(batch):
                 tensors = {name: value[index].contiguous() for name, value in embeddings.items()}
                 records.append({"caption": caption, "tensors": safetensors.torch.save(tensors)})
@@ -447,7 +460,9 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
         for batch in batched(readable, pairs_per_batch):
             pixel_values = torch.cat([tensors.pop("pixel_values") for *_, tensors in batch])
             latents = trainer.encode_images(pipeline.vae, pixel_values, args.vae_encode_batch_size)
-            latents = latents.to(dtype).cpu().split(images_per_pair)
+            latents = latents.to(dtype).cpu().unflatten(0, (-1, images_per_pair))
+            names = [f"Row {row_number} ({row[args.caption_column]!r:.80})" for row_number, row, *_ in batch]
+            check_finite(args, latents, names)
             for (row_number, row, digests, tensors), pair_latents in zip(batch, latents):
                 tensors = {"latents": pair_latents, **tensors}
                 tensors = {name: value.unflatten(0, (2, -1)).contiguous() for name, value in tensors.items()}

@@ -404,7 +404,12 @@ def draw_pictures(args, accelerator, pictures):
 
 
 def draw_batch(args, pipeline, batch):
-    """Draws and saves pictures of the same settings. A `ValueError` says that one is not finite: it would be saved black."""
+    """
+    Draws and saves pictures of the same settings. A `ValueError` says that one is not finite: diffusers would make NaN black and
+    infinite values black or white.
+    """
+    decoded = []
+    hook = pipeline.vae.decoder.register_forward_hook(lambda *values: decoded.append(values[-1]))
     values = pipeline(
         [picture.prompt for picture in batch],
         height=args.resolution,
@@ -414,12 +419,13 @@ def draw_batch(args, pipeline, batch):
         generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
         output_type="pt",
     ).images
-    for picture, finite in zip(batch, values.isfinite().flatten(1).all(dim=1).tolist()):
+    hook.remove()
+    for picture, finite in zip(batch, torch.cat(decoded).isfinite().flatten(1).all(dim=1).tolist()):
         if not finite:
             raise ValueError(
                 f"{picture.path.name} of {picture.prompt!r:.100} has values that are not finite: "
                 f"--{picture.source.flags.model} {picture.source.model} overflows at --mixed_precision "
-                f"{args.mixed_precision}. Give --mixed_precision no or bf16, or another VAE."
+                f"{args.mixed_precision}. Give --mixed_precision no or bf16, or another model."
             )
     images = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(values))
     for picture, image in zip(batch, images):

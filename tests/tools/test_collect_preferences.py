@@ -802,12 +802,13 @@ def test_pictures_outside_the_folder_are_refused(collect, command, kind, tmp_pat
 
 
 @pytest.mark.bad_input
-def test_pictures_that_are_not_finite_are_not_saved(collect, checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("layer, value", [("post_quant_conv", "nan"), ("decoder.conv_out", "inf")])
+def test_pictures_that_are_not_finite_are_not_saved(collect, checkpoints, tmp_path, capsys, layer, value):
     model = tmp_path / "nan"
     shutil.copytree(checkpoints["sd15"], model)
     (file,) = (model / "vae").glob("*.safetensors")
     weights = safetensors.torch.load_file(file)
-    weights["post_quant_conv.bias"][:] = float("nan")
+    weights[f"{layer}.bias"][0] = float(value)
     safetensors.torch.save_file(weights, file, {"format": "pt"})
     # Two models take turns in the pictures of a prompt.
     models = [checkpoints["sd15"], str(model)]

@@ -464,6 +464,27 @@ def test_unreadable_pairs(run_sd15, encode_sd15, tmp_path, caplog):
     assert all(weight.any() for weight in run_sd15.up_weights().values())
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "part, weight, name",
+    [
+        ("vae", "quant_conv.bias", r"Row 0 \('picture number 0'\)"),
+        ("text_encoder", "final_layer_norm.bias", "Prompt 'picture number 0'"),
+    ],
+)
+def test_encodings_that_are_not_finite_are_refused(encode_sd15, checkpoints, tmp_path, part, weight, name):
+    model = copy_checkpoint(checkpoints["sd15"], tmp_path / "model")
+    (file,) = (model / part).glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    (weight,) = [key for key in weights if key.endswith(weight) and "post" not in key]
+    weights[weight][:] = float("nan")
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    message = f"{name} .*--pretrained_model_name_or_path {model}.* --mixed_precision no"
+    with pytest.raises(ValueError, match=message):
+        encode_sd15(pretrained_model_name_or_path=model)
+    assert not list((encode_sd15.folder / "pairs").iterdir())
+
+
 def test_anybody_can_open_it(encode, tmp_path):
     encode()
     opened = {
