@@ -43,10 +43,10 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from common import exit_code, iter_rows, pair_ranks, read_metadata, whole_file
+from common import LOCK_NAME, exit_code, iter_rows, locked_folder, pair_ranks, read_metadata, whole_file
 from datasets import Value
 from packaging.version import Version
-from picture_records import LOCK_NAME, RECORD_NAME, locked_folder, read_pictures, write_pairs
+from picture_records import RECORD_NAME, read_pictures, write_pairs
 from pictures import (
     Flags,
     Picture,
@@ -219,11 +219,11 @@ def judge(args):
     folder = Path(args.output_dir)
     if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
         raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
-    prompts = read_pictures(args.input_dir)
-    pictures = [picture for rows in prompts.values() for picture in rows]
-    scorers = {name: SCORERS[name](args) for name in args.scorers}
-    paths, captions = ([picture[key] for picture in pictures] for key in ("path", "prompt"))
     with locked_folder(folder, accelerator.is_main_process):
+        prompts = read_pictures(args.input_dir)
+        pictures = [picture for rows in prompts.values() for picture in rows]
+        scorers = {name: SCORERS[name](args) for name in args.scorers}
+        paths, captions = ([picture[key] for picture in pictures] for key in ("path", "prompt"))
         scores = score_pictures(accelerator, scorers, captions, paths)
         if accelerator.is_main_process:
             for picture, *values in zip(pictures, *scores.values()):
@@ -299,10 +299,9 @@ def rate(args):
     if Version(installed) < Version(GRADIO_VERSION):
         raise ImportError(f'To rate on a page, please install Gradio: `pip install "gradio>={GRADIO_VERSION}"`.')
     folder, login = Path(args.output_dir), read_login(args)
-    pairs = number_pairs(read_pictures(args.input_dir))
+    check_rated_folder(folder)
     with locked_folder(folder), tempfile.TemporaryDirectory() as served:
-        check_rated_folder(folder)
-        choices = Choices(folder / CHOICES_NAME, pairs)
+        choices = Choices(folder / CHOICES_NAME, number_pairs(read_pictures(args.input_dir)))
         serve(Page(choices, Path(served)), args.host, login)
         write_choices(folder, choices)
 

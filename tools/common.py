@@ -26,6 +26,7 @@ import tempfile
 from collections import Counter, deque
 from pathlib import Path
 
+import filelock
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,7 @@ SCHEMA = Features({"jpg_0": Image(), "jpg_1": Image(), "label_0": Value("float64
 READ_BATCH_SIZE = 32  # rows that are held in memory with their images
 READ_BUFFER_BYTES = 4 << 20  # of each column
 ROW_GROUP_SIZE, ROW_GROUP_BYTES = 100, 64 << 20  # readers of a parquet file hold a row group in memory
+LOCK_NAME = ".lock"
 # A warning is printed if images of one source win, or lose, at least this share of the pairs.
 ONE_SIDED = 0.9
 
@@ -264,6 +266,28 @@ def source_warning(pairs):
 
 
 # Writing
+
+
+@contextlib.contextmanager
+def locked_folder(folder, is_main_process=True):
+    """
+    Creates an output folder and keeps other runs from writing to it. The main process of a run holds the lock. The operating
+    system frees it when the process ends.
+    """
+    if not is_main_process:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {folder} is being written by another run. Wait for its end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

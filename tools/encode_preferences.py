@@ -48,9 +48,8 @@ import datasets
 import pyarrow as pa
 import safetensors.torch
 import torch
-from common import READ_BATCH_SIZE, ParquetFiles, exit_code, map_ahead, whole_file
+from common import LOCK_NAME, READ_BATCH_SIZE, ParquetFiles, exit_code, locked_folder, map_ahead, whole_file
 from datasets import Dataset, Features, Value
-from picture_records import LOCK_NAME, locked_folder
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from picture_records import load_picture, locked_folder
+from common import locked_folder
+from picture_records import load_picture
 from pictures import (
     Flags,
     Picture,
@@ -190,9 +191,9 @@ def main(args):
     args.mixed_precision = choose_precision(args, accelerator)
     prompts = load_prompts(args)
     sources = {side: open_side(args, side) for side in SIDES}
-    # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
-    scorers = {name: SCORERS[name](args) for name in args.scorers}
     with locked_folder(args.output_dir, accelerator.is_main_process):
+        # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
+        scorers = {name: SCORERS[name](args) for name in args.scorers}
         evaluate(args, accelerator, prompts, sources, scorers)
     accelerator.end_training()
 

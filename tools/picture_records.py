@@ -15,13 +15,11 @@
 
 """Folders of pictures and their metadata.jsonl, and the pairs that are made of them, for `collect_preferences.py`."""
 
-import contextlib
 import hashlib
 import logging
 from collections import defaultdict
 from pathlib import Path
 
-import filelock
 from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
 from datasets import Features, Value
 from preference_pairs import read_image, same_prompt_key
@@ -31,7 +29,6 @@ from tqdm.auto import tqdm
 logger = logging.getLogger("collect_preferences")
 
 RECORD_NAME = "metadata.jsonl"
-LOCK_NAME = ".lock"
 # How a picture was drawn. Pairs have these columns with _0 and _1 at the end.
 PROVENANCE = {
     **dict.fromkeys("file_name model variant revision lora_weights lora_digest scheduler".split(), Value("string")),
@@ -40,28 +37,6 @@ PROVENANCE = {
     "mixed_precision": Value("string"),
 }
 SHARD_BYTES = 500 << 20
-
-
-@contextlib.contextmanager
-def locked_folder(folder, is_main_process=True):
-    """
-    Creates an output folder and keeps other runs from writing to it. The main process of a run holds the lock. The operating
-    system frees it when the process ends.
-    """
-    if not is_main_process:
-        yield
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"--output_dir {folder} is being written by another run. Wait for its end.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def digest_of_file(path):

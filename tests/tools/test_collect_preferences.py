@@ -706,7 +706,8 @@ def test_one_run_at_a_time(collect, command, tmp_path, capsys):
     output = tmp_path / ("drawn" if command == "draw" else "pairs")
     output.mkdir(exist_ok=True)
     with filelock.FileLock(output / ".lock"):
-        assert collect(command) == 2
+        # It is refused before anything is loaded.
+        assert collect(command, **({} if command == "draw" else {"input_dir": "nowhere"})) == 2
     assert f"--output_dir {output} is being written" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == [".lock"]
 

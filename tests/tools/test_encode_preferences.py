@@ -32,9 +32,9 @@ import safetensors.torch
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
+from common import locked_folder
 from conftest import ROOT, SCRIPTS, reset_accelerate, run_on_two_processes
 from datasets import Dataset
-from picture_records import locked_folder
 from PIL import Image
 from tiny_checkpoints import (
     RESOLUTION,

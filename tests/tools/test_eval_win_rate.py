@@ -32,6 +32,7 @@ import pytest
 import safetensors.torch
 import scorers
 import torch
+from common import locked_folder
 from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
@@ -464,6 +465,14 @@ def test_pictures_of_a_model_that_was_replaced_are_not_kept(evaluate, checkpoint
 
 
 @pytest.mark.bad_input
+def test_one_run_at_a_time(evaluate, tmp_path):
+    output = tmp_path / "evaluation"
+    with locked_folder(output), pytest.raises(ValueError, match=f"--output_dir {output} "):
+        evaluate("--scorers", "clipscore", clipscore_model_name_or_path="nowhere")
+    assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+@pytest.mark.bad_input
 def test_weights_that_are_not_whole_are_named(evaluate, checkpoints, tmp_path):
     lora = save_lora(checkpoints["sd15"], tmp_path / "lora")
     unet = copy_checkpoint(checkpoints["sd15"], tmp_path / "model") / "unet/diffusion_pytorch_model.safetensors"
@@ -783,4 +792,4 @@ def test_scorers_of_other_packages(evaluate, tmp_path, monkeypatch):
 def test_scorers_that_are_not_there(evaluate, scorer, message, tmp_path):
     with pytest.raises((ImportError, ValueError), match=message):
         evaluate("--scorers", scorer)
-    assert not (tmp_path / "evaluation").exists(), "nothing is drawn before"
+    assert [path.name for path in tmp_path.glob("evaluation/*")] == [".lock"], "nothing is drawn before"
