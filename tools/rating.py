@@ -32,6 +32,7 @@ from datetime import datetime, timezone
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import whole_file
 from datasets import Value
 from picture_records import digest_of_file, load_picture, write_pairs
 from tqdm.auto import tqdm
@@ -57,8 +58,10 @@ def list_written(folder):
 
 
 def check_rated_folder(folder):
-    """Raises a `ValueError` if the folder holds pairs that `rate` did not write."""
-    _, others = list_written(folder)
+    """Raises a `ValueError` if the folder holds pairs that `rate` did not write. `convert` copies the columns of `rate`."""
+    written, others = list_written(folder)
+    if not (folder / CHOICES_NAME).is_file():
+        others += written
     if others:
         raise ValueError(
             f"--output_dir {folder} holds {others[0].name}, which rate did not write. Give another folder."
@@ -115,12 +118,8 @@ class Choices:
                     removed.append(f"{entry['picture_0']} or {entry['picture_1']}")
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {line_number}: {error}.") from error
-        if removed and not self.by_rater:
-            raise ValueError(
-                f"{path}: no rated picture is in --input_dir, such as {removed[0]}. Give another --output_dir."
-            )
         if removed:
-            logger.warning(f"{len(removed)} choices are left out, since a picture was removed: first {removed[0]}")
+            logger.warning(f"{len(removed)} choices are left out: --input_dir no longer has {removed[0]}")
 
     def apply(self, entry):
         if entry["choice"] == "undo":
@@ -196,8 +195,10 @@ class Page:
             if len(found) < count and pair not in chosen:
                 if is_there(self.choices.pairs[pair]):
                     found.append(pair)
-                else:
+                elif pair not in self.removed:
                     self.removed.add(pair)
+                    names = " or ".join(picture["file_name"] for picture in self.choices.pairs[pair])
+                    logger.warning(f"A pair is passed over: {names} was removed")
         return found
 
     def left(self, rater, pair):
@@ -274,7 +275,8 @@ def serve(page, host, login):
 def write_choices(folder, choices):
     """
     Writes the pairs that raters chose, in place of those of an earlier `rate`, and report.md on how far raters agree. A pair
-    whose picture was removed or replaced is left out. If no pair is left, the earlier ones stay.
+    whose picture was removed or replaced is left out. If no pair is left, the earlier ones and their report
+    stay.
     """
     votes, pairs, num_changed = defaultdict(dict), [], 0
     for rater, chosen in choices.by_rater.items():
@@ -298,10 +300,12 @@ def write_choices(folder, choices):
         if warning := write_pairs(folder, pairs, columns, replaced=written):
             report += f"\nWarning: {warning}\n"
     elif written:
-        logger.warning(f"No pair is left. The pairs of an earlier rate stay in {folder}")
+        logger.warning(f"No pair is left. The pairs and the report of an earlier rate stay in {folder}")
+        return
     ties = sum(row["label_0"] == 0.5 for *_, row in pairs)
     report = f"{len(pairs) - ties:,} pairs with a winner and {ties:,} ties in {folder}\n\n{report}"
-    (folder / "report.md").write_text(report, encoding="utf-8")
+    with whole_file(folder / "report.md") as incomplete:
+        incomplete.write_text(report, encoding="utf-8")
     print(report)
 
 

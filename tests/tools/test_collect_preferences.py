@@ -66,8 +66,10 @@ PROMPTS = ["a cat", "a dog at sea"]
 
 
 @pytest.fixture
-def collect(checkpoints, clip, tmp_path):
+def collect(checkpoints, clip, tmp_path, monkeypatch):
     """Runs a command with the tiny models, in this process; options that are `None` are left out."""
+    # A page that should not open would wait for its end.
+    monkeypatch.setattr(collect_preferences, "serve", None)
     scorers = ("pickscore_model", "pickscore_processor", "clipscore_model")
     defaults = {
         "draw": {
@@ -732,6 +734,12 @@ def test_pairs_of_another_tool_are_not_touched(collect, tmp_path, capsys):
     assert collect("rate") == 2
     assert "train-00000-of-00001.parquet" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in tmp_path.glob("pairs/*")}
+    # `convert` copies the columns that rate wrote, but not its choices.
+    (file,) = tmp_path.glob("pairs/*.parquet")
+    rated = pq.read_table(file)
+    pq.write_table(rated.append_column("raters", rated["caption"]), file)
+    with pytest.raises(ValueError, match=file.name):
+        collect_preferences.check_rated_folder(file.parent)
 
 
 def test_a_result_without_pairs_removes_nothing(rating, tmp_path, caplog):
@@ -741,10 +749,11 @@ def test_a_result_without_pairs_removes_nothing(rating, tmp_path, caplog):
     rating.choices.add(rater="ann", pair=pair, choice="picture_0", seconds=1.0)
     collect_preferences.write_choices(folder, rating.choices)
     (file,) = folder.glob("*.parquet")
-    before = file.read_bytes()
+    before, report = file.read_bytes(), (folder / "report.md").read_text()
     rating.choices.add(rater="ann", pair=pair, choice="undo")
     collect_preferences.write_choices(folder, rating.choices)
     assert file.read_bytes() == before and str(folder) in caplog.text
+    assert (folder / "report.md").read_text() == report
     # A file that cannot be written leaves the earlier one as it was, too.
     rating.choices.add(rater="ann", pair=pair, choice="picture_1", seconds=1.0)
     with full_disk(100), pytest.raises(OSError, match="--output_dir .*pairs"):
@@ -770,12 +779,14 @@ def test_pictures_removed_while_people_rate(rating, tmp_path, caplog):
     assert not any(seen.name in (row["file_name_0"], row["file_name_1"]) for row in rows)
     assert "a picture was removed" in caplog.text and len(lines(rating)) == 4
 
+    caplog.clear()
     unseen.unlink()
     while (state := rating("ann"))["pair"] is not None:
         assert "error" not in state
         assert unseen not in [shown["path"] for shown in rating.choices.pairs[state["pair"]]]
         rating("ann", "right")
     assert "error" not in rating("bob")
+    assert unseen.name in caplog.text and len(set(caplog.messages)) == len(caplog.messages)
 
     caplog.clear()
     again = Rating(tmp_path / "drawn", rating.choices.path)
@@ -784,6 +795,18 @@ def test_pictures_removed_while_people_rate(rating, tmp_path, caplog):
     assert 0 < state["total"] < 6
     for name in state["pictures"]:
         assert Path(name.partition("=")[2]).is_file()
+
+
+def test_a_restart_after_the_only_rated_picture_was_removed(tmp_path, caplog):
+    folder = save_pictures(tmp_path / "drawn", number=2)
+    rating = Rating(folder, tmp_path / "choices.jsonl")
+    rating("ann", "left")
+    (name,) = [line["picture_1"] for line in lines(rating)]
+    (folder / name).unlink()
+    again = Rating(folder, rating.choices.path)
+    assert "1 choices are left out" in caplog.text and name in caplog.text
+    assert (again("ann")["done"], again("ann")["total"]) == (0, 1)
+    assert len(lines(again)) == 1
 
 
 @pytest.mark.bad_input
