@@ -53,18 +53,34 @@ def latent_error(model_pred, target):
     return (model_pred.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
+class Denoising(NamedTuple):
+    """The U-Net's task for a batch of N images."""
+
+    noisy_latents: torch.Tensor  # x_t, (N, C, H, W)
+    timesteps: torch.Tensor  # t, (N,)
+    target: torch.Tensor  # the true noise, velocity or sample, (N, C, H, W)
+    encoder_hidden_states: torch.Tensor  # the text embeddings, (N, L, D)
+    added_cond_kwargs: dict | None = None  # SDXL's `text_embeds`, (N, P), and `time_ids`, (N, 6)
+    variance_noise: torch.Tensor | None = None  # z of eq. 12, (N, C, H, W); without it 0
+
+    def predict(self, unet):
+        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
+        return unet(*inputs, added_cond_kwargs=self.added_cond_kwargs).sample
+
+
 class Errors(NamedTuple):
     policy: torch.Tensor  # (N,), winners first
-    reference: torch.Tensor | None  # (N,)
+    reference: torch.Tensor | None  # (N,); `None` without its predictions
 
 
 class LatentSpace:
     """The counterpart of [`NoiseConditionedPerception`]."""
 
     @staticmethod
-    def errors(model_pred, ref_pred, target, **inputs):
-        """The `Errors` of predictions of shape `(N, C, H, W)`; without `ref_pred` the policy's alone."""
-        return Errors(latent_error(model_pred, target), None if ref_pred is None else latent_error(ref_pred, target))
+    def errors(denoising, model_pred, ref_pred=None):
+        """The `Errors` of predictions of shape `(N, C, H, W)`."""
+        ref_errors = None if ref_pred is None else latent_error(ref_pred, denoising.target)
+        return Errors(latent_error(model_pred, denoising.target), ref_errors)
 
 
 class LossInputs(NamedTuple):
@@ -218,29 +234,24 @@ def preference_loss(
     return PreferenceLoss(losses.mean(), margin, (0.5 * (margin.sign() + 1)).mean())
 
 
-def preference_metrics(
-    error_w, error_l=None, ref_error_w=None, ref_error_l=None, winner_probability=None, **loss_options
-):
+def preference_metrics(error_w, error_l=None, ref_error_w=None, ref_error_l=None, **options):
     """
-    Means over B pairs, floats by name: the loss, margin and implicit accuracy of [`preference_loss`] with
-    `loss_options`, all errors, and the drift, the policy's errors minus the reference's, which grows before a run
-    diverges. Where β scales logits, also their root mean square, `logit_spread`, and the share beyond ±5, `saturated`.
-    Arguments are tensors of shape `(B,)`; without `error_l` there are only winners, and the loss is their error.
+    Means over B pairs, floats by name, from errors of shape `(B,)`: the results of [`preference_loss`] with `options`, the
+    errors, the drift (the policy's minus the reference's error; it grows before a run diverges), and where β scales
+    logits their root mean square, `logit_spread`, and the share beyond ±5. Without `error_l` the loss is `error_w`.
     """
-    metrics = {"loss": error_w, "error_w": error_w}
+    metrics, ref_errors = {"loss": error_w, "error_w": error_w, "error_l": error_l}, None
     if ref_error_w is not None:
         metrics["drift_w"] = error_w - ref_error_w
     if error_l is not None:
-        ref_errors = None
         if ref_error_w is not None:
             ref_errors, metrics["drift_l"] = torch.cat([ref_error_w, ref_error_l]), error_l - ref_error_l
-        errors = torch.cat([error_w, error_l])
-        result = preference_loss(errors, ref_errors, winner_probability=winner_probability, **loss_options)
-        metrics.update(error_l=error_l, **result._asdict())
-        if LOSSES[loss_options["loss_type"]].uses_logits:
-            logits = 0.5 * loss_options["beta"] * result.margin
+        result = preference_loss(torch.cat([error_w, error_l]), ref_errors, **options)
+        metrics.update(result._asdict())
+        if LOSSES[options["loss_type"]].uses_logits:
+            logits = 0.5 * options["beta"] * result.margin
             metrics.update(logit_spread=logits.square().mean().sqrt(), saturated=(logits.abs() > 5).float())
-    return {name: value.mean().item() for name, value in metrics.items()}
+    return {name: value.mean().item() for name, value in metrics.items() if value is not None}
 
 
 def error_scale(latent_margins, feature_margins):
@@ -251,8 +262,7 @@ def error_scale(latent_margins, feature_margins):
 
     Args:
         latent_margins (`torch.Tensor` of shape `(B,)`): (r_w - r_l) - (e_w - e_l) in latent space, for a policy with a
-            small random change, at evenly spread timesteps.
-        feature_margins (`torch.Tensor` of shape `(B,)`): the same in feature space, with an `error_scale` of 1.
+            small random change, at evenly spread timesteps; `feature_margins`: with an `error_scale` of 1.
 
     Returns:
         `tuple[float, float]`: ρ and the standard error of log ρ. Pairs with a margin of 0 do not count; if fewer than
@@ -263,9 +273,6 @@ def error_scale(latent_margins, feature_margins):
     if len(log_ratios) < 2:
         raise ValueError(f"{len(log_ratios)} pairs have margins other than 0 in both spaces, but 2 are needed.")
     return log_ratios.mean().exp().item(), log_ratios.std().item() / math.sqrt(len(log_ratios))
-
-
-# One U-Net as policy, reference and perceptual encoder
 
 
 def adapters_disabled(unet):
@@ -453,42 +460,24 @@ class NoiseConditionedPerception:
         # Copied once: a copy in every step would wait for the device.
         self.step_table = StepTable.from_scheduler(noise_scheduler, target_timestep).to(unet.device, self._error_dtype)
 
-    def anchor(
-        self,
-        noisy_latents,
-        timesteps,
-        target,
-        encoder_hidden_states,
-        added_cond_kwargs=None,
-        variance_noise=None,
-        ref_pred=None,
-    ):
+    def anchor(self, denoising, ref_pred=None):
         """
-        The `Anchor` of a batch: everything that does not depend on the policy, without gradient. Its `ref_errors`,
-        `(N,)`, are the reference's errors.
-
-        Args:
-            noisy_latents (`torch.Tensor` of shape `(N, C, H, W)`): x_t.
-            timesteps (`torch.LongTensor` of shape `(N,)`): t.
-            target (`torch.Tensor` of shape `(N, C, H, W)`): the true noise, velocity or sample.
-            encoder_hidden_states (`torch.Tensor` of shape `(N, L, D)`): the text embeddings.
-            added_cond_kwargs (`dict`, *optional*): SDXL's `text_embeds` `(N, P)` and `time_ids` `(N, 6)`.
-            variance_noise (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): z of eq. 12, by default 0.
-            ref_pred (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): the reference's prediction. With it, errors
-                are the reference's plus the policy's change, which separate rounding would hide early in training.
+        The `Anchor` of a batch: everything that does not depend on the policy, without gradient. With `ref_pred`, the
+        reference's prediction, `(N, C, H, W)`, its `ref_errors`, `(N,)`, are the reference's errors, and the policy's
+        are these plus the policy's change, which separate rounding would hide early in training.
         """
         dtype = self._error_dtype
-        target = target.to(dtype)
+        target, variance_noise = denoising.target.to(dtype), denoising.variance_noise
         center_pred = target if ref_pred is None else ref_pred.detach().to(dtype)
-        step = self.step_table.at(timesteps)
-        center = step.x_weight * noisy_latents.to(dtype) + step.pred_weight * center_pred
+        step = self.step_table.at(denoising.timesteps)
+        center = step.x_weight * denoising.noisy_latents.to(dtype) + step.pred_weight * center_pred
         if variance_noise is not None:
             center = center + step.sigma * variance_noise.to(dtype)
-        conditioning = (step.timesteps, encoder_hidden_states, added_cond_kwargs)
+        conditioning = (step.timesteps, denoising.encoder_hidden_states, denoising.added_cond_kwargs)
 
         center_features, side, ref_change, ref_errors = None, 1.0, 0.0, None
         if self._central:
-            side = _fair_signs(noisy_latents if variance_noise is None else variance_noise)
+            side = _fair_signs(denoising.noisy_latents if variance_noise is None else variance_noise)
         with torch.no_grad(), self._frozen_encoder():
             if ref_pred is not None:
                 # The probe goes from the reference's prediction to the target, and the change goes the other way.
@@ -503,9 +492,9 @@ class NoiseConditionedPerception:
                 center_features = self._features(center, *conditioning).to(dtype)
         return Anchor(center, center_pred, step.k, conditioning, center_features, side, ref_change, ref_errors)
 
-    def errors(self, model_pred, ref_pred, **inputs):
-        """The `Errors` of predictions of shape `(N, C, H, W)`. `inputs` are those of `anchor`."""
-        anchor = self.anchor(ref_pred=ref_pred, **inputs)
+    def errors(self, denoising, model_pred, ref_pred=None):
+        """The `Errors` of predictions of shape `(N, C, H, W)`."""
+        anchor = self.anchor(denoising, ref_pred)
         return Errors(self.error(model_pred, anchor), anchor.ref_errors)
 
     def error(self, model_pred, anchor):

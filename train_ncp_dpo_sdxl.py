@@ -47,7 +47,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import datasets
 import filelock
@@ -512,22 +511,6 @@ def prompt_conditioning(prompt, batch, images_per_pair):
 # Noise, errors and the loss
 
 
-# Copied from train_ncp_dpo_sd15.Denoising
-class Denoising(NamedTuple):
-    """The U-Net's task for a batch of N images; names as in [`NoiseConditionedPerception.anchor`]."""
-
-    noisy_latents: torch.Tensor  # (N, C, h, w)
-    timesteps: torch.Tensor  # (N,)
-    target: torch.Tensor  # (N, C, h, w)
-    encoder_hidden_states: torch.Tensor  # (N, L, D)
-    added_cond_kwargs: dict | None
-    variance_noise: torch.Tensor  # (N, C, h, w)
-
-    def predict(self, unet):
-        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
-        return unet(*inputs, added_cond_kwargs=self.added_cond_kwargs).sample
-
-
 # Copied from train_ncp_dpo_sd15.noise_batch
 def noise_batch(args, batch, pipeline, noise_scheduler):
     """Encodes a batch of pairs and adds each pair's noise at its timestep, to the winner and to the loser."""
@@ -545,7 +528,9 @@ def noise_batch(args, batch, pipeline, noise_scheduler):
     else:
         target = {"epsilon": noise, "sample": latents}[noise_scheduler.config.prediction_type]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    return Denoising(noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise)
+    return ncp_loss.Denoising(
+        noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise
+    )
 
 
 # Copied from train_ncp_dpo_sd15.predict
@@ -579,9 +564,9 @@ def check_prediction(args, model_pred, target, noise_scheduler):
     """Warns if a prediction before training is worse than zero, as with another `prediction_type` than the model's."""
     error, error_of_zero = (ncp_loss.latent_error(pred, target).mean() for pred in (model_pred, 0 * model_pred))
     if error > error_of_zero:
-        found = f"its error is {error:.3g}, that of a prediction of zero {error_of_zero:.3g}"
-        kind = f"`prediction_type` {noise_scheduler.config.prediction_type}"
-        logger.warning(f"--pretrained_model_name_or_path: {found}. Is {kind} in its scheduler_config.json right?")
+        found = f"it errs by {error:.3g}, a prediction of zero by {error_of_zero:.3g}"
+        kind = f"`prediction_type` {noise_scheduler.config.prediction_type} in its scheduler_config.json"
+        logger.warning(f"--pretrained_model_name_or_path: {found}. Is {kind} right?")
 
 
 # Copied from train_ncp_dpo_sd15.tabulate
@@ -599,15 +584,6 @@ def summarize(args, table):
     """Means over the pairs of a table, by name."""
     names = ("error_w", "error_l", "ref_error_w", "ref_error_l", "winner_probability")
     return ncp_loss.preference_metrics(**{name: table.get(name) for name in names}, **loss_options(args))
-
-
-# Copied from train_ncp_dpo_sd15.split_by_timestep
-def split_by_timestep(table, timesteps):
-    """Splits a table into four equal ranges of `timesteps`, `(name, part)`; empty ones are left out."""
-    for bucket in timesteps.tensor_split(4):
-        within = torch.isin(table["timesteps"], bucket)
-        if within.any():
-            yield f"{bucket[0]}-{bucket[-1]}", {name: value[within] for name, value in table.items()}
 
 
 # Copied from train_ncp_dpo_sd15.load_batches
@@ -638,7 +614,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
                 denoising = noise_batch(args, batch, pipeline, noise_scheduler)
                 predictions, margins = predict(denoising, policy, policy, needs_reference=True), []
                 for space in (ncp_loss.LatentSpace, perception):
-                    errors = space.errors(*predictions, **denoising._asdict())
+                    errors = space.errors(denoising, *predictions)
                     change = errors.reference - errors.policy
                     margins.append(change if pairs.winner_only else torch.sub(*change.chunk(2)))
                 block.append(torch.stack(margins, dim=1).cpu())
@@ -745,11 +721,9 @@ def create_optimizer(args, policy, pairs_per_step):
     """AdamW over the LoRA, and the schedule of its learning rate."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
-        try:
-            import bitsandbytes as bnb
-        except ImportError:
-            raise ImportError("To use 8-bit Adam, please install bitsandbytes: `pip install bitsandbytes`.")
-        optimizer_class = bnb.optim.AdamW8bit
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = {"lr": args.learning_rate * (pairs_per_step if args.scale_lr else 1), "eps": args.adam_epsilon}
     options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
@@ -1053,16 +1027,21 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
         denoising = noise_batch(args, batch, pipeline, noise_scheduler)
         model_pred, ref_pred = predict(denoising, policy, policy, needs_reference=True)
         for space, measured_in in spaces.items():
-            errors = measured_in.errors(model_pred, ref_pred, **denoising._asdict())
+            errors = measured_in.errors(denoising, model_pred, ref_pred)
             tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
+    ranges = {"all": pairs.timesteps}
+    ranges |= {f"{part[0]}-{part[-1]}": part for part in pairs.timesteps.tensor_split(4) if len(part)}
     for space, parts in tables.items():
         parts = gather_object(parts)
         table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        for bucket, part in [("all", table), *split_by_timestep(table, pairs.timesteps)]:
-            summary = summarize(args, part)
-            values = [summary[name] for name in EVAL_METRICS]
-            metrics.update((f"eval/{space}/{name}/{bucket}", value) for name, value in zip(EVAL_METRICS, values))
-            lines.append(",".join(map(str, [global_step, space, bucket, len(part["rows"]), *values])))
+        for name, timesteps in ranges.items():
+            within = torch.isin(table["timesteps"], timesteps)
+            if not within.any():
+                continue
+            summary = summarize(args, {column: values[within] for column, values in table.items()})
+            metrics.update((f"eval/{space}/{metric}/{name}", summary[metric]) for metric in EVAL_METRICS)
+            values = [global_step, space, name, within.sum().item(), *(summary[metric] for metric in EVAL_METRICS)]
+            lines.append(",".join(map(str, values)))
     monitor.track(accelerator.log, metrics, step=global_step)
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
     logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
@@ -1100,7 +1079,7 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
         return
     if not torch.cat(decoded).isfinite().all():
         flags = f"--validation_prompt {args.validation_prompt!r} with --mixed_precision {args.mixed_precision}"
-        logger.warning(f"Step {global_step}: {flags} gives an image that is not finite, so none is saved")
+        logger.warning(f"{flags} gives images that are not finite at step {global_step}: none is saved")
         return
     images = pipeline.image_processor.postprocess(torch.cat(decoded))
     folder.mkdir(exist_ok=True)
@@ -1153,9 +1132,8 @@ def describe_run(state):
 
 # Copied from train_ncp_dpo_sd15.save_kohya_lora
 def save_kohya_lora(path, lora, alphas, description):
-    """Writes a U-Net's LoRA as kohya's scripts do, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata.
-    `lora` is in PEFT's format, `unet.….lora_A.weight` and so on. `alphas` are by layers' paths without `unet.`; by default
-    they are the ranks. `description` is metadata beside rank, alpha and the kind of base model."""
+    """Writes a U-Net's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata. `lora` has
+    PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer, by default the ranks; `description` is more metadata."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
     alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
     for name in [name for name in kohya if name.endswith(".alpha")]:
@@ -1234,7 +1212,6 @@ def finish(args, accelerator, policy, state):
     save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
     save_model_card(args, accelerator, state)
     if args.push_to_hub:
-        # Checkpoints and other files in the folder stay here.
         files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "eval.csv", "validation/*.png"]
         files.append(f"{args.logging_dir}/**/events*")
         repo_id, folder = args.hub_model_id, args.output_dir
@@ -1243,10 +1220,8 @@ def finish(args, accelerator, policy, state):
             upload_folder(repo_id=repo_id, folder_path=folder, **options)
         except Exception as error:  # of the network, of the hub, of rights
             command = shlex.join(["hf", "upload", repo_id, folder, ".", "--include", *files])
-            message = (
-                f"--push_to_hub failed: {one_line(error)}. The LoRA is in {folder}. To repeat the upload:\n{command}"
-            )
-            raise RuntimeError(message) from error
+            problem = f"--push_to_hub failed: {one_line(error)}. The LoRA is in {folder}"
+            raise RuntimeError(f"{problem}. To repeat the upload alone: {command}") from error
 
 
 # Training
@@ -1359,7 +1334,7 @@ def main(args):
             model_pred, ref_pred = predict(denoising, unet, policy, needs_reference)
             if state["next_pair"] == 0 and not tables:
                 check_prediction(args, model_pred.detach(), denoising.target, noise_scheduler)
-            errors = perception.errors(model_pred, ref_pred, **denoising._asdict())
+            errors = perception.errors(denoising, model_pred, ref_pred)
             accelerator.backward(measure_loss(args, errors, batch))
             tables.append(tabulate(batch, errors))
             if accelerator.sync_gradients:
@@ -1384,8 +1359,7 @@ def main(args):
             monitor.flush()
             checkpoints.save(state, signals)
 
-    if stops := signals.agreed():
-        # The gradients of an unfinished step are dropped.
+    if stops := signals.agreed():  # The gradients of an unfinished step are dropped.
         monitor.flush()
         checkpoints.save(state, signals)
     # A wrapped model that outlives its process group destroys it with Python's lock held, and gloo's threads hang.

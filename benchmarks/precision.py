@@ -42,7 +42,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ncp_loss import NoiseConditionedPerception, preference_loss  # noqa: E402
+from ncp_loss import Denoising, NoiseConditionedPerception, preference_loss  # noqa: E402
 
 
 TIMESTEPS = (1, 50, 250, 500, 750, 950)
@@ -293,14 +293,14 @@ def compare(variants, unets, exact, scheduler, batch, predictions):
     compared = {}
     for name, variant in variants.items():
         perception = NoiseConditionedPerception(unets[variant.dtype], scheduler, probe_rms=variant.probe_rms)
-        anchor_without_reference = perception.anchor(**inputs)
+        anchor_without_reference = perception.anchor(Denoising(**inputs))
         results = [gradient_of(perception, anchor_without_reference, policy_pred)]
         if variant.probe_rms == 0:
             # As the formula is printed: two errors, each rounded by itself.
             with torch.no_grad():
                 ref_errors = perception.error(ref_pred.float(), anchor_without_reference)
         else:
-            anchor = perception.anchor(**inputs, ref_pred=ref_pred.float())
+            anchor = perception.anchor(Denoising(**inputs), ref_pred.float())
             ref_errors = anchor.ref_errors
             results.append(gradient_of(perception, anchor, policy_pred))
         compared[name] = Comparison(

@@ -309,12 +309,12 @@ class Step:
         if self.second_unet is None:
             needs_reference = LOSSES[self.args.loss_type].needs_reference
             model_pred, ref_pred = self.script.predict(denoising, self.policy, self.policy, needs_reference)
-            errors = self.perception.errors(model_pred, ref_pred, **denoising._asdict())
+            errors = self.perception.errors(denoising, model_pred, ref_pred)
             return self.script.measure_loss(self.args, errors, self.batch)
         # The authors' way: features of the target, of the reference's prediction and of the policy's, one by one.
         with torch.no_grad(), reference_model(self.policy):
             ref_pred = denoising.predict(self.policy)
-        anchor = self.perception.anchor(*denoising)
+        anchor = self.perception.anchor(denoising)
         ref_errors = self.perception.error(ref_pred, anchor)
         errors = self.perception.error(denoising.predict(self.policy), anchor)
         return preference_loss(errors, ref_errors).loss

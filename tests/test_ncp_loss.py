@@ -23,6 +23,7 @@ import pytest
 import torch
 from ncp_loss import (
     LOSSES,
+    Denoising,
     NoiseConditionedPerception,
     adapters_disabled,
     error_scale,
@@ -150,15 +151,8 @@ def make_batch(unet, scheduler, timesteps=TIMESTEPS, dtype=torch.float64, predic
 
 
 def anchor_of(perception, batch, z=False, ref=False):
-    return perception.anchor(
-        batch["x_t"],
-        batch["timesteps"],
-        batch["target"],
-        batch["condition"][0],
-        added_cond_kwargs=batch["condition"][1],
-        variance_noise=batch["z"] if z else None,
-        ref_pred=batch["ref"] if ref else None,
-    )
+    inputs = batch["x_t"], batch["timesteps"], batch["target"], *batch["condition"], batch["z"] if z else None
+    return perception.anchor(Denoising(*inputs), batch["ref"] if ref else None)
 
 
 def with_gradient(error, prediction):
@@ -516,7 +510,7 @@ def test_the_side_is_a_fair_coin_for_each_pair_whatever_the_batch():
     def sides_of(noise, **options):
         zeros = torch.zeros_like(noise)
         timesteps, condition = torch.full((len(noise),), 500), torch.zeros(len(noise), 7, 16)
-        return perception.anchor(zeros, timesteps, zeros, condition, **options).side.flatten()
+        return perception.anchor(Denoising(zeros, timesteps, zeros, condition, **options)).side.flatten()
 
     z = torch.randn(10_000, 4, 8, 8)
     sides = sides_of(z, variance_noise=z)
@@ -718,13 +712,7 @@ def test_meta_device(shape, layer, dtype, ref):
     unet.enable_gradient_checkpointing()
     perception = NoiseConditionedPerception(unet, ddpm(), layer=layer)
     anchor = perception.anchor(
-        latents,
-        timesteps,
-        latents,
-        condition[0],
-        added_cond_kwargs=condition[1],
-        variance_noise=latents,
-        ref_pred=latents if ref else None,
+        Denoising(latents, timesteps, latents, *condition, variance_noise=latents), latents if ref else None
     )
     model_pred = unet(latents.to(dtype), timesteps, condition[0], added_cond_kwargs=condition[1]).sample
     model_pred.retain_grad()

@@ -20,7 +20,7 @@ from pathlib import Path
 import precision
 import pytest
 import torch
-from ncp_loss import NoiseConditionedPerception
+from ncp_loss import Denoising, NoiseConditionedPerception
 
 from diffusers import UNet2DConditionModel
 
@@ -117,7 +117,7 @@ def test_many_features_do_not_underflow_in_fp16(loss_scale):
     assert (2 / n * errors.sqrt()).max() < 2**-23
 
     perception = NoiseConditionedPerception(half, scheduler)
-    anchor = perception.anchor(latents, timesteps, target, encoder_hidden_states)
+    anchor = perception.anchor(Denoising(latents, timesteps, target, encoder_hidden_states))
     prediction.requires_grad_(True)
     (perception.error(prediction, anchor).sum() * loss_scale).backward()
     gradient = prediction.grad / loss_scale
