@@ -559,16 +559,6 @@ def measure_loss(args, errors, batch):
     return ncp_loss.preference_loss(errors.policy, errors.reference, **options).loss
 
 
-# Copied from train_ncp_dpo_sd15.check_prediction
-def check_prediction(args, model_pred, target, noise_scheduler):
-    """Warns if a prediction before training is worse than zero, as with another `prediction_type` than the model's."""
-    error, error_of_zero = (ncp_loss.latent_error(pred, target).mean() for pred in (model_pred, 0 * model_pred))
-    if error > error_of_zero:
-        found = f"it errs by {error:.3g}, a prediction of zero by {error_of_zero:.3g}"
-        kind = f"`prediction_type` {noise_scheduler.config.prediction_type} in its scheduler_config.json"
-        logger.warning(f"--pretrained_model_name_or_path: {found}. Is {kind} right?")
-
-
 # Copied from train_ncp_dpo_sd15.tabulate
 def tabulate(batch, errors):
     """What metrics need of a batch's pairs, by name, each of shape `(B,)`."""
@@ -584,6 +574,22 @@ def summarize(args, table):
     """Means over the pairs of a table, by name."""
     names = ("error_w", "error_l", "ref_error_w", "ref_error_l", "winner_probability")
     return ncp_loss.preference_metrics(**{name: table.get(name) for name in names}, **loss_options(args))
+
+
+# Copied from train_ncp_dpo_sd15.check_prediction
+@torch.no_grad()
+def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler):
+    """Warns if the reference predicts worse than zero, as with another `prediction_type` than the model's."""
+    timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # The types differ most at large ones.
+    batch = preference_pairs.collate_fn([pairs[0, row, timestep] for row in pairs.rows[:2]])
+    denoising = noise_batch(args, send_to_device(batch, accelerator.device), pipeline, noise_scheduler)
+    with ncp_loss.reference_model(policy):
+        ref_pred = denoising.predict(policy)
+    error, error_of_zero = (ncp_loss.latent_error(pred, denoising.target).mean() for pred in (ref_pred, 0 * ref_pred))
+    if error > error_of_zero:
+        found = f"it errs by {error:.3g}, a prediction of zero by {error_of_zero:.3g}"
+        kind = f"`prediction_type` {noise_scheduler.config.prediction_type} in its scheduler_config.json"
+        logger.warning(f"--pretrained_model_name_or_path: {found}. Is {kind} right?")
 
 
 # Copied from train_ncp_dpo_sd15.load_batches
@@ -1317,14 +1323,15 @@ def main(args):
     unet, optimizer, lr_scheduler, dataloader = accelerator.prepare(policy, optimizer, lr_scheduler, dataloader)
     checkpoints.load(policy)
     models = {"policy": policy, "pipeline": pipeline, "noise_scheduler": noise_scheduler}
+    check_prediction(args, accelerator, pairs, **models)
     perception = create_perception(args, accelerator, pairs, **models, saved=checkpoints.saved, state=state)
     monitor, signals = Monitor(args, accelerator, state), StopSignals(args, accelerator)
     validation = {**models, "perception": perception, "monitor": monitor, "signals": signals}
     if monitor.is_validation_step and state["validated_step"] != state["global_step"]:
         validate(args, accelerator, eval_pairs, **validation)
 
-    unet.train()
     needs_reference, tables = ncp_loss.LOSSES[args.loss_type].needs_reference, []
+    unet.train()
     for batch in dataloader:
         if signals.agreed():
             break
@@ -1332,8 +1339,6 @@ def main(args):
         with accelerator.accumulate(unet):
             denoising = noise_batch(args, batch, pipeline, noise_scheduler)
             model_pred, ref_pred = predict(denoising, unet, policy, needs_reference)
-            if state["next_pair"] == 0 and not tables:
-                check_prediction(args, model_pred.detach(), denoising.target, noise_scheduler)
             errors = perception.errors(denoising, model_pred, ref_pred)
             accelerator.backward(measure_loss(args, errors, batch))
             tables.append(tabulate(batch, errors))

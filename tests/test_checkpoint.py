@@ -15,6 +15,7 @@
 """The base model is looked at first: what cannot be trained is said before anything large is read, and what to do instead."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,9 @@ import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from conftest import Run
-from tiny_checkpoints import copy_checkpoint, edit_json
+from experiment import ASSETS, encode_png, to_pil
+from scenes import SCENES, render
+from tiny_checkpoints import copy_checkpoint, edit_json, write_parquet
 from tiny_unets import sd15_unet
 from transformers import CLIPTokenizer
 
@@ -191,6 +194,39 @@ def test_a_unet_without_mid_block(run_sd15, checkpoint):
         run_sd15(pretrained_model_name_or_path=checkpoint)
     run_sd15(pretrained_model_name_or_path=checkpoint, ncp_layer="down", ncp_error_scale=1000)
     assert run_sd15.lora()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time_cond_proj_dim": 32},
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+        {"num_class_embeds": 4},
+        {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 16},
+        {"attention_type": "gated"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.bad_input
+def test_unets_with_inputs_that_training_does_not_give(run_sd15, checkpoint, no_models, options):
+    edit_json(checkpoint / "unet/config.json", **options)
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .* {next(iter(options))}"):
+        run_sd15(pretrained_model_name_or_path=checkpoint)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.bad_input
+def test_a_base_model_that_is_not_what_its_configuration_says(run_sd15, tmp_path, caplog, prediction_type):
+    # The small world's base predicts the noise.
+    base = Path(copy_checkpoint(ASSETS, tmp_path / "base"))
+    edit_json(base / "scheduler/scheduler_config.json", prediction_type=prediction_type)
+    images = [encode_png(image) for image in to_pil(render(SCENES[:8], torch.Generator().manual_seed(0), 1.0))]
+    captions = [scene.caption for scene in SCENES[:8]]
+    pairs = {"jpg_0": images, "jpg_1": images[::-1], "label_0": [1.0] * 8, "caption": captions}
+    options = {"dataset_name": write_parquet(tmp_path / "pairs", pairs), "resolution": 48, "loss_space": "latent"}
+    run_sd15(pretrained_model_name_or_path=base, max_train_steps=1, train_batch_size=4, **options)
+    warned = re.search(r"--pretrained_model_name_or_path.*`prediction_type` (\w+) in its", caplog.text)
+    assert (warned and warned[1]) == (None if prediction_type == "epsilon" else prediction_type)
 
 
 @pytest.mark.bad_input

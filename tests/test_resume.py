@@ -127,6 +127,33 @@ def test_signals_save_a_checkpoint(run_sd15, uninterrupted, number):
     assert equal(run_sd15.lora(), uninterrupted)
 
 
+@pytest.mark.bad_input
+def test_a_folder_that_another_run_writes_to(run_sd15, tmp_path):
+    process, log = start(run_sd15, max_train_steps=2000)
+    wait_for(lambda: re.search(r" \d+/2000", log.read_text()), process)
+    other = start_script("train_ncp_dpo_sd15.py", run_sd15.command([], {"--seed": 1}), tmp_path / "other")
+    assert exit_code(other) == 1
+    assert f"--output_dir {run_sd15.output_dir}" in (tmp_path / "other").read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 143
+    (checkpoint,) = sorted(run_sd15.output_dir.glob("*checkpoint-*"))[-1:]
+    assert run_sd15.state(checkpoint.name)["arguments"]["seed"] == 0
+
+
+def test_each_step_is_logged_once(run_sd15):
+    options = {"loss_space": "latent", "num_eval_pairs": 2, "validation_steps": 2, "checkpointing_steps": 2}
+    run_sd15(max_train_steps=5, **options)
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-5")
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-4")
+    run_sd15(max_train_steps=6, resume_from_checkpoint="checkpoint-2", **options)
+    assert len(run_sd15.scalars("loss")) == 6
+    # At steps 0, 2, 4 and 6; the one at 5 is not repeated.
+    assert len(run_sd15.scalars("eval/latent/loss/all")) == 4
+    assert {line.split(",")[0] for line in (run_sd15.output_dir / "eval.csv").read_text().splitlines()[1:]} == set(
+        "0246"
+    )
+
+
 def test_latest_passes_over_what_is_not_complete(run_sd15, caplog):
     run_sd15(checkpointing_steps=1, loss_space="latent")
     (run_sd15.output_dir / "incomplete-checkpoint-7").mkdir()

@@ -16,18 +16,25 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
+from accelerate.tracking import TensorBoardTracker
 from conftest import Run
 from huggingface_hub.utils import filter_repo_objects
 from ncp_loss import LOSSES, Denoising
 from PIL import Image
+from tiny_checkpoints import copy_checkpoint
 
 from diffusers import DiffusionPipeline
 
@@ -245,7 +252,7 @@ def test_validation_shows_the_policy(run_sd15):
     assert files[0].stat().st_mtime_ns == drawn and Image.open(files[1].with_name("step-3.png"))
 
 
-def test_push_to_hub(run_sd15, monkeypatch):
+def test_push_to_hub(run_sd15, tmp_path, monkeypatch, caplog):
     created, uploads = [], []
 
     class Repository:
@@ -257,6 +264,7 @@ def test_push_to_hub(run_sd15, monkeypatch):
 
     monkeypatch.setattr(train_ncp_dpo_sd15, "create_repo", create_repo)
     monkeypatch.setattr(train_ncp_dpo_sd15, "upload_folder", lambda **kwargs: uploads.append(kwargs))
+    monkeypatch.setattr(train_ncp_dpo_sd15, "file_exists", lambda name, file, token: True)
     run_sd15.output_dir.mkdir()
     (run_sd15.output_dir / "diary.txt").write_text("nobody's business")
     options = {"validation_prompt": "a picture", "num_validation_images": 1, "hub_token": "hf_secret"}
@@ -267,9 +275,60 @@ def test_push_to_hub(run_sd15, monkeypatch):
     files = [str(path.relative_to(run_sd15.output_dir)) for path in run_sd15.output_dir.rglob("*") if path.is_file()]
     sent = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
     assert {"pytorch_lora_weights.safetensors", "README.md", "validation/before_after.png"} <= sent
-    assert any(file.startswith("logs/") for file in sent)
+    logs = [run_sd15.output_dir / file for file in sent if file.startswith("logs/")]
+    assert logs and not any(str(tmp_path).encode() in log.read_bytes() for log in logs)
+    assert "--hub_model_id somebody/output holds a LoRA already" in caplog.text
     assert not any(file.startswith(("checkpoint-", "diary")) for file in sent)
     assert 'load_lora_weights("somebody/output")' in (run_sd15.output_dir / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_upload_that_fails(run_sd15, monkeypatch):
+    def upload_folder(**kwargs):
+        raise ConnectionError("the hub does not answer")
+
+    monkeypatch.setattr(train_ncp_dpo_sd15, "create_repo", lambda name, **kwargs: SimpleNamespace(repo_id="me/lora"))
+    monkeypatch.setattr(train_ncp_dpo_sd15, "file_exists", lambda name, file, token: False)
+    monkeypatch.setattr(train_ncp_dpo_sd15, "upload_folder", upload_folder)
+    with pytest.raises(RuntimeError, match="--push_to_hub .*the hub does not answer") as failure:
+        run_sd15("--push_to_hub", loss_space="latent")
+    assert f"hf upload me/lora {run_sd15.output_dir} . --include" in str(failure.value)
+    assert run_sd15.lora()
+
+
+def test_a_tracker_that_fails_is_a_warning(run_sd15, monkeypatch, caplog):
+    def log(self, values, step=None, **options):
+        raise ConnectionError(f"step {step} is refused")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", log)
+    monkeypatch.setattr(TensorBoardTracker, "log_images", log)
+    options = {"validation_prompt": "a picture", "num_validation_images": 1, "num_eval_pairs": 2}
+    run_sd15("--run_validation", loss_space="latent", **options)
+    assert {"0", "1", "2"} == set(re.findall(r"--report_to tensorboard failed: step (\d) is refused", caplog.text))
+    assert run_sd15.lora() and (run_sd15.output_dir / "eval.csv").is_file()
+
+
+@pytest.mark.bad_input
+def test_pictures_that_are_not_finite_are_not_saved(run_sd15, checkpoints, tmp_path, caplog):
+    base = Path(copy_checkpoint(checkpoints["sd15"], tmp_path / "nan"))
+    (file,) = (base / "vae").glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    weights["post_quant_conv.bias"][:] = math.nan
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    options = {"validation_prompt": "a cat", "num_validation_images": 2, "loss_space": "latent"}
+    run_sd15("--run_validation", pretrained_model_name_or_path=base, **options)
+    assert "--validation_prompt 'a cat' with --mixed_precision no" in caplog.text
+    assert not (run_sd15.output_dir / "validation").exists()
+    assert run_sd15.lora()
+
+
+def test_files_are_as_readable_as_the_umask_says(run_sd15):
+    before = os.umask(0o027)
+    try:
+        run_sd15(loss_space="latent")
+    finally:
+        os.umask(before)
+    files = list(run_sd15.output_dir.rglob("*.safetensors"))
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_the_card_tells_nothing_of_this_machine(run_sd15, tmp_path):
@@ -288,9 +347,9 @@ def test_8bit_adam_without_bitsandbytes(run_sd15, monkeypatch):
 def test_non_finite_loss_stops_the_run(run_sd15, monkeypatch):
     calls = []
 
-    def latent_error(model_pred, target):
+    def latent_error(model_pred, target):  # twice a step, and twice before the first
         calls.append(1)
-        return (model_pred - target).square().mean(dim=(1, 2, 3)) * (math.nan if len(calls) > 6 else 1)
+        return (model_pred - target).square().mean(dim=(1, 2, 3)) * (math.nan if len(calls) > 8 else 1)
 
     monkeypatch.setattr(train_ncp_dpo_sd15.ncp_loss, "latent_error", latent_error)
     with pytest.raises(RuntimeError, match=r"Step 4 is not finite: loss nan, .* rows \[\d+, \d+\]"):
