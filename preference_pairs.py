@@ -47,6 +47,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.utils.sha import sha_fileobj
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -156,7 +157,7 @@ def digest_files(paths):
     digest = hashlib.sha256()
     for path, *_ in state:
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(sha_fileobj(file))
     with contextlib.suppress(OSError):  # Not every cache can be written.
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(digest.hexdigest())

@@ -14,7 +14,6 @@
 
 """A name does not stand for content: files that were replaced under the same name, or that are not whole, are named."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -189,10 +188,8 @@ def test_a_replaced_parquet_file_is_read_anew(tmp_path):
 
 
 def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
-    read, file_digest = [], hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, name: (read.append(file.name), file_digest(file, name))[1]
-    )
+    read, sha_fileobj = [], preference_pairs.sha_fileobj
+    monkeypatch.setattr(preference_pairs, "sha_fileobj", lambda file: (read.append(file.name), sha_fileobj(file))[1])
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "cache")
     files = [tmp_path / "a", tmp_path / "b"]
     for file in files:
