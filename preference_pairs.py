@@ -79,10 +79,11 @@ MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 t
 
 
 def number_type(kind, rule, accepts):
-    """A `type` for argparse: an `int` or `float` for which `accepts` is true; `rule` states the condition in words."""
+    """A `type` for argparse: a finite `int` or `float` for which `accepts` is true. `rule` says in words what that is."""
 
     def convert(text):
-        if accepts(value := kind(text)):
+        value = kind(text)
+        if abs(value) < math.inf and accepts(value):
             return value
         raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
 
@@ -91,8 +92,8 @@ def number_type(kind, rule, accepts):
 
 
 COUNT = number_type(int, "at least 1", lambda value: value >= 1)
-POSITIVE = number_type(float, "greater than 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = number_type(float, "at least 0", lambda value: 0 <= value < math.inf)
+POSITIVE = number_type(float, "greater than 0 and finite", lambda value: value > 0)
+NOT_NEGATIVE = number_type(float, "at least 0 and finite", lambda value: value >= 0)
 INDEX = number_type(int, "at least 0", lambda value: value >= 0)
 
 
@@ -596,8 +597,8 @@ def collate_fn(examples):
 
 
 def ignore_stop_signals(worker):
-    # Ctrl-C and some schedulers signal the whole process group. Workers must still serve the step in progress.
-    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+    # Terminals, Slurm and launchers signal the whole process group, but a trainer needs its workers to finish the batch.
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(stop_signal, signal.SIG_IGN)
 
 

@@ -14,6 +14,7 @@
 
 """From a dataset's row to the batch, and what is said of bad input before any model is loaded."""
 
+import argparse
 import base64
 import hashlib
 import io
@@ -21,6 +22,7 @@ import json
 import logging
 import os
 import re
+import signal
 import struct
 import warnings
 from decimal import Decimal
@@ -41,12 +43,18 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from preference_pairs import (
+    COUNT,
+    INDEX,
+    NOT_NEGATIVE,
+    POSITIVE,
     PairStream,
     PreferencePairs,
     collate_fn,
+    create_dataloader,
     find_rows,
     load_dataset,
     locate_image,
+    number_type,
     preprocess_image,
     read_image,
 )
@@ -82,6 +90,19 @@ def images(example):
 def accelerate_state():
     """What the scripts' functions log through, when a test calls them without `main`."""
     PartialState()
+
+
+# Flags
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-1"])
+@pytest.mark.parametrize(
+    "convert", [COUNT, INDEX, POSITIVE, NOT_NEGATIVE, number_type(float, "any number", lambda value: value != -1)]
+)
+@pytest.mark.bad_input
+def test_numbers_of_flags_are_finite(convert, text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError), match=text):
+        convert(text)
 
 
 # From a row to the batch
@@ -147,6 +168,17 @@ def test_collate_puts_winners_before_losers():
     assert (winners.mean(dim=(1, 2, 3)) > losers.mean(dim=(1, 2, 3))).all()
     assert batch["noise"].shape == (3, 4, 16, 16) and batch["timesteps"].shape == (3,)
     assert batch["caption"] == [f"picture number {row}" for row in range(3)]
+
+
+def test_workers_ignore_the_signals_that_stop_their_trainer():
+    """They come to the whole process group, and the trainer still needs the batch that it waits for."""
+    pairs = make_pairs(pair_columns(4), dataloader_num_workers=1, train_batch_size=1)
+    batches = iter(create_dataloader(pairs.args, pairs, 0, 12))
+    next(batches)
+    (worker,) = torch.multiprocessing.active_children()
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, stop_signal)
+    assert len(list(batches)) == 11
 
 
 def test_sdxl_time_ids_are_each_images_own():
