@@ -13,11 +13,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Preference pairs, from a dataset's row to a batch.
+"""Preference pairs, from a dataset's row to a batch. Digests of what a run depends on come last.
 
-A row has two images, a label that says which one won, and a caption. Training reads an endless stream of pairs: number i
-is the pair at place i mod N of the order of epoch i div N. All randomness of a pair (timestep, noise, flip, crop) comes
-from the run's seed, the epoch and the row. The number of processes or workers and a resume do not change it.
+A row has two images, a label that says which one won, and a caption. Training reads an endless stream of N pairs:
+number i is the pair at place i mod N of the order of epoch i div N. A pair's timestep, noise, flip and crop depend on
+the run's seed, the epoch and the row. They do not depend on the number of processes or workers, or on a resume.
 """
 
 import argparse
@@ -42,7 +42,6 @@ import datasets
 import networkx
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -55,11 +54,11 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
-# A kind of value, its type in `datasets`, and the Arrow types that can hold it.
+# A kind of value: its name in messages, its type in `datasets`, and a pattern of the Arrow types that can hold it.
 IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
 NUMBER = "numbers", datasets.Value("float64"), "u?int|halffloat|float|double|decimal"
 TEXT = "text", datasets.Value("string"), "string"
-# What the column of each flag holds.
+# The flags that name columns, and what the columns hold.
 COLUMNS = {
     "image_0_column": IMAGE,
     "image_1_column": IMAGE,
@@ -67,19 +66,19 @@ COLUMNS = {
     "caption_column": TEXT,
     "preference_probability_column": NUMBER,
 }
-# PIL refuses a PNG with more than 1 MB of text, but the text may be a whole workflow.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
-# Training on encoded data must have the same values as the encoding.
+# Training on encoded data must have the same values of these as the encoding.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
-# Training warns if these differ.
+# Training warns if these differ from the encoding's.
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
-# Flags that name a base model, and the parts of one.
+# The flags that name a base model, and the parts of one.
 MODEL_ARGUMENTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
 MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+# PIL refuses a PNG with more than 1 MB of text. Drawing programs store a whole workflow there.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
 
 def number_type(kind, rule, accepts):
-    """A `type` for argparse: a finite `int` or `float` for which `accepts` is true. `rule` says in words what that is."""
+    """A `type` for argparse: a finite `int` or `float` for which `accepts` is true, which `rule` says in words."""
 
     def convert(text):
         value = kind(text)
@@ -87,14 +86,14 @@ def number_type(kind, rule, accepts):
             return value
         raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = kind.__name__  # argparse's messages name the type.
     return convert
 
 
 COUNT = number_type(int, "at least 1", lambda value: value >= 1)
+INDEX = number_type(int, "at least 0", lambda value: value >= 0)
 POSITIVE = number_type(float, "greater than 0 and finite", lambda value: value > 0)
 NOT_NEGATIVE = number_type(float, "at least 0 and finite", lambda value: value >= 0)
-INDEX = number_type(int, "at least 0", lambda value: value >= 0)
 
 
 def add_model_arguments(parser):
@@ -136,7 +135,7 @@ def pair_features(args):
 
 
 def check_columns(args, schema):
-    """Raises a `ValueError` if a column is missing or of a type that cannot hold its kind of value."""
+    """Raises a `ValueError` if an Arrow schema lacks a column, or has a type that cannot hold its kind of value."""
     for flag, (kind, _, arrow_types) in COLUMNS.items():
         if (column := getattr(args, flag)) is None:
             continue
@@ -147,117 +146,54 @@ def check_columns(args, schema):
             raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {kind}")
 
 
-def digest_files(paths):
-    """A digest of what files hold. The user's cache keeps it as long as their paths, sizes and times are the same."""
-    stats = [(str(path), os.stat(path)) for path in paths if os.path.isfile(path)]
-    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-    kept = Path(datasets.config.HF_CACHE_HOME, "digests", hashlib.sha256(repr(state).encode()).hexdigest())
-    with contextlib.suppress(OSError):
-        if known := kept.read_text():
-            return known
-    digest = hashlib.sha256()
-    for path, *_ in state:
-        with open(path, "rb") as file:
-            digest.update(sha_fileobj(file))
-    with contextlib.suppress(OSError):  # Not every cache can be written.
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(digest.hexdigest())
-    return digest.hexdigest()
-
-
-def digest_part(name, place="", revision=None, variant=None):
-    """What a part of a model holds: a digest of the files that are loaded, or the commit of a hub id."""
-    if not os.path.exists(name):
-        commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", revision or "main")
-        return commit.read_text() if commit.is_file() else revision
-    path, loaded = Path(name, place), rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
-    files = [file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name)]
-    return digest_files([path] if path.is_file() else files)
-
-
-def digest_models(args):
-    """Digests of the base model's parts, by name, and of the LoRA to start from."""
-    source = args.revision, args.variant
-    digests = {part: digest_part(args.pretrained_model_name_or_path, part, *source) for part in MODEL_PARTS}
-    if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
-        digests["vae"] = digest_part(own_vae)
-    if (lora := args.pretrained_lora_path) is not None:
-        file = Path(lora, "pytorch_lora_weights.safetensors")
-        digests["lora"] = digest_part(file if file.is_file() else lora)
-    return digests
-
-
-def digest_images(args, dataset):
-    """A digest of the files that a dataset and its images were read from. On the hub their addresses name a commit."""
-    folder, files = args.train_data_dir or args.dataset_name, list(dataset.info.download_checksums or [])
-    if not os.path.isdir(folder):
-        return hashlib.sha256(repr(files).encode()).hexdigest() if files else None
-    for column in (args.image_0_column, args.image_1_column):
-        images = dataset.data.column(column)
-        names = pc.struct_field(images, "path").filter(pc.is_null(pc.struct_field(images, "bytes"))).to_pylist()
-        files += [os.path.join(folder, name) for name in names if name]
-    return digest_files(files)
-
-
-def find_fault(*names):
-    """The first .safetensors file at these paths, or in these folders, that is not whole, and why, or `None`."""
-    for name in filter(None, names):
-        for path in [Path(name), *sorted(Path(name).rglob("*.safetensors"))]:
-            try:
-                if path.suffix == ".safetensors" and path.is_file():
-                    safetensors.safe_open(path, "pt")
-            except safetensors.SafetensorError as error:
-                return f"{path} is empty, cut off or a pointer of Git LFS (run `git lfs pull`): {error}"
-
-
-def same_prompt_key(caption):
-    """A text that is equal for captions that differ only in spaces, case and Unicode's ways of writing a character."""
-    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-
-
 def load_dataset(args):
-    """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`."""
+    """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`. A
+    `ValueError` names the flag and what cannot be read."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
-    name, split, features, file = args.dataset_name, args.dataset_split_name, pair_features(args), ""
-    source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
+    name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
+    options = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
+    checked_file = ""  # for the error
     try:
         if Path(name).is_file():
             raise ValueError("it is a file: give the folder that contains it")
         if Path(name, "state.json").is_file():
             raise ValueError("it was written by save_to_disk: write it with to_parquet instead")
-        splits = datasets.load_dataset_builder(**source).config.data_files or {}
+        splits = datasets.load_dataset_builder(**options).config.data_files or {}
+        # Finds the names in slices and sums, such as train[:10%]+test.
         wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)
         if splits and not set(wanted) <= splits.keys():
             raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
         files = [file for split_name in wanted for file in splits.get(split_name, [])]
         if os.path.isdir(name):
-            # `datasets` would keep the rows of a file that was replaced by one of the same time.
-            source["description"] = digest_files(files)
+            # A replaced file may have the same time. Then `datasets` would read its cache of the old file.
+            options["description"] = digest_files(files)
         if files and all(file.endswith(".parquet") for file in files):
-            for file in (file for file in files if "://" not in file):
-                check_columns(args, pq.read_schema(file))
+            for checked_file in [file for file in files if "://" not in file]:
+                check_columns(args, pq.read_schema(checked_file))
             # With the features given, all files have these types and no other column is read.
-            file, source = "", {**source, "features": features, "columns": list(features)}
-        dataset = datasets.load_dataset(**source, split=split)
+            checked_file, options = "", {**options, "features": features, "columns": list(features)}
+        dataset = datasets.load_dataset(**options, split=split)
         check_columns(args, dataset.features.arrow_schema)
         dataset = dataset.select_columns(list(features))
-        dataset = dataset if dataset.features == features else dataset.cast(features)  # A cast writes it all again.
-        dataset.info.download_checksums = dict.fromkeys(files)
+        if dataset.features != features:  # A cast writes the whole dataset again.
+            dataset = dataset.cast(features)
+        dataset.info.download_checksums = dict.fromkeys(files)  # for `digest_images`
         return dataset
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
-        reason = f"{file} {one_line(error.__cause__ or error)}".strip()
+        reason = f"{checked_file} {one_line(error.__cause__ or error)}".strip()
         raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 
 def load_image_folder(args):
-    """The dataset of a folder with a metadata.jsonl. Lines are read one by one: no type is guessed from earlier lines."""
+    """The dataset of a folder with a metadata.jsonl. A `ValueError` names the line that cannot be read."""
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise ValueError(f"--train_data_dir: there is no file {path}.")
     columns = {column: [] for column in features}
-    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-    for line_number, line in ((number, line) for number, line in lines if line.strip()):
+    for line_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = dict(json.loads(line))  # also with a byte-order mark
             for column, feature in features.items():
@@ -265,7 +201,7 @@ def load_image_folder(args):
                 key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
                     raise ValueError(f"has no {key!r}, but {', '.join(row)}")
-                # Fails for values other than null, a number or a text. Lone surrogates fail too.
+                # Refuses all values but null and those of this type. No type is guessed from earlier lines.
                 pa.scalar(row[key], arrow_type)
                 columns[column].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
@@ -276,14 +212,11 @@ def load_image_folder(args):
 def find_rows(args, dataset):
     """The numbers of the rows with a winner. A `ValueError` names the first row that cannot be trained on."""
     names = [args.label_column, args.caption_column, args.preference_probability_column]
-    try:
-        columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--caption_column {args.caption_column} is not UTF-8: {error}") from error
-    for row, values in enumerate(zip(*columns)):
+    columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
+    for row_number, values in enumerate(zip(*columns)):
         if problem := find_problem(*values):
-            raise ValueError(f"Row {row}: {problem}.")
-    rows = [row for row, label in enumerate(columns[0]) if label != 0.5]
+            raise ValueError(f"Row {row_number}: {problem}.")
+    rows = [row_number for row_number, label in enumerate(columns[0]) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(dataset) - len(rows)} ties are left out")
     if not rows:
         raise ValueError(f"--dataset_name or --train_data_dir: all {len(dataset)} rows are ties: none has a winner.")
@@ -300,37 +233,29 @@ def find_problem(label=1, caption="", probability=1):
         return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
-def digest_of_pairs(rows, labels, captions, images):
-    """What a resumed run recognises its data by. It is the same for images and for encoded data."""
-    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
-    return {"num_pairs": len(rows), "digest": digest.hexdigest(), **({"images": images} if images else {})}
-
-
-def winner_probability(args, row):
-    """The probability that the winner of a row wins. The column holds that of the first image."""
-    probability = row[args.preference_probability_column]
-    return probability if row[args.label_column] == 1 else 1 - probability
-
-
 class UnreadableImage(ValueError):
     """Names the row, its caption, the column and what is wrong with the image."""
 
 
 def read_images(args, row_number, row, winner_only=False):
-    """The winner and the loser of a row as RGB images. Raises `UnreadableImage`."""
-    columns, images = (args.image_0_column, args.image_1_column), []
-    for column in columns[:: -1 if row[args.label_column] == 0 else 1][: 1 if winner_only else 2]:
+    """The images of a row as `read_image` returns them, the winner first. Raises `UnreadableImage`."""
+    columns = [args.image_0_column, args.image_1_column]
+    if row[args.label_column] == 0:
+        columns.reverse()
+    images = []
+    for column in columns[:1] if winner_only else columns:
         try:
             images.append(read_image(locate_image(args, row[column])))
-        except Exception as error:
+        except Exception as error:  # PIL's decoders raise many kinds
             place = f"Row {row_number} ({row[args.caption_column]!r:.80}): {column}"
             raise UnreadableImage(f"{place} cannot be read as an image: {one_line(error)}") from error
     return images
 
 
 def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path if it is in the data's folder or in the cache."""
-    if value is None or value["bytes"] is value["path"] is None:
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path. A `ValueError` if it has neither, or if the path
+    leads out of the data's folder or, for a dataset of the hub, out of the caches."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
         raise ValueError("null instead of an image")
     if value["bytes"] is not None:
         return value["bytes"]
@@ -338,27 +263,17 @@ def locate_image(args, value):
         raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
     # A downloaded dataset must not read other files of this machine.
     source = args.train_data_dir or args.dataset_name
-    caches = [folder for folder in (args.cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE) if folder]
-    folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches)]
-    path = folders[0] / value["path"]
-    if not any(path.resolve().is_relative_to(folder) for folder in folders):
+    caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches) if folder]
+    path = (folders[0] / value["path"]).resolve()
+    if not any(path.is_relative_to(folder) for folder in folders):
         raise ValueError(f"{one_line(value['path'], 100)} leads out of {folders[0]}")
-    return str(path.resolve())
-
-
-def digest_pair(args, row):
-    """The SHA-256 of a row's first and second image, `None` for one that is missing."""
-    digests = [None, None]
-    for side, column in enumerate((args.image_0_column, args.image_1_column)):
-        with contextlib.suppress(OSError, ValueError):
-            image = locate_image(args, row[column])
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            digests[side] = hashlib.sha256(data).hexdigest()
-    return tuple(digests)
+    return str(path)
 
 
 def read_image(source):
-    """An upright image in sRGB, transparency on white, from encoded bytes or a path."""
+    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises a `ValueError` for what is
+    not a single picture of known values, and PIL's own errors for what cannot be decoded."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data:
         raise ValueError("empty, 0 bytes")
@@ -368,6 +283,7 @@ def read_image(source):
     # The resized image would take gigabytes.
     if max(image.size) > 32 * min(image.size):
         raise ValueError(f"{image.width}x{image.height} pixels, but a side must be at most 32 times the other")
+    # Other formats may hold a preview or further pages.
     if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:
         raise ValueError("an animation, but must be a single picture")
     image.load()
@@ -377,7 +293,7 @@ def read_image(source):
     except Exception:  # PIL's parsers raise many kinds
         warnings.warn("The metadata of an image cannot be parsed and is ignored: the image is taken to be upright.")
     if image.mode.startswith(("I", "F")):
-        # PIL would clip floats from 0 to 1, 32 bits that hold 8 or 16, and 16 bits.
+        # PIL would clip floats from 0 to 1, 16 bits, and 32 bits that hold 8 or 16.
         values = np.asarray(image).astype(np.float64)
         highest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535
         if not (values.min() >= 0 and values.max() <= highest):
@@ -394,32 +310,30 @@ def read_image(source):
             warnings.warn("The colour profile of an image cannot be used and is ignored: it is taken to be sRGB.")
     image = image.convert("RGB")
     if alpha is not None:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image
 
 
 def preprocess_image(image, args, crop_position, flip, has_time_ids):
-    """`pixel_values`, the square that training sees, in uint8. `crop_position` is a share of the room above and to the left,
-    (0, 0) to (1, 1). With `has_time_ids` also SDXL's micro-conditioning: original size, the crop's corner, target size."""
-    width, height = image.size
-    size = [max(args.resolution, round(side * args.resolution / min(image.size))) for side in image.size]
-    image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
+    """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`. `crop_position`,
+    (0, 0) to (1, 1), is the share of what is cut off that lies above and to the left. With `has_time_ids` also SDXL's
+    `time_ids` of shape `(6,)`: the original height and width, the crop's top and left, the target size."""
+    (width, height), side = image.size, args.resolution
+    image = ImageOps.cover(image, (side, side), Image.Resampling[args.image_interpolation_mode.upper()])
     image = ImageOps.mirror(image) if flip else image
-    top = round(crop_position[0] * (image.height - args.resolution))
-    left = round(crop_position[1] * (image.width - args.resolution))
-    image = image.crop((left, top, left + args.resolution, top + args.resolution))
+    top = round(crop_position[0] * (image.height - side))
+    left = round(crop_position[1] * (image.width - side))
+    image = image.crop((left, top, left + side, top + side))
     tensors = {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
     if has_time_ids:
-        tensors["time_ids"] = torch.tensor([height, width, top, left, *2 * [args.resolution]], dtype=torch.float32)
+        tensors["time_ids"] = torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
     return tensors
 
 
-def spread_timesteps(timesteps, first, count, offset):
-    """Timesteps number `first` to `first + count - 1` of a sequence that covers `timesteps`, of shape `(T,)`, evenly wherever
-    it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1)."""
-    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
-    return timesteps[(positions * len(timesteps)).long()]
+def winner_probability(args, row):
+    """The probability that the winner of a row wins. The column holds that of the first image."""
+    probability = row[args.preference_probability_column]
+    return probability if row[args.label_column] == 1 else 1 - probability
 
 
 class PairStream(torch.utils.data.Sampler):
@@ -439,9 +353,17 @@ class PairStream(torch.utils.data.Sampler):
                 yield epoch, self.rows[order[number % len(self.rows)]]
 
 
+def spread_timesteps(timesteps, first, count, offset):
+    """Timesteps number `first` to `first + count - 1`, `(count,)`, of a sequence that covers `timesteps`, `(T,)`,
+    evenly wherever it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1)."""
+    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
+    return timesteps[(positions * len(timesteps)).long()]
+
+
 class PreferencePairs(torch.utils.data.Dataset):
-    """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps`, with noise of `latent_shape`, `(C, H, W)`;
-    `pairs[epoch, row, timestep]` has that timestep. `rows` are ascending. With `winner_only` losers are not read."""
+    """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps` and with noise of `latent_shape`,
+    `(C, H, W)`. `pairs[epoch, row, timestep]` has that timestep. `rows` are ascending. With `winner_only` losers are
+    not read. Raises `UnreadableImage`."""
 
     def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
         self.dataset, self.rows, self.args = dataset, rows, args
@@ -454,13 +376,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(int(seed))
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
+        # It is drawn even if a timestep is given, so that the noise is the same.
         timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
-        example, skipped, place = None, [], bisect.bisect_left(self.rows, row_number)
-        while example is None:
-            row_number = self.rows[(place + len(skipped)) % len(self.rows)]
+        skipped, place = [], bisect.bisect_left(self.rows, row_number)
+        for offset in range(len(self.rows)):
+            row_number = self.rows[(place + offset) % len(self.rows)]
             try:
                 example = self.read(row_number, crop_position, flip)
+                break
             except UnreadableImage as error:
                 skipped.append(str(error))
                 if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
@@ -471,15 +395,15 @@ class PreferencePairs(torch.utils.data.Dataset):
     def read(self, row_number, crop_position, flip):
         """The `images`, winner first, the `caption` and, if there is such a column, the `winner_probability`."""
         row = self.dataset[row_number]
-        images, options = read_images(self.args, row_number, row, self.winner_only), (crop_position, flip)
-        images = [preprocess_image(image, self.args, *options, self.has_time_ids) for image in images]
+        images = read_images(self.args, row_number, row, self.winner_only)
+        images = [preprocess_image(image, self.args, crop_position, flip, self.has_time_ids) for image in images]
         example = {"images": images, "caption": row[self.args.caption_column]}
         if self.args.preference_probability_column is not None:
             example["winner_probability"] = torch.tensor(winner_probability(self.args, row))
         return example
 
     def columns(self):
-        """Labels and captions, in the order of `rows`."""
+        """The labels and the captions, in the order of `rows`."""
         dataset = self.dataset.select(self.rows)
         return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
 
@@ -489,16 +413,20 @@ class PreferencePairs(torch.utils.data.Dataset):
         return (digest_pair(self.args, self.dataset[row]) for row in rows)
 
     def hold_out(self, num_pairs):
-        """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image."""
+        """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image.
+        A `ValueError` if no pair is left to train on."""
         captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
+        # Pairs that share a prompt or an image, also through other pairs, are one group.
         for row, digests in zip(self.rows, self.digests()):
             networkx.add_star(graph, [row, same_prompt_key(captions[row]), *filter(None, digests)])
         groups = [captions.keys() & nodes for nodes in networkx.connected_components(graph)]
+        # So that the order of rows does not matter.
         groups.sort(key=lambda group: min(captions[row] for row in group))
         order = np.random.default_rng(self.args.seed).permutation(len(groups))
         # Groups of more pairs than are asked for come last.
         for index in sorted(order, key=lambda index: len(groups[index]) > num_pairs):
-            held_out |= groups[index] if len(held_out) < num_pairs else set()
+            if len(held_out) < num_pairs:
+                held_out |= groups[index]
         if held_out == captions.keys():
             counts = f"{len(captions)} pairs are {len(groups)} groups that share no caption and no image"
             raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
@@ -511,7 +439,8 @@ class PreferencePairs(torch.utils.data.Dataset):
 
 class EncodedPairs(PreferencePairs):
     """The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
-    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings."""
+    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
+    `ValueError` names what is missing or was encoded otherwise."""
 
     def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
         folder = Path(args.encoded_data_dir)
@@ -519,13 +448,6 @@ class EncodedPairs(PreferencePairs):
             raise ValueError(f"--encoded_data_dir {folder} has no encoding.json of tools/encode_preferences.py.")
         encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
-        models = digest_models(args)
-        changed = [part for part, digest in encoding.get("models", {}).items() if digest != models[part]]
-        if "models" not in encoding:
-            logger.warning(f"{folder} has no digests: replaced files and repeated images are not noticed.")
-        elif changed and all(settings[name] == encoding[name] for name in MODEL_ARGUMENTS):
-            name, parts = args.pretrained_model_name_or_path, ", ".join(changed)
-            raise ValueError(f"--pretrained_model_name_or_path {name}: {parts} changed since {folder} was encoded.")
         for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if settings[name] != encoding.get(name):
                 message = f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding.get(name)!r}."
@@ -534,16 +456,23 @@ class EncodedPairs(PreferencePairs):
                 logger.warning(message)
         if encoding["no_hflip"] and not args.no_hflip:
             raise ValueError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
-        parts = {}
+        if "models" not in encoding:
+            logger.warning(f"{folder} has no digests: replaced files and repeated images are not noticed.")
+        elif all(settings[name] == encoding.get(name) for name in MODEL_ARGUMENTS):
+            digests = digest_models(args)
+            if changed := [part for part, digest in encoding["models"].items() if digest != digests[part]]:
+                what = f"{args.pretrained_model_name_or_path}: {', '.join(changed)}"
+                raise ValueError(f"--pretrained_model_name_or_path {what} changed since {folder} was encoded.")
+        stored = {}
         for part in ("pairs", "prompts"):
             paths, count = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
             if len(paths) != count:
                 raise ValueError(f"{folder / part} holds {len(paths)} of {count} files: encode again to add them.")
-            parts[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
-        pairs = parts["pairs"].select(range(len(parts["pairs"]))[: args.max_train_samples])
+            stored[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+        pairs = stored["pairs"].select(range(len(stored["pairs"]))[: args.max_train_samples])
         # The time ids are among a pair's tensors.
         super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
-        self.prompts, self.stored_rows, self.images = parts["prompts"], self.rows, encoding.get("images")
+        self.prompts, self.stored_rows, self.images = stored["prompts"], self.rows, encoding.get("images")
 
     def read(self, row_number, crop_position, flip):
         row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
@@ -564,7 +493,8 @@ class EncodedPairs(PreferencePairs):
 
 
 def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
-    """The pairs to train on and the held-out pairs or `None`. The first batch is known to be readable."""
+    """The pairs to train on, and the held-out pairs or `None`. A `ValueError` names the flag, column, file or row
+    that is wrong. The first batch is read to find it."""
     side = args.resolution // vae_config["downscaling_factor"]
     latent_shape = vae_config["latent_channels"], side, side
     if args.encoded_data_dir is not None:
@@ -572,12 +502,12 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
     else:
         dataset = load_dataset(args)
         rows = find_rows(args, dataset)
-        is_strict = args.train_data_dir is not None and args.on_bad_sample == "error"
-        for column in (args.image_0_column, args.image_1_column) if is_strict else ():
-            for row, image in zip(rows, dataset.select(rows)[column][:]):
-                if image and not os.path.isfile(os.path.join(args.train_data_dir, image["path"])):
-                    name = f"{column} is {image['path']!r:.100}"
-                    raise ValueError(f"Row {row}: {name}, which is no file in {args.train_data_dir}.")
+        if args.train_data_dir is not None and args.on_bad_sample == "error":
+            for column in (args.image_0_column, args.image_1_column):
+                for row_number, image in zip(rows, dataset.select(rows)[column][:]):
+                    if image and not os.path.isfile(os.path.join(args.train_data_dir, image["path"])):
+                        name = f"{column} is {image['path']!r:.100}"
+                        raise ValueError(f"Row {row_number}: {name}, which is no file in {args.train_data_dir}.")
         pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
         pairs.images = digest_images(args, dataset)
     eval_pairs = None
@@ -590,29 +520,117 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
 
 
 def collate_fn(examples):
-    """Stacks pairs. Tensors of images (`pixel_values`, ...) hold the winners first, then the losers."""
+    """Stacks B pairs. Tensors of images (`pixel_values`, ...) have shape `(2B, ...)`, winners first, or `(B, ...)`
+    without losers. All others have shape `(B, ...)`."""
     skipped = [reason for example in examples for reason in example.pop("skipped")]
-    images = [image for images in zip(*(example.pop("images") for example in examples)) for image in images]
-    return {"skipped": skipped, **default_collate(images), **default_collate(examples)}
+    # `zip` makes a tuple of the winners and one of the losers.
+    images = itertools.chain(*zip(*[example.pop("images") for example in examples]))
+    return {"skipped": skipped, **default_collate(list(images)), **default_collate(examples)}
 
 
 def ignore_stop_signals(worker):
-    # Terminals, Slurm and launchers signal the whole process group, but a trainer needs its workers to finish the batch.
+    # Terminals, Slurm and launchers signal the whole process group. The trainer needs workers to finish its batch.
     for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def create_dataloader(args, pairs, start, stop):
-    """Batches of the pairs number `start` to `stop - 1` of the stream, for all processes together."""
+    """Batches (`collate_fn`) of the pairs number `start` to `stop - 1` of the stream, for all processes together."""
 
     @atexit.register
     def end_workers():
-        # After an error workers still run. Python would end them by SIGTERM, and torch would report that.
+        # After an error workers still run. Python would end them by SIGTERM, which they ignore, and wait for them.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 
+    sampler, pin_memory = PairStream(pairs.rows, args.seed, start, stop), torch.accelerator.is_available()
     options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_stop_signals}
-    options |= {"pin_memory": torch.accelerator.is_available(), "collate_fn": collate_fn}
-    options |= {"sampler": PairStream(pairs.rows, args.seed, start, stop), "batch_size": args.train_batch_size}
-    return torch.utils.data.DataLoader(pairs, **options)
+    options |= {"sampler": sampler, "collate_fn": collate_fn, "pin_memory": pin_memory}
+    return torch.utils.data.DataLoader(pairs, args.train_batch_size, **options)
+
+
+def same_prompt_key(caption):
+    """A text that is equal for captions that differ only in spaces, case and Unicode's ways of writing a character."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
+def digest_of_pairs(rows, labels, captions, images):
+    """What a resumed run recognises its data by. It is the same for images and for encoded data."""
+    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
+    return {"num_pairs": len(rows), "digest": digest.hexdigest(), **({"images": images} if images else {})}
+
+
+def digest_pair(args, row):
+    """The SHA-256 of a row's first and second image, `None` for one that cannot be located."""
+    digests = [None, None]
+    for side, column in enumerate((args.image_0_column, args.image_1_column)):
+        with contextlib.suppress(OSError, ValueError):
+            image = locate_image(args, row[column])
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            digests[side] = hashlib.sha256(data).hexdigest()
+    return tuple(digests)
+
+
+def digest_images(args, dataset):
+    """A digest of the files that a dataset and its images were read from, or of their addresses on the hub, which name
+    a commit. `None` if there are no addresses."""
+    folder, files = args.train_data_dir or args.dataset_name, list(dataset.info.download_checksums or [])
+    if not os.path.isdir(folder):
+        return hashlib.sha256(repr(files).encode()).hexdigest() if files else None
+    for column in (args.image_0_column, args.image_1_column):
+        bytes_of_images, paths = dataset.data.column(column).flatten()
+        files += [os.path.join(folder, path) for path in paths.filter(bytes_of_images.is_null()).to_pylist() if path]
+    return digest_files(files)
+
+
+def digest_models(args):
+    """Digests of the base model's parts, by name, and of the LoRA to start from."""
+    name, version = args.pretrained_model_name_or_path, (args.revision, args.variant)
+    digests = {part: digest_part(name, part, *version) for part in MODEL_PARTS}
+    if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
+        digests["vae"] = digest_part(own_vae)
+    if (lora := args.pretrained_lora_path) is not None:
+        file = Path(lora, "pytorch_lora_weights.safetensors")
+        digests["lora"] = digest_part(file if file.is_file() else lora)
+    return digests
+
+
+def digest_part(name, place="", revision=None, variant=None):
+    """A digest of the files of a model's part that are loaded. They are at `place` below `name`. For a hub id
+    its commit, or `revision` if nothing was downloaded."""
+    if not os.path.exists(name):
+        commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", revision or "main")
+        return commit.read_text() if commit.is_file() else revision
+    path, loaded = Path(name, place), rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
+    files = [file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name)]
+    return digest_files([path] if path.is_file() else files)
+
+
+def digest_files(paths):
+    """A digest of what files hold. The user's cache keeps it as long as their paths, sizes and times are the same."""
+    stats = [(str(path), os.stat(path)) for path in paths if os.path.isfile(path)]
+    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+    kept = Path(datasets.config.HF_CACHE_HOME, "digests", hashlib.sha256(repr(state).encode()).hexdigest())
+    with contextlib.suppress(OSError):
+        if known := kept.read_text():
+            return known
+    digest = hashlib.sha256()
+    for path, *_ in state:
+        with open(path, "rb") as file:
+            digest.update(sha_fileobj(file))
+    with contextlib.suppress(OSError):  # Not every cache can be written.
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(digest.hexdigest())
+    return digest.hexdigest()
+
+
+def find_fault(*names):
+    """Names a .safetensors file at these paths, or in these folders, that is not whole, and why. `None` if all are."""
+    for name in filter(None, names):
+        for path in [Path(name), *sorted(Path(name).rglob("*.safetensors"))]:
+            try:
+                if path.suffix == ".safetensors" and path.is_file():
+                    safetensors.safe_open(path, "pt")
+            except safetensors.SafetensorError as error:
+                return f"{path} is empty, cut off or a pointer of Git LFS (run `git lfs pull`): {error}"
