@@ -420,7 +420,9 @@ def test_a_profile_of_srgb_changes_nothing(mode):
 
 
 @pytest.mark.parametrize(
-    "mode, profile", [("RGB", bytes(2_000_000)), ("RGB", b"x"), ("CMYK", SRGB), ("RGB", cmyk_profile())]
+    "mode, profile",
+    [("RGB", bytes(2_000_000)), ("RGB", b"x"), ("CMYK", SRGB), ("RGB", cmyk_profile())],
+    ids=["zeros", "cut off", "of another mode", "of CMYK"],
 )
 @pytest.mark.bad_input
 def test_an_unusable_profile_is_a_warning(mode, profile):
