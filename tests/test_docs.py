@@ -27,13 +27,14 @@ from unittest import mock
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("tools", "small_world", "benchmarks", "docs", "tests", "assets")
 # Names of other projects' files and programs' flags.
 OTHER_FILES = {"lpl_loss.py", "train_diffusion_dpo.py"}
-OTHER_FLAGS = {"--confcutdir", "--full"}
+OTHER_FLAGS = {"--confcutdir", "--nodes", "--ntasks", "--gpus", "--time", "--requeue", "--signal"}  # pytest, Slurm
 FENCE = re.compile(r"^[> ]*```(\w*)\n(.*?)^[> ]*```$", re.M | re.S)
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")
 
@@ -111,7 +112,8 @@ def scripts():
 
 
 def launcher_flags():
-    return set(launch_command_parser()._option_string_actions)
+    parsers = launch_command_parser(), get_args_parser()
+    return {flag for parser in parsers for flag in parser._option_string_actions}
 
 
 def error_of(parser, words):
