@@ -78,7 +78,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
 
 def number_type(kind, rule, accepts):
-    """A `type` for argparse: a finite `int` or `float` for which `accepts` is true, which `rule` says in words."""
+    """A `type` for argparse, which takes a finite `int` or `float` if `accepts(value)`. `rule` is that in words."""
 
     def convert(text):
         value = kind(text)
@@ -153,7 +153,7 @@ def load_dataset(args):
         return load_image_folder(args)
     name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
     options = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
-    checked_file = ""  # for the error
+    checked_file = ""  # The error names it.
     try:
         if Path(name).is_file():
             raise ValueError("it is a file: give the folder that contains it")
@@ -201,7 +201,7 @@ def load_image_folder(args):
                 key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
                     raise ValueError(f"has no {key!r}, but {', '.join(row)}")
-                # Refuses all values but null and those of this type. No type is guessed from earlier lines.
+                # Refuses a value of another type. No type is guessed from earlier lines.
                 pa.scalar(row[key], arrow_type)
                 columns[column].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
@@ -315,8 +315,8 @@ def read_image(source):
 
 
 def preprocess_image(image, args, crop_position, flip, has_time_ids):
-    """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`. `crop_position`,
-    (0, 0) to (1, 1), is the share of what is cut off that lies above and to the left. With `has_time_ids` also SDXL's
+    """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`. `crop_position`
+    is its place: (0, 0) at the image's top left, (1, 1) at the bottom right. With `has_time_ids` also SDXL's
     `time_ids` of shape `(6,)`: the original height and width, the crop's top and left, the target size."""
     (width, height), side = image.size, args.resolution
     image = ImageOps.cover(image, (side, side), Image.Resampling[args.image_interpolation_mode.upper()])
@@ -432,7 +432,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
         train_pairs.rows, eval_pairs.rows = sorted(captions.keys() - held_out), sorted(held_out)
-        # Held-out pairs are compared, also where training reads winners only.
+        # Held-out pairs are measured with their losers, even if training reads winners only.
         eval_pairs.winner_only = False
         return train_pairs, eval_pairs
 
@@ -457,7 +457,7 @@ class EncodedPairs(PreferencePairs):
         if encoding["no_hflip"] and not args.no_hflip:
             raise ValueError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
         if "models" not in encoding:
-            logger.warning(f"{folder} has no digests: replaced files and repeated images are not noticed.")
+            logger.warning(f"{folder} does not say which files it is made of: replaced or repeated ones go unnoticed.")
         elif all(settings[name] == encoding.get(name) for name in MODEL_ARGUMENTS):
             digests = digest_models(args)
             if changed := [part for part, digest in encoding["models"].items() if digest != digests[part]]:
@@ -539,8 +539,8 @@ def create_dataloader(args, pairs, start, stop):
 
     @atexit.register
     def end_workers():
-        # After an error workers still run. Python would end them by SIGTERM, which they ignore, and wait for them.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # After an error workers still run. They ignore the SIGTERM of Python, which would wait for them for ever.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error for each of them.
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 
@@ -591,18 +591,18 @@ def digest_models(args):
     if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
         digests["vae"] = digest_part(own_vae)
     if (lora := args.pretrained_lora_path) is not None:
-        file = Path(lora, "pytorch_lora_weights.safetensors")
-        digests["lora"] = digest_part(file if file.is_file() else lora)
+        digests["lora"] = digest_part(lora, "pytorch_lora_weights.safetensors")
     return digests
 
 
 def digest_part(name, place="", revision=None, variant=None):
-    """A digest of the files of a model's part that are loaded. They are at `place` below `name`. For a hub id
-    its commit, or `revision` if nothing was downloaded."""
+    """A digest of the files of a model's part that are loaded: the file `name`, or those at `place` in that folder.
+    For a hub id its commit, or `revision` if nothing was downloaded."""
     if not os.path.exists(name):
         commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", revision or "main")
         return commit.read_text() if commit.is_file() else revision
-    path, loaded = Path(name, place), rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
+    path = Path(name) if os.path.isfile(name) else Path(name, place)
+    loaded = rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
     files = [file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name)]
     return digest_files([path] if path.is_file() else files)
 
@@ -626,7 +626,7 @@ def digest_files(paths):
 
 
 def find_fault(*names):
-    """Names a .safetensors file at these paths, or in these folders, that is not whole, and why. `None` if all are."""
+    """What is wrong with the first broken .safetensors file at these paths or in these folders, or `None`."""
     for name in filter(None, names):
         for path in [Path(name), *sorted(Path(name).rglob("*.safetensors"))]:
             try:

@@ -1037,7 +1037,7 @@ def test_the_same_pairs_of_encoded_data_are_held_out(tmp_path, with_digests, cap
     encoded_pairs = preference_pairs.EncodedPairs(args, {"scaling_factor": 1}, (4, 16, 16), torch.arange(1000), False)
     held_out = encoded_pairs.hold_out(7)[1]
     assert (held_out.rows == pairs.hold_out(7)[1].rows) == with_digests
-    assert ("has no digests" in caplog.text) == (not with_digests)
+    assert ("does not say which files" in caplog.text) == (not with_digests)
     assert held_out.columns()[1] == [columns["caption"][row] for row in held_out.rows]
 
 
