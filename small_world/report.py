@@ -108,7 +108,6 @@ ROUND_DUELS = (
 )
 # The rows of README's table, and what it calls them.
 SUMMARY = {
-    "base": "base",
     "dpo-latent": "latent DPO",
     "dpo-ncp": "NCP-DPO",
     "dpo-latent-filtered": "latent DPO, filtered pairs",
@@ -572,6 +571,7 @@ def document_tables():
     columns = ["method", *SETTINGS, "reward", *COMPARISONS]
     summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
     summary = table(["method", "reward", *COMPARISONS], summary)
+    summary += f"\n\nThe base's own reward is {small.cells['base']['reward']}."
     page = ROOT / "docs" / "results.md"
     return {
         (ROOT / "README.md", "small-world"): summary,

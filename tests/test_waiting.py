@@ -22,6 +22,7 @@ import pytest
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from preference_pairs import collate_fn, open_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,14 +54,13 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, loss_space, loss
     args = script.parse_args(run.command([], {"--loss_space": loss_space, "--loss_type": loss_type}))
     noise_scheduler, vae_config, timesteps = script.check_checkpoint(args)
     pairs, _ = open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, winner_only=False)
-    accelerator = type("Accelerator", (), {"device": torch.device("cpu"), "mixed_precision": "no"})
+    accelerator = Accelerator(cpu=True)
     pipeline = script.load_pipeline(args, accelerator)
     for name in ("unet", "vae", *script.TEXT_ENCODERS):
         getattr(pipeline, name).to("meta")
     policy = script.create_policy(args, pipeline.unet, None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # The meta device has no autocast.
     optimizer, _ = script.create_optimizer(args, policy, 2)
-    accelerator.is_main_process = True
     perception = script.create_perception(args, accelerator, pairs, policy, pipeline, noise_scheduler, None, {})
     batch = send_to_device(collate_fn([pairs[0, row] for row in pairs.rows[:2]]), torch.device("meta"))
 

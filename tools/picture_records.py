@@ -15,13 +15,13 @@
 
 """Folders of pictures and their metadata.jsonl, and the pairs that are made of them, for `collect_preferences.py`."""
 
-import hashlib
 import logging
 from collections import defaultdict
 from pathlib import Path
 
 from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
 from datasets import Features, Value
+from huggingface_hub.utils.sha import sha_fileobj
 from preference_pairs import read_image, same_prompt_key
 from tqdm.auto import tqdm
 
@@ -41,7 +41,7 @@ SHARD_BYTES = 500 << 20
 
 def digest_of_file(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def load_picture(path):

@@ -368,11 +368,11 @@ def test_an_older_encoding_goes_on(run_sd15, encode_sd15, monkeypatch, caplog):
         encode_preferences.write_shard(shard, datasets.Features(features), rows)
     encode_sd15.shards("pairs")[1].unlink()
     encode_sd15()
-    assert "encoded has no digests" in caplog.text
+    assert "encoded does not say which files" in caplog.text
     assert [row["tensors"] for row in encode_sd15.rows("pairs")] == expected
     caplog.clear()
     run_sd15(dataset_name=None, encoded_data_dir=encode_sd15.folder, loss_space="latent")
-    assert "encoded has no digests" in caplog.text
+    assert f"{encode_sd15.folder} does not say which files" in caplog.text
 
 
 @pytest.mark.bad_input
