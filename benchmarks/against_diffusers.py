@@ -17,7 +17,7 @@
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/against_diffusers.py --diffusers diffusers --json benchmarks/results/against_diffusers.json
 
-trains the small world's base model (some minutes on a CPU; the table goes to standard output). Each script runs as it is, in a
+trains the small world's base model in fp32 and in bf16 (half an hour on a CPU; the table goes to standard output). Each script runs as it is, in a
 process of its own with one thread, and all of them take turns of some steps, so that whatever else the machine does falls on
 all alike. A step is all that lies between the ends of two optimizer steps: loading, encoding, U-Net, logging. A turn's first
 step, which may find its batch ready, does not count. Ratios are also given per second of the processor, which other programs
@@ -63,13 +63,16 @@ from scenes import RESOLUTION, SCENES, render  # noqa: E402
 
 THEIRS = "diffusers, latent DPO from images"
 OURS = ROOT / "train_ncp_dpo_sd15.py"
-# By name: the flags that ours take beside the common ones, and the ratio aimed at.
+# By precision and name: the flags that ours take beside the common ones, and the ratio aimed at.
 METHODS = {
-    "latent DPO from images": (["--loss_space", "latent"], 1.2),
-    "latent DPO, encoded data": (["--loss_space", "latent"], 1.5),
-    "NCP-DPO, encoded data": (["--loss_space", "ncp"], 1.1),
+    precision: {
+        "latent DPO from images": (["--loss_space", "latent"], aims[0]),
+        "latent DPO, encoded data": (["--loss_space", "latent"], aims[1]),
+        "NCP-DPO, encoded data": (["--loss_space", "ncp"], aims[2]),
+    }
+    for precision, aims in {"no": (1.2, 1.5, 1.1), "bf16": (None, 1.3, 1.0)}.items()
 }
-METHODS |= {f"{name}, --compile": ([*flags, "--compile"], aim) for name, (flags, aim) in METHODS.items()}
+METHODS["no"] |= {f"{name}, --compile": ([*flags, "--compile"], aim) for name, (flags, aim) in METHODS["no"].items()}
 NUM_PAIRS = 800
 STEPS_PER_TURN = 10
 
@@ -204,23 +207,24 @@ def common_words(folder):
     return ["--pretrained_model_name_or_path", ASSETS, "--resolution", RESOLUTION, "--cache_dir", folder / "cache"]
 
 
-def start_trainings(folder, diffusers):
-    """All of them, one after the other, by their names."""
+def start_trainings(folder, diffusers, precision):
+    """All of a precision, one after the other, by their names."""
     path = diffusers / "examples" / "research_projects" / "diffusion_dpo" / "train_diffusion_dpo.py"
     if not path.is_file():
         sys.exit(f"--diffusers {diffusers} has no {path.relative_to(diffusers)}.")
     common = [*common_words(folder), "--train_batch_size", 8, "--learning_rate", 1e-4, "--seed", 0]
+    common += ["--mixed_precision", precision]
     # Without end, and without a checkpoint's time.
     common += ["--max_train_steps", 10**6, "--checkpointing_steps", 10**6]
     images = ["--dataset_name", folder / "pairs", "--dataset_split_name", "train"]
     words = {THEIRS: (path, [*common, *images])}
-    for name, (flags, _) in METHODS.items():
+    for name, (flags, _) in METHODS[precision].items():
         data = images if "images" in name else ["--encoded_data_dir", folder / "encoded"]
         words[name] = (OURS, [*common, *flags, *data, "--image_interpolation_mode", "bilinear"])
     trainings = {}
     for name, (path, flags) in tqdm(words.items(), "Start-up"):
-        flags = [str(word) for word in [*flags, "--output_dir", folder / name]]
-        trainings[name] = Training(path, flags, folder / f"{name}.log")
+        flags = [str(word) for word in [*flags, "--output_dir", folder / precision / name]]
+        trainings[name] = Training(path, flags, folder / f"{name}, {precision}.log")
     return trainings
 
 
@@ -233,7 +237,7 @@ def measure(trainings, num_turns):
     return rates
 
 
-def summarize(rates, trainings):
+def summarize(rates, trainings, precision):
     """For each: its steps per second, their ratio to theirs in the same round, and its start-up; quartiles over rounds."""
     results = {}
     for name, values in rates.items():
@@ -247,7 +251,7 @@ def summarize(rates, trainings):
             "steps_per_second": statistics.median(rate for rate, _ in values),
             "ratio_quartiles": ratios,
             "processor_ratio_quartiles": processor_ratios,
-            "target": METHODS[name][1] if name in METHODS else None,
+            "target": METHODS[precision].get(name, (None, None))[1],
             "startup_seconds": trainings[name].startup_seconds,
         }
     return results
@@ -275,18 +279,21 @@ def table(results):
 
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        folder, results = Path(folder), {}
         write_data(folder)
-        trainings = start_trainings(folder, args.diffusers)
-        results = summarize(measure(trainings, args.turns), trainings)
-        for training in trainings.values():
-            training.end()
+        for precision in METHODS:
+            trainings = start_trainings(folder, args.diffusers, precision)
+            results[precision] = summarize(measure(trainings, args.turns), trainings, precision)
+            for training in trainings.values():
+                training.end()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "peft")}
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, 1 thread each"
     )
     print(f"{device}; {', '.join(f'{name} {version}' for name, version in versions.items())}; ", end="")
-    print(f"{args.turns} turns of {STEPS_PER_TURN} steps each, batch 8\n\n{table(results)}")
+    print(f"{args.turns} turns of {STEPS_PER_TURN} steps each, batch 8")
+    for precision, rows in results.items():
+        print(f"\n--mixed_precision {precision}\n\n{table(rows)}")
     if args.json is not None:
         report = {"device": device, "versions": versions, "turns": args.turns, "steps_per_turn": STEPS_PER_TURN}
         args.json.write_text(json.dumps({**report, "results": results}, indent=2) + "\n")
