@@ -177,6 +177,27 @@ def test_help_bears_code_pages(script):
     assert result.stdout.isascii() and b"--encoded_data_dir" in result.stdout
 
 
+NUMBER_FLAGS = [
+    action.option_strings[0]
+    for action in train_ncp_dpo_sd15.create_parser()._actions
+    if action.type is not None or type(action.default) in (int, float)
+]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", NUMBER_FLAGS)
+def test_numbers_out_of_range(flag, capsys):
+    for value in ("two", "nan", "inf", "-inf", "-1"):
+        with pytest.raises(SystemExit) as stop:
+            train_ncp_dpo_sd15.create_parser().parse_args([f"{flag}={value}"])
+        assert stop.value.code == 2
+        assert f"argument {flag}: " in capsys.readouterr().err
+
+
+def test_number_flags_are_found():
+    assert {"--max_grad_norm", "--adam_beta2", "--seed", "--lr_power", "--ncp_error_scale"} < set(NUMBER_FLAGS)
+
+
 def test_the_command_that_goes_on_holds_no_secret(monkeypatch):
     words = ["--validation_prompt", "John's cat", "--hub_token", "hf_secret", "--rank", "8", "--timesteps", "1", "2"]
     words += ["--resume_from_checkpoint", "a folder/checkpoint-4", "--no_hflip", "--dataset_name", "pairs"]

@@ -14,6 +14,7 @@
 
 """Whatever stops a run, it ends with a checkpoint at the next batch, on all of its processes."""
 
+import datetime
 import json
 import os
 import re
@@ -26,14 +27,12 @@ import time
 import psutil
 import pytest
 import train_ncp_dpo_sd15
-from conftest import ROOT, start_script
+from conftest import ROOT, run_on_two_processes, start_script
 
 
 TRAINER = "train_ncp_dpo_sd15.py"
-LAUNCHERS = {
-    "accelerate": (1, ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]),
-    "torchrun": (2, ["torch.distributed.run", "--nproc_per_node", "2"]),
-}
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+TORCHRUN = ["torch.distributed.run", "--master_addr", "127.0.0.1"]
 
 
 def command(run, **options):
@@ -41,17 +40,19 @@ def command(run, **options):
     return run.command([], {f"--{name}": value for name, value in options.items()})
 
 
-def launch(launcher, words, log):
-    """A launcher in a session of its own, and its number of trainers."""
-    number, module = LAUNCHERS[launcher]
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PET_MASTER_PORT": port}
+        return str(free.getsockname()[1])
+
+
+def launch(module, words, log):
+    """A launcher in a session of its own."""
     words = [sys.executable, "-m", *module, str(ROOT / TRAINER), *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     with open(log, "w") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True, "env": environment}
-        return number, subprocess.Popen(words, **options)
+        return subprocess.Popen(words, **options)
 
 
 def wait_for_steps(log, number=3):
@@ -93,11 +94,14 @@ def test_a_signal_that_is_ignored_stays_ignored(run_sd15, tmp_path):
     assert (run_sd15.output_dir / "checkpoint-30").is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_signal_to_the_launcher(run_sd15, tmp_path, launcher, number):
+@pytest.mark.parametrize(
+    "num_trainers, number",
+    [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGINT), (2, signal.SIGHUP), (2, signal.SIGKILL)],
+)
+def test_a_signal_to_the_launcher(run_sd15, tmp_path, num_trainers, number):
     log = tmp_path / "log"
-    num_trainers, process = launch(launcher, command(run_sd15), log)
+    torchrun = [*TORCHRUN, "--master_port", free_port(), "--nproc_per_node", "2"]
+    process = launch(ACCELERATE if num_trainers == 1 else torchrun, command(run_sd15), log)
     wait_for_steps(log)
     children = psutil.Process(process.pid).children()
     trainers = [child for child in children if TRAINER in " ".join(child.cmdline())]
@@ -108,6 +112,26 @@ def test_a_signal_to_the_launcher(run_sd15, tmp_path, launcher, number):
     assert not alive, log.read_text()
     assert stopped_step(run_sd15) >= 3
     assert "Stopping after this batch" in log.read_text()
+
+
+def test_a_machine_that_vanishes_ends_the_run_on_the_other(run_sd15, tmp_path):
+    torchrun, logs = [*TORCHRUN, "--nnodes", "2", "--master_port", free_port()], [tmp_path / "0", tmp_path / "1"]
+    words = command(run_sd15, ddp_timeout=20)
+    machines = [launch([*torchrun, "--node_rank", str(rank)], words, log) for rank, log in enumerate(logs)]
+    wait_for_steps(logs[0])
+    for process in [*psutil.Process(machines[1].pid).children(recursive=True), machines[1]]:
+        process.kill()
+    assert machines[0].wait(30) != 0
+
+
+def test_a_process_that_draws_is_not_taken_for_lost(run_sd15, tmp_path):
+    options = {"max_train_steps": 2, "validation_prompt": "a picture", "num_validation_images": 40, "ddp_timeout": 10}
+    words = [*command(run_sd15, **options), "--run_validation"]
+    codes, log = run_on_two_processes(TRAINER, words, tmp_path / "log")
+    assert codes == [0, 0], log
+    times = re.findall(r"(\d\d:\d\d:\d\d),\d+ - INFO - __main__ - (?:\[RANK 0\] )?(Drawing|Saved)", log)
+    start, end = (datetime.datetime.strptime(time, "%H:%M:%S") for time, _ in times[:2])
+    assert (end - start).seconds > 10
 
 
 def test_it_stops_within_an_accumulated_step(run_sd15, tmp_path):

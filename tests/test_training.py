@@ -344,6 +344,14 @@ def test_8bit_adam_without_bitsandbytes(run_sd15, monkeypatch):
         run_sd15("--use_8bit_adam")
 
 
+def test_a_norm_of_0_clips_nothing(run_sd15):
+    options = {"loss_type": "sft", "loss_space": "latent", "learning_rate": 1e-3}
+    run_sd15(max_grad_norm=0, **options)
+    unclipped = run_sd15.up_weights()
+    run_sd15.into("large")(max_grad_norm=1e9, **options)
+    assert all(torch.equal(weight, unclipped[name]) for name, weight in run_sd15.into("large").up_weights().items())
+
+
 def test_non_finite_loss_stops_the_run(run_sd15, monkeypatch):
     calls = []
 
