@@ -544,8 +544,9 @@ def summarize(args, table):
 @torch.no_grad()
 def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler):
     """Warns if the reference predicts worse than zero, as with another `prediction_type` than the model's."""
-    timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # The types differ most at large ones.
-    batch = preference_pairs.collate_fn([pairs[0, row, timestep] for row in pairs.rows[:2]])
+    timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # Types differ most at large ones.
+    stream = preference_pairs.PairStream(pairs.rows, args.seed, 0, 2)
+    batch = preference_pairs.collate_fn([pairs[(*key, timestep)] for key in stream])
     denoising = noise_batch(args, send_to_device(batch, accelerator.device), pipeline, noise_scheduler)
     with ncp_loss.reference_model(policy):
         ref_pred = denoising.predict(policy)
@@ -1166,7 +1167,7 @@ def finish(args, accelerator, policy, state):
         options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
         try:
             upload_folder(repo_id=repo_id, folder_path=folder, **options)
-        except Exception as error:  # of the network, of the hub, of rights
+        except Exception as error:
             command = shlex.join(["hf", "upload", repo_id, folder, ".", "--include", *files])
             problem = f"--push_to_hub failed: {one_line(error)}. The LoRA is in {folder}"
             raise RuntimeError(f"{problem}. To repeat the upload alone: {command}") from error
@@ -1267,7 +1268,8 @@ def main(args):
     perception = create_perception(args, accelerator, pairs, **models, saved=checkpoints.saved, state=state)
     monitor, signals = Monitor(args, accelerator, state), StopSignals(args, accelerator)
     validation = {**models, "perception": perception, "monitor": monitor, "signals": signals}
-    if monitor.is_validation_step and state["validated_step"] != state["global_step"]:
+    is_validated = state["validated_step"] == state["global_step"] and Path(args.output_dir, "eval.csv").is_file()
+    if monitor.is_validation_step and not is_validated:
         validate(args, accelerator, eval_pairs, **validation)
 
     needs_reference, tables = ncp_loss.LOSSES[args.loss_type].needs_reference, []

@@ -240,16 +240,10 @@ class Step:
 
         self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype), None)
         self.policy.train()
-        self.second_unet, self.perception = None, LatentSpace
+        self.second_unet = None
         if variant.second_unet:
             self.second_unet = self.create_unet(variant.dtype).requires_grad_(False)
-        if variant.loss_space == "ncp":
-            self.perception = NoiseConditionedPerception(
-                self.second_unet or self.policy,
-                self.create_scheduler(),
-                target_timestep=variant.target_timestep,
-                probe_rms=variant.probe_rms,
-            )
+        self.perception = self.create_perception()
         self.pipeline = SimpleNamespace(**({} if variant.encoded else self.create_components()))
         self.scheduler = self.create_scheduler()
         self.batch = self.create_batch()
@@ -260,6 +254,12 @@ class Step:
 
     def create_scheduler(self):
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+    def create_perception(self):
+        if self.variant.loss_space == "latent":
+            return LatentSpace
+        options = {"target_timestep": self.variant.target_timestep, "probe_rms": self.variant.probe_rms}
+        return NoiseConditionedPerception(self.second_unet or self.policy, self.create_scheduler(), **options)
 
     def create_components(self):
         """VAE and text encoders, these in the precision of the U-Net, as peers have them."""
@@ -536,6 +536,7 @@ def create_fake_step(model, variant, batch_size=1, gradient_checkpointing=False,
         for module in [step.second_unet, *vars(step.pipeline).values()]:
             if isinstance(module, torch.nn.Module):
                 module.to_empty(device="cpu")
+        step.perception = step.create_perception()  # Its table is where the U-Net is.
         step.batch = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), step.batch)
     return step
 

@@ -497,14 +497,14 @@ def test_overflow_is_no_fault_while_the_loss_scale_can_fall(scale, finite):
 
 
 def fail_at(monkeypatch, *steps):
-    """Makes the policy's errors of these steps infinite."""
+    """Makes the policy's errors of these steps NaN."""
     calls = []
     latent_error = train_ncp_dpo_sd15.ncp_loss.latent_error
 
     def patched(model_pred, target):
         calls.append(1)
-        # The reference's errors come first.
-        step, is_policy = divmod(len(calls) - 1, 2)
+        # Two are of `check_prediction`. In a step the reference's errors come first.
+        step, is_policy = divmod(len(calls) - 3, 2)
         return latent_error(model_pred, target) * (math.nan if is_policy and step + 1 in steps else 1)
 
     monkeypatch.setattr(train_ncp_dpo_sd15.ncp_loss, "latent_error", patched)
@@ -579,8 +579,6 @@ def test_another_number_of_processes_goes_on_alike(scene_run, tmp_path, loss_spa
     batches = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     scene_run(**options, **batches, max_train_steps=3, resume_from_checkpoint="latest")
     run_on_two(steps=6)
-    files = {path.name for path in (scene_run.output_dir / "checkpoint-6").iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
     assert scene_run.scalars("lr") == rates
     assert scene_run.scalars("loss") == pytest.approx(losses, abs=2e-5 if loss_space == "latent" else 1e-3)
     assert min(losses) < 0.69, "the policy left the reference"

@@ -186,9 +186,9 @@ def test_reference_free_losses_run_no_reference(run_sd15, monkeypatch, loss_type
 
     monkeypatch.setattr(Denoising, "predict", record)
     run_sd15(loss_type=loss_type, loss_space=loss_space, ncp_error_scale=1000)
-    assert len(predictions) == 2
+    assert len(predictions) == 3  # one is of `check_prediction`
     run_sd15.into("dpo")(loss_type="dpo", loss_space=loss_space, ncp_error_scale=1000)
-    assert len(predictions) == 2 + 4
+    assert len(predictions) == 3 + 5
 
 
 def test_error_scale_is_measured_once_and_reproduces(run_sd15):
@@ -380,4 +380,5 @@ def test_fixed_vae_runs_in_half_precision(checkpoints, parquet, tmp_path, monkey
     Run("sdxl", checkpoints["sdxl"], parquet, tmp_path / "fixed")(
         **options, pretrained_vae_model_name_or_path=checkpoints["sdxl"] + "/vae"
     )
-    assert dtypes == [torch.float32, torch.bfloat16]
+    # `check_prediction` and the step.
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
