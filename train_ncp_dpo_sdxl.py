@@ -61,6 +61,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, snapshot_download, upload_folder
+from packaging.version import Version
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -82,10 +83,11 @@ from diffusers.utils import (
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.42.0")
+check_min_version("0.36.0")
 
 logger = get_logger(__name__)
 
+DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
 PIPELINE_CLASS = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {}
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
@@ -326,11 +328,12 @@ def load_pipeline(args, accelerator, **components):
         components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
-    name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    name = args.pretrained_model_name_or_path
+    options = {"revision": args.revision, "variant": args.variant, DTYPE: dtypes}
     try:
         if own_vae is not None and "vae" not in components:
-            components["vae"] = AutoencoderKL.from_pretrained(own_vae, dtype=weight_dtype)
-        pipeline = PIPELINE_CLASS.from_pretrained(name, dtype=dtypes, **options, **PIPELINE_OPTIONS, **components)
+            components["vae"] = AutoencoderKL.from_pretrained(own_vae, **{DTYPE: weight_dtype})
+        pipeline = PIPELINE_CLASS.from_pretrained(name, **options, **PIPELINE_OPTIONS, **components)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         advice = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
         reason = preference_pairs.find_fault(own_vae, name) or advice

@@ -430,7 +430,7 @@ def measure_model(model, variants=VARIANTS, pairs=len(PROMPTS), lora_std=0.02, s
     torch.manual_seed(seed)
     # With TF32, fp32 would be another precision.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(model).to(device, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     unet, scheduler = pipeline.unet.requires_grad_(False), DDPMScheduler.from_config(pipeline.scheduler.config)
     for parameter in unet.parameters():

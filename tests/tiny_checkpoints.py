@@ -28,7 +28,6 @@ from tiny_unets import sd15_unet, sdxl_unet
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
@@ -39,6 +38,11 @@ from transformers import (
 
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 RESOLUTION = 32
 

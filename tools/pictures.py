@@ -26,6 +26,7 @@ import torch
 from common import whole_file
 from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from picture_records import RECORD_NAME, digest_of_file
 from preference_pairs import COUNT, MODEL_PARTS, NOT_NEGATIVE, digest_part, find_fault, number_type, one_line
@@ -43,8 +44,9 @@ from diffusers.utils import (
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.42.0")
+check_min_version("0.36.0")
 
+DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
 SETTINGS_NAME = "settings.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 # Names of a component's weights, with or without a variant.
@@ -244,7 +246,7 @@ def load_pipeline(args, source):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source.model, variant=source.variant, revision=source.revision, dtype=dtype
+            source.model, variant=source.variant, revision=source.revision, **{DTYPE: dtype}
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
