@@ -1,21 +1,23 @@
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 UPSTREAM = $(DIFFUSERS)/examples/research_projects/ncp_dpo
 
-.PHONY: demo test quality fix-copies upstream gpu gpu-train gpu-time gpu-precision
+.PHONY: demo test test-oldest quality fix-copies upstream gpu gpu-train gpu-time gpu-precision
 
-.venv/installed: requirements.txt constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements.txt \
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --requirement requirements.txt \
 		gradio matplotlib pytest pytest-cov pytest-xdist ruff selenium
 	touch $@
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python small_world/demo.py
 
 # Coverage of the mathematics alone: it would slow down whatever trains.
@@ -24,11 +26,15 @@ test: quality
 		--cov ncp_loss --cov-branch --cov-report term-missing --cov-fail-under 100
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup --ignore tests/test_ncp_loss.py
 
-quality: .venv/installed
+# The lower bounds of requirements.txt.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+quality: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-fix-copies: .venv/installed
+fix-copies: $(VENV)/installed
 	$(BIN)/python tests/test_copies.py
 
 # With $(PYTHON) as it is. Every part ends by itself within 8 minutes; MODEL is for the last.
@@ -39,7 +45,7 @@ gpu-train gpu-time gpu-precision: gpu-%:
 	$(PYTHON) benchmarks/gpu.py $* $(if $(MODEL),--model $(MODEL))
 
 # Writes the example for Diffusers into a checkout of it, and checks it by that checkout's settings.
-upstream: .venv/installed
+upstream: $(VENV)/installed
 	@test -f "$(DIFFUSERS)/src/diffusers/__init__.py" || \
 		{ echo "DIFFUSERS=$(DIFFUSERS) is no checkout of diffusers: make upstream DIFFUSERS=<checkout>"; exit 2; }
 	mkdir -p "$(UPSTREAM)/tests"

@@ -521,7 +521,7 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
 
 def collate_fn(examples):
     """Stacks B pairs. Tensors of images (`pixel_values`, ...) have shape `(2B, ...)`, winners first, or `(B, ...)`
-    without losers. All others have shape `(B, ...)`."""
+    without losers. Others have shape `(B, ...)`."""
     skipped = [reason for example in examples for reason in example.pop("skipped")]
     # `zip` makes a tuple of the winners and one of the losers.
     images = itertools.chain(*zip(*[example.pop("images") for example in examples]))

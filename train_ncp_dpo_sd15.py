@@ -233,7 +233,7 @@ def check_arguments(args):
     if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
         raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
     if args.sft_weight is not None and args.loss_type == "sft":
-        raise ValueError("--sft_weight does not go with --loss_type sft, which is the winner's error alone.")
+        raise ValueError("--sft_weight does not go with --loss_type sft.")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does not.")
     if args.run_validation and args.validation_prompt is None:
@@ -241,7 +241,7 @@ def check_arguments(args):
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         raise ValueError("--hub_token would show up in the logs of wandb. Use `hf auth login` instead.")
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
-        raise ImportError(f"To report to {args.report_to}, please install it: `pip install {args.report_to}`.")
+        raise ImportError(f"--report_to {args.report_to} needs `pip install {args.report_to}`.")
 
 
 def parse_args(input_args=None):
@@ -322,12 +322,11 @@ def load_pipeline(args, accelerator, **components):
         components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
-    name = args.pretrained_model_name_or_path
-    options = {"revision": args.revision, "variant": args.variant, DTYPE: dtypes}
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     try:
         if own_vae is not None and "vae" not in components:
             components["vae"] = AutoencoderKL.from_pretrained(own_vae, **{DTYPE: weight_dtype})
-        pipeline = PIPELINE_CLASS.from_pretrained(name, **options, **PIPELINE_OPTIONS, **components)
+        pipeline = PIPELINE_CLASS.from_pretrained(name, **options, **PIPELINE_OPTIONS, **components, **{DTYPE: dtypes})
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         advice = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
         reason = preference_pairs.find_fault(own_vae, name) or advice
@@ -635,7 +634,7 @@ def create_accelerator(args):
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
-        raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}. Give both the same.")
+        raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logger.info(accelerator.state, main_process_only=False)
@@ -696,7 +695,7 @@ def create_optimizer(args, policy, pairs_per_step):
     options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     optimizer = optimizer_class(trained, **options)
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
-        logger.warning("--lr_scheduler constant ignores --lr_warmup_steps: constant_with_warmup has a warm-up")
+        logger.warning("--lr_scheduler constant ignores --lr_warmup_steps; constant_with_warmup does not")
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
         logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} covers all steps: --learning_rate is never reached")
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
@@ -870,13 +869,13 @@ class Checkpoints:
 
 
 def make_readable(path):
-    """Gives a file the permissions of new files. safetensors 0.8 makes it readable by its owner alone."""
+    """Gives a file the permissions of new files. safetensors 0.8 leaves it to its owner."""
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)
 
 
 def synchronize(path):
-    """Waits until a file is on the disk itself, if the file system can do that."""
+    """Waits until a file is on the disk, if the file system can."""
     with open(path, "rb+") as file:
         try:
             os.fsync(file.fileno())
@@ -929,7 +928,7 @@ class Monitor:
         columns = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         columns["grad_norm"] = grad_norm.expand(len(columns["rows"]))
         values = self.accelerator.gather(torch.stack([column.float() for column in columns.values()], dim=1))
-        # The copy runs while the device goes on. Waiting for it here would leave the device without work.
+        # The device goes on during the copy. Waiting for it here would leave the device without work.
         values = values.to("cpu", non_blocking=True)
         copied = torch.accelerator.current_stream().record_event() if grad_norm.device.type != "cpu" else None
         self.flush()
@@ -1024,7 +1023,7 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
     decoded = []
-    # Tiles need less memory than whole images, so drawing does not raise the peak. Training encodes whole images.
+    # Tiles need less memory than whole images, so drawing does not raise the peak.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         if signals.stop:

@@ -536,8 +536,8 @@ def create_fake_step(model, variant, batch_size=1, gradient_checkpointing=False,
         for module in [step.second_unet, *vars(step.pipeline).values()]:
             if isinstance(module, torch.nn.Module):
                 module.to_empty(device="cpu")
-        step.perception = step.create_perception()  # Its table is where the U-Net is.
         step.batch = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), step.batch)
+    step.perception = step.create_perception()  # Its table is where the U-Net is.
     return step
 
 

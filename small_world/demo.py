@@ -88,7 +88,7 @@ def main(output_dir):
 
     say("5/5 These captions are drawn with the LoRA, from the same noise")
     for step in STEPS:
-        pipeline.load_lora_weights(lora / f"checkpoint-{step}")
+        pipeline.load_lora_weights(lora / f"checkpoint-{step}", weight_name=experiment.trainer.WEIGHTS_NAME)
         pictures[step] = experiment.draw(pipeline, test, experiment.TEST_NOISE, num_inference_steps)
         pipeline.unload_lora_weights()
     save_before_after(test[:NUM_SHOWN], pictures[0], pictures[step], output_dir / "before_after.png")

@@ -333,7 +333,7 @@ def measure(base, name, seed, lora=None, repeats=None):
     scenes = measured_scenes(name) * (repeats or protocol.PICTURES_PER_CAPTION)
     unet, pipeline.unet = pipeline.unet, copy.deepcopy(pipeline.unet)
     if lora is not None:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=trainer.WEIGHTS_NAME)
         pipeline.fuse_lora()
     pictures = draw(pipeline, scenes, noise, MEASURED_INFERENCE_STEPS)
     pipeline.unet = unet

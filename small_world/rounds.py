@@ -51,7 +51,7 @@ def make_pairs(folder, first_seed, lora=None):
     if not (folder / "pairs" / "train.parquet").is_file():
         pipeline, scenes = experiment.load_pipeline(experiment.ASSETS), protocol.split_scenes()[0][:NUM_SCENES]
         if lora is not None:
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, weight_name=experiment.trainer.WEIGHTS_NAME)
         experiment.write_pairs(pipeline, Explanations(), scenes, first_seed, folder / "pairs")
     experiment.encode_pairs(folder, "pairs")
 

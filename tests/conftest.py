@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import lora_base
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,8 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Offline, diffusers before 0.40 loads no LoRA from a folder unless the file's name is given.
+lora_base.HF_HUB_OFFLINE = False
 # Forks processes that have imported what scripts do, which takes longer than a short run.
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["diffusers", "peft", "datasets", "preference_pairs", *SCRIPTS.values()])

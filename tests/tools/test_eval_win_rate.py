@@ -215,7 +215,7 @@ def save_lora(model, folder, seed=0, **options):
 
 def test_local_loras_are_loaded_by_their_name(evaluate, checkpoints, tmp_path, monkeypatch):
     def older(*args, **options):
-        # As versions of diffusers before 0.36 do for a folder as well.
+        # As versions of diffusers before 0.40 do for a folder as well.
         raise ValueError("When using the offline mode, you must specify a `weight_name`.")
 
     monkeypatch.setattr(lora_base, "_best_guess_weight_name", older)
@@ -482,7 +482,7 @@ def test_weights_that_are_not_whole_are_named(evaluate, checkpoints, tmp_path):
     ]:
         for data in (b"", file.read_bytes()[:1000]):
             file.write_bytes(data)
-            with pytest.raises(ValueError, match=f"--{flag} {value}.* {re.escape(str(file))}"):
+            with pytest.raises(ValueError, match=f"--{flag} {value}.* {re.escape(str(file))} is empty"):
                 evaluate(**{flag: value})
 
 
