@@ -24,6 +24,7 @@ import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from conftest import reset_accelerate
 from preference_pairs import collate_fn, open_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,6 +55,7 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, loss_space, loss
     args = script.parse_args(run.command([], {"--loss_space": loss_space, "--loss_type": loss_type}))
     noise_scheduler, vae_config, timesteps = script.check_checkpoint(args)
     pairs, _ = open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, winner_only=False)
+    reset_accelerate()
     accelerator = Accelerator(cpu=True)
     pipeline = script.load_pipeline(args, accelerator)
     for name in ("unet", "vae", *script.TEXT_ENCODERS):
