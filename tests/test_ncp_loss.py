@@ -24,12 +24,14 @@ import torch
 from ncp_loss import (
     LOSSES,
     Denoising,
+    LatentSpace,
     NoiseConditionedPerception,
     adapters_disabled,
     error_scale,
     latent_error,
     perturbed_policy,
     preference_loss,
+    preference_metrics,
     reference_model,
 )
 from peft import LoraConfig, get_peft_model
@@ -722,6 +724,62 @@ def test_meta_device(shape, layer, dtype, ref):
     result.loss.backward()
     assert result.loss.shape == () and model_pred.grad.shape == model_pred.shape
     assert all(parameter.grad.shape == parameter.shape for parameter in lora_parameters(unet).values())
+
+
+# --- errors and metrics ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ref", [False, True])
+@pytest.mark.parametrize("space", ["ncp", "latent"])
+def test_errors_of_both_spaces(space, ref):
+    unet, scheduler = sd15_unet().double(), ddpm()
+    batch = make_batch(unet, scheduler)
+    denoising = Denoising(batch["x_t"], batch["timesteps"], batch["target"], *batch["condition"])
+    model_pred, ref_pred = denoising.predict(unet), batch["ref"] if ref else None
+    inputs = batch["x_t"], batch["timesteps"], batch["condition"][0]
+    assert torch.equal(model_pred, unet(*inputs, added_cond_kwargs=batch["condition"][1]).sample)
+    if space == "latent":
+        errors = LatentSpace.errors(denoising, model_pred, ref_pred)
+        expected = [(pred - batch["target"]).square().mean(dim=(1, 2, 3)) for pred in (model_pred, batch["ref"])]
+    else:
+        perception = NoiseConditionedPerception(unet, scheduler)
+        errors = perception.errors(denoising, model_pred, ref_pred)
+        anchor = perception.anchor(denoising)
+        expected = [perception.error(pred, anchor) for pred in (model_pred, batch["ref"])]
+    assert relative_difference(errors.policy, expected[0]) < 1e-6
+    assert relative_difference(errors.reference, expected[1]) < 1e-6 if ref else errors.reference is None
+
+
+def test_metrics():
+    error_w, error_l, ref_w, ref_l = (
+        torch.tensor(values) for values in ([1.0, 3.0], [2.0, 2.0], [1.5, 2.5], [2.0, 1.0])
+    )
+    metrics = preference_metrics(error_w, error_l, ref_w, ref_l, loss_type="dpo", beta=20.0)
+    # Both margins are 0.5, (1.5 - 2) - (1 - 2) and (2.5 - 1) - (3 - 2), so both logits are 5.
+    assert metrics == pytest.approx(
+        {
+            "loss": math.log(1 + math.exp(-5)),
+            "margin": 0.5,
+            "implicit_accuracy": 1,
+            "error_w": 2,
+            "error_l": 2,
+            "drift_w": 0,
+            "drift_l": 0.5,
+            "logit_spread": 5,
+            "saturated": 0,
+        }
+    )
+    assert preference_metrics(error_w, error_l, ref_w, ref_l, loss_type="dpo", beta=21.0)["saturated"] == 1
+    # Without a reference, and with a β that scales no logits.
+    assert preference_metrics(error_w, error_l, loss_type="mapo", beta=0.1).keys() == {
+        "loss",
+        "margin",
+        "implicit_accuracy",
+        "error_w",
+        "error_l",
+    }
+    # Winners alone.
+    assert preference_metrics(error_w, ref_error_w=ref_w, loss_type="sft") == {"loss": 2, "error_w": 2, "drift_w": 0}
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
