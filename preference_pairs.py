@@ -586,13 +586,17 @@ def digest_images(args, dataset):
 
 def digest_models(args):
     """Digests of the base model's parts, by name, and of the LoRA to start from."""
-    name, version = args.pretrained_model_name_or_path, (args.revision, args.variant)
-    digests = {part: digest_part(name, part, *version) for part in MODEL_PARTS}
+    digests = digest_model(args.pretrained_model_name_or_path, args.revision, args.variant)
     if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
         digests["vae"] = digest_part(own_vae)
     if (lora := args.pretrained_lora_path) is not None:
         digests["lora"] = digest_part(lora, "pytorch_lora_weights.safetensors")
     return digests
+
+
+def digest_model(name, revision, variant):
+    """Digests of a base model's parts, by name."""
+    return {part: digest_part(name, part, revision, variant) for part in MODEL_PARTS}
 
 
 def digest_part(name, place="", revision=None, variant=None):

@@ -1023,7 +1023,7 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
     decoded = []
-    # Tiles need less memory than whole images, so drawing does not raise the peak.
+    # Tiles need less memory, so drawing does not raise the peak.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         if signals.stop:
@@ -1035,11 +1035,12 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     vae.disable_tiling()
     if signals.stop:
         return
-    if not torch.cat(decoded).isfinite().all():
+    decoded = torch.cat(decoded)
+    if not decoded.isfinite().all():
         flags = f"--validation_prompt {args.validation_prompt!r} with --mixed_precision {args.mixed_precision}"
         logger.warning(f"{flags} gives images that are not finite at step {global_step}: none is saved")
         return
-    images = pipeline.image_processor.postprocess(torch.cat(decoded))
+    images = pipeline.image_processor.postprocess(decoded)
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]

@@ -17,9 +17,9 @@
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/against_diffusers.py --diffusers diffusers --json benchmarks/results/against_diffusers.json
 
-trains the small world's base model in fp32 and in bf16 (half an hour on a CPU; the table goes to standard output). Each script runs as it is, in a
-process of its own with one thread, and all of them take turns of some steps, so that whatever else the machine does falls on
-all alike. A step is all that lies between the ends of two optimizer steps: loading, encoding, U-Net, logging. A turn's first
+trains the small world's base model in fp32 and in bf16 (half an hour on a CPU; the tables go to standard output). Each script
+runs as it is, in a process of its own with one thread, and all of them take turns of some steps, so that whatever else the
+machine does falls on all alike. A step is all that lies between the ends of two optimizer steps: loading, encoding, U-Net, logging. A turn's first
 step, which may find its batch ready, does not count. Ratios are also given per second of the processor, which other programs
 disturb less, but which counts what runs beside a step. Start-up, to the end of the first step, is apart. Where torchvision or
 wandb are missing, what the script takes of them is replaced by the few lines of PIL and torch that it comes to.

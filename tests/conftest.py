@@ -115,11 +115,15 @@ def start_script(script, words, log, **environment):
     return process
 
 
-def run_on_two_processes(script, words, log, number=2):
-    """Runs a script of ours as two processes, or more, that talk through gloo, and returns their exit codes and output."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+        return str(free.getsockname()[1])
+
+
+def run_on_two_processes(script, words, log, number=2):
+    """Runs a script of ours as two processes, or more, that talk through gloo, and returns their exit codes and output."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(number)}
     processes = [
         start_script(script, words, log, **group, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
         for rank in range(number)

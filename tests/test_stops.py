@@ -19,7 +19,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import time
 import psutil
 import pytest
 import train_ncp_dpo_sd15
-from conftest import ROOT, run_on_two_processes, start_script
+from conftest import ROOT, free_port, run_on_two_processes, start_script
 
 
 TRAINER = "train_ncp_dpo_sd15.py"
@@ -38,12 +37,6 @@ TORCHRUN = ["torch.distributed.run", "--master_addr", "127.0.0.1"]
 def command(run, **options):
     options = {"loss_space": "latent", "max_train_steps": 4000, "checkpointing_steps": 4000, **options}
     return run.command([], {f"--{name}": value for name, value in options.items()})
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def launch(module, words, log):

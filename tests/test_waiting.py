@@ -18,19 +18,16 @@ The models are on the meta device, where reading a value raises an error. The lo
 value in every step, so they are left out. `Monitor.record` copies one table to the CPU, which the next step reads.
 """
 
+import importlib
+
 import pytest
 import torch
-import train_ncp_dpo_sd15
-import train_ncp_dpo_sdxl
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from conftest import reset_accelerate
+from conftest import SCRIPTS, reset_accelerate
 from preference_pairs import collate_fn, open_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-SCRIPTS = {"sd15": train_ncp_dpo_sd15, "sdxl": train_ncp_dpo_sdxl}
 
 
 class CopyCounter(TorchDispatchMode):
@@ -51,7 +48,7 @@ class CopyCounter(TorchDispatchMode):
 @pytest.mark.parametrize("loss_type", ["dpo", "cpo"])
 @pytest.mark.parametrize("loss_space", ["ncp", "latent"])
 def test_a_step_reads_nothing_from_the_device(run, monkeypatch, loss_space, loss_type):
-    script = SCRIPTS[run.kind]
+    script = importlib.import_module(SCRIPTS[run.kind])
     args = script.parse_args(run.command([], {"--loss_space": loss_space, "--loss_type": loss_type}))
     noise_scheduler, vae_config, timesteps = script.check_checkpoint(args)
     pairs, _ = open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, winner_only=False)

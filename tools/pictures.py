@@ -29,7 +29,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from picture_records import RECORD_NAME, digest_of_file
-from preference_pairs import COUNT, MODEL_PARTS, NOT_NEGATIVE, digest_part, find_fault, number_type, one_line
+from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, find_fault, number_type, one_line
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
@@ -173,7 +173,7 @@ class Source(NamedTuple):
     flags: Flags
 
     def model_digest(self):
-        return {part: digest_part(self.model, part, self.revision, self.variant) for part in MODEL_PARTS}
+        return digest_model(self.model, self.revision, self.variant)
 
     def lora_digest(self):
         return None if self.lora is None else digest_of_file(self.lora)
