@@ -9,12 +9,12 @@ UPSTREAM = $(DIFFUSERS)/examples/research_projects/ncp_dpo
 
 .PHONY: demo test test-oldest quality fix-copies upstream gpu gpu-train gpu-time gpu-precision
 
-$(VENV)/installed: requirements.txt $(CONSTRAINTS)
+$(VENV)/installed: requirements.txt tools/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --requirement requirements.txt \
-		gradio matplotlib pytest pytest-cov pytest-xdist ruff selenium
+		--requirement tools/requirements.txt pytest pytest-cov pytest-xdist ruff selenium
 	touch $@
 
 demo: $(VENV)/installed
