@@ -29,14 +29,14 @@ are not drawn again. To draw one side again, remove its folder.
 import argparse
 import csv
 import html
-import math
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from accelerate import Accelerator
 from common import locked_folder
+from intervals import win_rate_interval
 from picture_records import load_picture
 from pictures import (
     Flags,
@@ -49,6 +49,7 @@ from pictures import (
     open_source,
     save_settings,
 )
+from scipy.stats import binomtest
 from scorers import SCORERS, add_scorer_arguments, score_pictures
 
 
@@ -109,8 +110,8 @@ def picture_path(args, side, index):
 
 class Comparison(NamedTuple):
     """
-    What one scorer says: both medians, the share of prompts that the model wins (a tie counts half) with its 95 % confidence
-    interval (Wilson 1927), and the two-sided p-value of the sign test, which ignores ties.
+    What one scorer says: both medians, the share of pictures that the model wins (a tie counts one half) with its 95 %
+    confidence interval, clustered by prompt, and the two-sided p-value of the sign test of the prompts, which ignores ties.
     """
 
     median: float
@@ -121,19 +122,17 @@ class Comparison(NamedTuple):
     p_value: float
 
 
+def count_wins(scores, baseline_scores):
+    """The share of each prompt's pictures that win, of shape `(prompts,)`. Scores are of shape `(prompts, pictures)`."""
+    scores, baseline_scores = np.asarray(scores), np.asarray(baseline_scores)
+    return ((scores > baseline_scores) + 0.5 * (scores == baseline_scores)).mean(axis=1)
+
+
 def compare(scores, baseline_scores):
-    """The `Comparison` of two lists of scores of the same prompts."""
-    n = len(scores)
-    wins = sum(ours > theirs for ours, theirs in zip(scores, baseline_scores, strict=True))
-    losses = sum(ours < theirs for ours, theirs in zip(scores, baseline_scores, strict=True))
-    rate = (wins + 0.5 * (n - wins - losses)) / n
-    z = statistics.NormalDist().inv_cdf(0.975)
-    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    num_decided = wins + losses
-    tail = sum(math.comb(num_decided, k) for k in range(min(wins, losses) + 1)) / 2**num_decided
-    medians = statistics.median(scores), statistics.median(baseline_scores)
-    return Comparison(*medians, rate, center - half_width, center + half_width, min(1.0, 2 * tail))
+    """The `Comparison` of scores of shape `(prompts, pictures of a prompt)`."""
+    wins = count_wins(scores, baseline_scores)
+    p_value = binomtest(int((wins > 0.5).sum()), int((wins != 0.5).sum())).pvalue if (wins != 0.5).any() else 1.0
+    return Comparison(np.median(scores), np.median(baseline_scores), *win_rate_interval(wins), p_value)
 
 
 def write_csv(args, prompts, scores):
@@ -151,7 +150,7 @@ def summarize(args, prompts, scores, settings):
         "|---|---|---|---|---|---|",
     ]
     for name, values in scores.items():
-        c = compare(values["model"], values["baseline"])
+        c = compare(*(np.reshape(values[side], (len(prompts), -1)) for side in SIDES))
         lines.append(
             f"| {name} | {c.median:.4g} | {c.baseline_median:.4g} | {c.win_rate:.1%} | {c.low:.1%} – {c.high:.1%} |"
             f" {c.p_value:.2g} |"

@@ -35,8 +35,10 @@ import torch
 from common import locked_folder
 from conftest import ROOT, reset_accelerate, run_on_two_processes
 from datasets import Dataset
+from intervals import win_rate_interval
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from scipy.stats import binomtest
 from tiny_checkpoints import change_weights, copy_checkpoint
 
 from diffusers import DiffusionPipeline
@@ -623,14 +625,22 @@ def test_prompts_from_everywhere(tmp_path):
 
 
 def test_comparison():
-    result = eval_win_rate.compare([*range(1, 9), 0, 0], [*[0] * 8, 1, 1])
-    assert result.win_rate == 0.8
-    # Wilson's interval and the sign test as R's binom::binom.wilson and binom.test give them
-    assert (result.low, result.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert result.p_value == pytest.approx(0.1094, abs=1e-4)
+    scores, baseline_scores = np.array([[*range(1, 9), 0, 0], [*[0] * 8, 1, 1]])[:, :, None]
+    result = eval_win_rate.compare(scores, baseline_scores)
     assert (result.median, result.baseline_median) == (3.5, 0)
-    tied = eval_win_rate.compare([1, 2, 3], [1, 2, 3])
+    assert result.win_rate == 0.8 and (result.low, result.high) == win_rate_interval(8 * [1] + 2 * [0])[1:]
+    # As R's binom.test gives it.
+    assert result.p_value == pytest.approx(0.1094, abs=1e-4)
+    tied = eval_win_rate.compare([[1], [2], [3]], [[1], [2], [3]])
     assert tied.win_rate == 0.5 and tied.p_value == 1
+
+
+def test_pictures_of_a_prompt_are_one_observation():
+    scores, baseline_scores = np.random.default_rng(0).random((2, 12, 4))
+    result = eval_win_rate.compare(scores, baseline_scores)
+    wins = (scores > baseline_scores).mean(axis=1)
+    assert result[2:5] == win_rate_interval(wins)
+    assert result.p_value == binomtest(sum(wins > 0.5), sum(wins != 0.5)).pvalue
 
 
 def test_clipscore_is_the_cosine(clip):
