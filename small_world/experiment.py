@@ -56,6 +56,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from base import ASSETS, encode
 from datasets import Dataset
+from judges import TEMPERATURE
 from protocol import ROOT, SEED, split_scenes
 from scenes import RESOLUTION, Explanations, render, reward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -73,7 +74,6 @@ import train_ncp_dpo_sd15 as trainer  # noqa: E402
 
 
 PICTURES_PER_SCENE = 6
-TEMPERATURE = 0.05  # A picture whose reward is higher by 0.05 wins with a probability of 73 %.
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 20
 # Measured pictures, and all pictures of the demo, are drawn by a solver that needs fewer steps.

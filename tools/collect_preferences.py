@@ -60,7 +60,7 @@ from pictures import (
 )
 from preference_pairs import NOT_NEGATIVE, number_type
 from rating import CHOICES_NAME, Choices, Page, check_rated_folder, number_pairs, serve, write_choices
-from scorers import SCORERS, add_scorer_arguments, score_pictures
+from scorers import add_scorer_arguments, load_scorers, score_pictures
 
 
 # A scorer's margin times this factor is the logit of the probability to win (Bradley and Terry 1952). HPSv2 is a plain cosine.
@@ -222,14 +222,14 @@ def judge(args):
     with locked_folder(folder, accelerator.is_main_process):
         prompts = read_pictures(args.input_dir)
         pictures = [picture for rows in prompts.values() for picture in rows]
-        scorers = {name: SCORERS[name](args) for name in args.scorers}
+        scorers = load_scorers(args)
         paths, captions = ([picture[key] for picture in pictures] for key in ("path", "prompt"))
         scores = score_pictures(accelerator, scorers, captions, paths)
         if accelerator.is_main_process:
             for picture, *values in zip(pictures, *scores.values()):
                 picture["scores"] = values
             versions = ", ".join(f"{name}: {scorer.version}" for name, scorer in scorers.items())
-            pairs, report = choose_pairs(args, prompts, versions)
+            pairs, report = choose_pairs(args, list(scorers), prompts, versions)
             columns = {f"{name}_{side}": Value("float64") for name in scorers for side in (0, 1)}
             columns = {"probability_0": Value("float64"), "scorers": Value("string"), **columns}
             if warning := write_pairs(folder, pairs, columns):
@@ -239,13 +239,12 @@ def judge(args):
     accelerator.end_training()
 
 
-def choose_pairs(args, prompts, versions):
+def choose_pairs(args, names, prompts, versions):
     """The pairs on which all scorers agree by a large enough margin, as `write_pairs` takes them, and a report."""
     candidates = []
     for rows in prompts.values():
         ranked = pair_ranks([picture["scores"][0] for picture in rows], args.pairs, higher_is_better=True)
         candidates += [(rows[first], rows[second]) for first, second in sorted(map(sorted, ranked))]
-    names = args.scorers
     scores = np.array([[first["scores"], second["scores"]] for first, second in candidates]).reshape(-1, 2, len(names))
     margins = scores[:, 0] - scores[:, 1]
     agree = (margins > 0).all(axis=1) | (margins < 0).all(axis=1)

@@ -50,7 +50,7 @@ from pictures import (
     save_settings,
 )
 from scipy.stats import binomtest
-from scorers import SCORERS, add_scorer_arguments, score_pictures
+from scorers import add_scorer_arguments, load_scorers, score_pictures
 
 
 # The flags that give the model of each side.
@@ -192,7 +192,7 @@ def main(args):
     sources = {side: open_side(args, side) for side in SIDES}
     with locked_folder(args.output_dir, accelerator.is_main_process):
         # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
-        scorers = {name: SCORERS[name](args) for name in args.scorers}
+        scorers = load_scorers(args)
         evaluate(args, accelerator, prompts, sources, scorers)
     accelerator.end_training()
 

@@ -205,7 +205,8 @@ def scored(*scores, prompt="a cat"):
 
 def choose_pairs(prompts, *words, scorers=("pickscore", "clipscore")):
     words = ["judge", "--input_dir", "x", "--output_dir", "x", "--scorers", *scorers, *words]
-    pairs, report = collect_preferences.choose_pairs(collect_preferences.parse_args(words), prompts, "versions")
+    args = collect_preferences.parse_args(words)
+    pairs, report = collect_preferences.choose_pairs(args, scorers, prompts, "versions")
     return {first["file_name"] + second["file_name"]: row for first, second, row in pairs}, report
 
 
@@ -852,7 +853,7 @@ def test_scores_that_are_not_finite_are_named(collect, clip, tmp_path, capsys):
     weights["visual_projection.weight"][:] = float("nan")
     safetensors.torch.save_file(weights, broken / "model.safetensors", {"format": "pt"})
     assert collect("judge", clipscore_model_name_or_path=broken) == 2
-    assert "00000-00.png: its clipscore is nan" in capsys.readouterr().err
+    assert "00000-00.png: --scorers clipscore returned nan, but a score must be finite" in capsys.readouterr().err
     assert not list(tmp_path.glob("pairs/*.parquet"))
 
 
