@@ -20,14 +20,16 @@
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
     # Models choose the better picture:
     accelerate launch tools/collect_preferences.py judge --input_dir drawn --output_dir pairs
+    # Models judge pairs that exist. Those on which they agree with the label are kept:
+    accelerate launch tools/collect_preferences.py judge --dataset_name pick_a_pic --output_dir agreed
     # Or people choose it, on a page in their browser:
     python tools/collect_preferences.py rate --input_dir drawn --output_dir pairs
 
 `draw` writes one PNG per picture, metadata.jsonl, which says how each is drawn, and settings.json. Pictures that are there are
 not drawn again. More prompts or images may follow. Several `--pretrained_model_name_or_path` or `--lora_weights` take turns in
 the pictures of a prompt. With several `--num_inference_steps` or `--guidance_scale`, each picture has one of them at random.
-`judge` and `rate` read any folder of pictures whose metadata.jsonl gives their `file_name` and `prompt`. Both write parquet
-files for `--dataset_name`. Further columns say how each picture was drawn; training ignores them.
+`judge` and `rate` read any folder of pictures whose metadata.jsonl gives their `file_name` and `prompt`. `judge` also reads pairs
+that exist, as training does. Both write parquet files for `--dataset_name`, with further columns, which training ignores.
 """
 
 import argparse
@@ -39,12 +41,15 @@ import logging
 import os
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from common import LOCK_NAME, exit_code, iter_rows, locked_folder, pair_ranks, read_metadata, whole_file
+from accelerate.utils import InitProcessGroupKwargs
+from common import LOCK_NAME, exit_code, iter_rows, locked_folder, read_metadata, whole_file
 from datasets import Value
+from judging import choose_pairs, judge_pairs
 from packaging.version import Version
 from picture_records import RECORD_NAME, read_pictures, write_pairs
 from pictures import (
@@ -58,13 +63,11 @@ from pictures import (
     open_source,
     save_settings,
 )
-from preference_pairs import NOT_NEGATIVE, number_type
+from preference_pairs import COUNT, NOT_NEGATIVE, number_type
 from rating import CHOICES_NAME, Choices, Page, check_rated_folder, number_pairs, serve, write_choices
 from scorers import add_scorer_arguments, load_scorers, score_pictures
 
 
-# A scorer's margin times this factor is the logit of the probability to win (Bradley and Terry 1952). HPSv2 is a plain cosine.
-LOGITS = {"hpsv2": 100}
 # Older versions have no HTML component that calls functions.
 GRADIO_VERSION = "6.31.0"
 # The password is not a flag: flags are visible to all users of a machine.
@@ -90,28 +93,49 @@ def parse_args(input_args=None):
     add_drawing_arguments(command, several=True)
     add("--output_dir", required=True)
 
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--input_dir", required=True, help="Folder that draw wrote.")
-    source.add_argument("--output_dir", required=True, help="Folder for the pairs.")
+    input_dir, output_dir = "Folder that draw wrote.", "Folder for the pairs."
 
-    command = commands.add_parser("judge", parents=[source], help="Let models choose.")
-    command.set_defaults(command=judge)
-    add = command.add_argument
+    command = commands.add_parser("judge", help="Let models choose, of drawn pictures or of pairs that exist.")
+    # Training reads such a column. Judging writes one.
+    command.set_defaults(command=judge, preference_probability_column=None)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input_dir", help=input_dir)
+    source.add_argument("--dataset_name", help="Hub id or local folder of preference pairs, which are judged.")
+    source.add_argument("--train_data_dir", help="Folder of images with a metadata.jsonl of pairs, which are judged.")
+    command.add_argument("--output_dir", required=True, help=output_dir)
+    add_scorer_arguments(command)
+    drawn = command.add_argument_group("drawn pictures (--input_dir)")
     pairs = (
         "Every two pictures of a prompt (default), or the best against the worst, or each against the next. The first"
     )
     pairs += " scorer ranks. Pairs are kept if all scorers agree."
-    add("--pairs", choices=["all", "best_worst", "adjacent"], default="all", help=pairs)
-    margin = command.add_mutually_exclusive_group()
+    drawn.add_argument("--pairs", choices=["all", "best_worst", "adjacent"], default="all", help=pairs)
+    margin = drawn.add_mutually_exclusive_group()
     least = "Least difference of scores: one number for all scorers, or one for each in their order."
     margin.add_argument("--min_margin", type=NOT_NEGATIVE, nargs="+", default=[0.0], help=least)
     quantile = "Leave out this share of each scorer's smallest margins, from 0 to 1."
     margin.add_argument("--min_margin_quantile", type=SHARE, help=quantile)
-    add_scorer_arguments(command)
+    add = command.add_argument_group("pairs that exist (--dataset_name or --train_data_dir)").add_argument
+    keep = "Keep the pairs on whose label all scorers agree, or more than half of them, or keep all pairs and ties and"
+    keep += " only add columns."
+    add("--keep", choices=["agree", "majority", "all"], default="agree", help=keep)
+    relabel = "Take the scorers' label where all of them prefer the other image."
+    add("--relabel", action="store_true", help=relabel)
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--dataset_split_name", default="train", help="Split of the dataset.")
+    add("--image_0_column", default="jpg_0", help="Column of the first image, bytes or image.")
+    add("--image_1_column", default="jpg_1", help="Column of the second image.")
+    add("--label_column", default="label_0", help="Column of 1 (the first image won), 0 (it lost) or 0.5 (a tie).")
+    add("--caption_column", default="caption", help="Column of the prompt.")
+    add("--max_train_samples", type=COUNT, help="Judge only the first so many pairs that have a winner.")
+    add("--on_bad_sample", choices=["error", "skip"], default="error", help="What to do with unreadable pairs.")
+    add("--cache_dir", help="Where downloaded datasets are stored.")
 
-    command = commands.add_parser("rate", parents=[source], help="Let people choose, on a page in their browser.")
+    command = commands.add_parser("rate", help="Let people choose, on a page in their browser.")
     command.set_defaults(command=rate)
     add = command.add_argument
+    add("--input_dir", required=True, help=input_dir)
+    add("--output_dir", required=True, help=output_dir)
     add("--host", help="Address to listen on, such as 0.0.0.0. Default: only this machine can open the page.")
     password = f"Raters log in with it and a password, from the environment variable {PASSWORD_VARIABLE} or asked for."
     add("--username", help=password)
@@ -212,10 +236,31 @@ def save_record(args, folder, pictures, loras):
 
 
 def judge(args):
-    accelerator = Accelerator()
     args.scorers = list(dict.fromkeys(args.scorers))
-    if len(args.min_margin) not in (1, len(args.scorers)):
+    check_judge_arguments(args)
+    # The first process to finish waits for the others. The default limit is some minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(kwargs_handlers=[patience])
+    if args.input_dir is None:
+        judge_pairs(args, accelerator)
+    else:
+        judge_pictures(args, accelerator)
+    accelerator.end_training()
+
+
+def check_judge_arguments(args):
+    """Raises a `ValueError` for flags that do not go together."""
+    if args.input_dir is None:
+        for name, default in {"pairs": "all", "min_margin": [0.0], "min_margin_quantile": None}.items():
+            if getattr(args, name) != default:
+                raise ValueError(f"--{name} is for drawn pictures (--input_dir). Pairs that exist have --keep.")
+    elif args.keep != "agree" or args.relabel:
+        raise ValueError("--keep and --relabel are for pairs that exist (--dataset_name or --train_data_dir).")
+    elif len(args.min_margin) not in (1, len(args.scorers)):
         raise ValueError(f"--min_margin has {len(args.min_margin)} values for {len(args.scorers)} --scorers.")
+
+
+def judge_pictures(args, accelerator):
     folder = Path(args.output_dir)
     if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
         raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
@@ -236,55 +281,6 @@ def judge(args):
                 report = f"{report}\nWarning: {warning}\n"
             (folder / "report.md").write_text(report, encoding="utf-8")
             print(report)
-    accelerator.end_training()
-
-
-def choose_pairs(args, names, prompts, versions):
-    """The pairs on which all scorers agree by a large enough margin, as `write_pairs` takes them, and a report."""
-    candidates = []
-    for rows in prompts.values():
-        ranked = pair_ranks([picture["scores"][0] for picture in rows], args.pairs, higher_is_better=True)
-        candidates += [(rows[first], rows[second]) for first, second in sorted(map(sorted, ranked))]
-    scores = np.array([[first["scores"], second["scores"]] for first, second in candidates]).reshape(-1, 2, len(names))
-    margins = scores[:, 0] - scores[:, 1]
-    agree = (margins > 0).all(axis=1) | (margins < 0).all(axis=1)
-    least = np.broadcast_to(args.min_margin, len(names))
-    if args.min_margin_quantile is not None and len(margins):
-        least = np.quantile(abs(margins), args.min_margin_quantile, axis=0)
-    wide = (abs(margins) >= least).all(axis=1)
-    kept = np.flatnonzero(agree & wide)
-    counts = f"{len(agree):,} pairs ({args.pairs}); scorers agree on {agree.sum():,}; {wide.sum():,} have the margin"
-    if not len(kept):
-        raise ValueError(f"No pair is left of {counts} that --min_margin or --min_margin_quantile asks for.")
-    pairs, probabilities = [], win_probability(names, margins)
-    for index in kept:
-        columns = {"label_0": float(margins[index, 0] > 0), "probability_0": probabilities[index], "scorers": versions}
-        columns |= {f"{name}_{side}": scores[index, side, k] for k, name in enumerate(names) for side in (0, 1)}
-        pairs.append((*candidates[index], columns))
-    lines = [f"{len(prompts):,} prompts: {counts}; {len(kept):,} have both and are kept.", "", f"Scorers: {versions}"]
-    return pairs, "\n".join([*lines, *describe_margins(names, margins, kept)]) + "\n"
-
-
-def win_probability(names, margins):
-    """The probability that image 0 wins: the mean over scorers of the logistic function of their `margins`, `(..., scorers)`."""
-    logits = margins * np.array([LOGITS.get(name, 1) for name in names])
-    return (1 / (1 + np.exp(-logits))).mean(axis=-1)
-
-
-def describe_margins(names, margins, kept):
-    """Markdown tables: how often each two scorers agree, and the histogram of each scorer's margins. Lines of text."""
-    lines = ["", "| agree | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    signs = np.sign(margins)
-    for k, name in enumerate(names):
-        shares = (signs == signs[:, [k]]).mean(axis=0)
-        lines.append(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
-    for k, name in enumerate(names):
-        lines += ["", f"| margin of {name} | pairs | kept |", "|---|---|---|"]
-        edges = np.histogram_bin_edges(abs(margins[:, k]))
-        counts, num_kept = (np.histogram(abs(margins[rows, k]), edges)[0] for rows in (slice(None), kept))
-        for low, high, *numbers in zip(edges, edges[1:], counts, num_kept):
-            lines.append(f"| {low:.4g} - {high:.4g} | {numbers[0]:,} | {numbers[1]:,} |")
-    return lines
 
 
 # rate

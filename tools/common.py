@@ -18,12 +18,14 @@
 import bisect
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import os
 import sys
 import tempfile
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -178,6 +180,34 @@ class ParquetFiles:
                 return self.cast(parquet.read(list(self.features)))
 
         return map_ahead(pool, read, self.files, ahead)
+
+
+def open_files(args, files, pool, ahead, other_features={}):
+    """
+    `ParquetFiles` of pairs, with the columns that training reads and `other_features`, and a `datasets.Dataset` of the labels
+    and captions of those files that `--max_train_samples` needs. The threads of `pool` read up to `ahead` files that come next.
+    """
+    from preference_pairs import check_columns, pair_features
+
+    features = pair_features(args)
+    columns = [column for column, feature in features.items() if not isinstance(feature, Image)]
+    opened = ParquetFiles(files, Features({**features, **other_features}), functools.partial(check_columns, args))
+    tables, num_pairs = [], 0
+    for table in opened.select_columns(columns).iter_files(pool, ahead):
+        tables.append(table)
+        num_pairs += sum(label != 0.5 for label in table[args.label_column].to_pylist())
+        if args.max_train_samples is not None and num_pairs >= args.max_train_samples:
+            break
+    return opened, Dataset(pa.concat_tables(tables))
+
+
+def read_files(files, rows):
+    """`(row number, row)` of these rows of `ParquetFiles`, ascending. A thread reads one batch of rows ahead."""
+    batches = files.select(rows).iter(READ_BATCH_SIZE)
+    with ThreadPoolExecutor(1) as reader:
+        tables = map_ahead(reader, lambda batches: next(batches, None), itertools.repeat(batches), 1)
+        tables = itertools.takewhile(lambda table: table is not None, tables)
+        yield from zip(rows, itertools.chain.from_iterable(table.to_pylist() for table in tables))
 
 
 def map_ahead(pool, function, items, ahead):

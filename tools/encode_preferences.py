@@ -48,7 +48,7 @@ import datasets
 import pyarrow as pa
 import safetensors.torch
 import torch
-from common import LOCK_NAME, READ_BATCH_SIZE, ParquetFiles, exit_code, locked_folder, map_ahead, whole_file
+from common import LOCK_NAME, exit_code, locked_folder, map_ahead, open_files, read_files, whole_file
 from datasets import Dataset, Features, Value
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -191,29 +191,6 @@ def find_remote_files(args):
     return []
 
 
-def open_files(args, urls, pool):
-    """`ParquetFiles` of the pairs, and a dataset of the labels and captions of those files that are needed."""
-    features = preference_pairs.pair_features(args)
-    files = ParquetFiles(urls, features, functools.partial(preference_pairs.check_columns, args))
-    columns = [column for column, feature in features.items() if not isinstance(feature, datasets.Image)]
-    tables, num_pairs = [], 0
-    for table in files.select_columns(columns).iter_files(pool, args.num_workers):
-        tables.append(table)
-        num_pairs += sum(label != 0.5 for label in table[args.label_column].to_pylist())
-        if args.max_train_samples is not None and num_pairs >= args.max_train_samples:
-            break
-    return files, Dataset(pa.concat_tables(tables))
-
-
-def read_files(files, rows):
-    """`(row number, row)` of these rows, ascending. A thread reads one batch of rows ahead."""
-    batches = files.select(rows).iter(READ_BATCH_SIZE)
-    with ThreadPoolExecutor(1) as reader:
-        tables = map_ahead(reader, lambda batches: next(batches, None), itertools.repeat(batches), 1)
-        tables = itertools.takewhile(lambda table: table is not None, tables)
-        yield from zip(rows, itertools.chain.from_iterable(table.to_pylist() for table in tables))
-
-
 class Source(NamedTuple):
     """The pairs to encode."""
 
@@ -228,7 +205,7 @@ class Source(NamedTuple):
 
 def open_source(args, pool):
     if urls := find_remote_files(args):
-        files, dataset = open_files(args, urls, pool)
+        files, dataset = open_files(args, urls, pool, args.num_workers)
         dataset.info.download_checksums = dict.fromkeys(urls)
         read = functools.partial(read_files, files)
     else:

@@ -179,7 +179,7 @@ class OwnScorer(torch.nn.Module):
 
     def import_file(self, file, digest):
         """The module of a file, once for all of its functions. Its own folder is where it may import from, after others."""
-        name = f"{file.stem} {digest}"
+        name = f"{file} {digest}"
         if name not in sys.modules:
             if str(file.parent) not in sys.path:
                 sys.path.append(str(file.parent))

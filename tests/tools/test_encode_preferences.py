@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
-from common import locked_folder
+from common import locked_folder, open_files, read_files
 from conftest import ROOT, SCRIPTS, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from PIL import Image
@@ -528,13 +528,13 @@ def test_parquet_files_are_read_in_order_where_they_are(tmp_path, max_train_samp
     expected = preference_pairs.load_dataset(args)
     urls = [f"file://{path}" for path in sorted(tmp_path.glob("*.parquet"))]
     with ThreadPoolExecutor(2) as pool:
-        files, labels = encode_preferences.open_files(args, urls, pool)
+        files, labels = open_files(args, urls, pool, args.num_workers)
         # No more files than are needed.
         assert len(labels) == (13 if max_train_samples is None else 5)
         rows = preference_pairs.find_rows(args, labels)
         assert rows == preference_pairs.find_rows(args, expected)
-        assert list(encode_preferences.read_files(files, rows)) == [(row, expected[row]) for row in rows]
-        assert list(encode_preferences.read_files(files, [11])) == [(11, expected[11])]
+        assert list(read_files(files, rows)) == [(row, expected[row]) for row in rows]
+        assert list(read_files(files, [11])) == [(11, expected[11])]
 
 
 @pytest.mark.parametrize("change", [{"label_0": None}, {"label_0": ["1"] * 7}])
@@ -549,7 +549,7 @@ def test_a_parquet_file_with_a_wrong_column_is_named(tmp_path, change):
         pytest.raises(ValueError, match=r"train-1.parquet: .*label_0.*\(--label_column\)"),
     ):
         urls = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
-        encode_preferences.open_files(encode_preferences.parse_args(arguments), urls, pool)
+        open_files(encode_preferences.parse_args(arguments), urls, pool, 4)
 
 
 @pytest.mark.bad_input
