@@ -20,8 +20,9 @@
       --lora_weights ncp-dpo-sd15 --prompts_file PartiPrompts.tsv --prompt_column Prompt --scorers pickscore clipscore \
       --output_dir parti
 
-compares a LoRA with its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent. If the
-native resolutions differ, give `--resolution`: without it the noise differs too. The output folder gets all pictures,
+compares a LoRA with its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent. `--unet`
+and `--baseline_unet` replace a model's U-Net by one that was published alone. If the native resolutions differ, give
+`--resolution`: without it the noise differs too. The output folder gets all pictures,
 `scores.csv`, `summary.md` and `index.html`, a page of both sides sorted by how much one won. Pictures that are there already
 are not drawn again. To draw one side again, remove its folder.
 """
@@ -34,17 +35,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import transformers
 from accelerate import Accelerator
-from common import locked_folder
+from common import COUNT, locked_folder
 from intervals import win_rate_interval
 from picture_records import load_picture
 from pictures import (
     Flags,
-    Picture,
     add_drawing_arguments,
     add_prompt_arguments,
     choose_precision,
     draw_pictures,
+    list_pictures,
     load_prompts,
     open_source,
     save_settings,
@@ -56,10 +59,10 @@ from scorers import add_scorer_arguments, load_scorers, score_pictures
 # The flags that give the model of each side.
 SIDES = {
     "model": Flags(),
-    "baseline": Flags("baseline_model_name_or_path", "baseline_variant", "baseline_revision", "baseline_lora_weights"),
+    "baseline": Flags("baseline_model_name_or_path", *(f"baseline_{flag}" for flag in Flags()[1:])),
 }
 # What pictures depend on beside the model and the scheduler.
-DRAWING_ARGUMENTS = ("seed", "num_inference_steps", "guidance_scale", "resolution", "mixed_precision")
+DRAWING_ARGUMENTS = "num_images_per_prompt seed num_inference_steps guidance_scale resolution mixed_precision".split()
 
 
 def parse_args(input_args=None):
@@ -69,43 +72,54 @@ def parse_args(input_args=None):
     add("--variant", help="Variant of the model's files, for example fp16.")
     add("--revision", help="Revision of the model on the hub.")
     add("--lora_weights", help="Folder, .safetensors file or hub id of a LoRA. Default: none.")
+    unet = "Hub id or folder of a U-Net that replaces the model's own"
+    add("--unet", help=f"{unet}. Default: none.")
     add("--baseline_model_name_or_path", help="Default: the same model.")
     add("--baseline_variant", help="Default: --variant if the model is the same.")
     add("--baseline_revision", help="Default: --revision if the model is the same.")
     add("--baseline_lora_weights", help="Default: none.")
-    add_prompt_arguments(parser)
-    add_drawing_arguments(parser)
-    add_scorer_arguments(parser)
+    add("--baseline_unet", help=f"{unet}, for the baseline. Default: none.")
+    add_evaluation_arguments(parser)
     parser.add_argument("--output_dir", default="win-rate")
     return parser.parse_args(input_args)
+
+
+def add_evaluation_arguments(parser):
+    """The flags that say which prompts are drawn and how, and what scores the pictures."""
+    add_prompt_arguments(parser)
+    add_drawing_arguments(parser)
+    number = "Pictures of each prompt. Intervals count them as one observation. Default: %(default)s."
+    parser.add_argument("--num_images_per_prompt", type=COUNT, default=1, help=number)
+    add_scorer_arguments(parser)
 
 
 def open_side(args, side):
     """A side's `Source`. Without a model of its own, the baseline has the other side's."""
     flags = SIDES[side]
-    model, variant, revision, lora = (getattr(args, flag) for flag in flags)
+    model, variant, revision, lora, unet = (getattr(args, flag) for flag in flags)
     if model in (None, args.pretrained_model_name_or_path):
         model = args.pretrained_model_name_or_path
         variant, revision = variant or args.variant, revision or args.revision
-    return open_source(args, flags, model, variant, revision, lora)
+    return open_source(args, flags, model, variant, revision, lora, unet)
 
 
-def describe_side(args, side, source):
-    """What a side's pictures depend on: settings, and digests of weights, by flag."""
-    flags = SIDES[side]
+def describe_side(args, source, unet, lora):
+    """
+    What the pictures of a source depend on: settings, and digests of weights, by flag. `unet` and `lora` are the names that were
+    given.
+    """
+    flags = source.flags
     settings = {
         flags.model: source.model,
         flags.variant: source.variant,
         flags.revision: source.revision,
-        flags.lora: getattr(args, flags.lora),
+        flags.unet: unet,
+        flags.lora: lora,
         "scheduler": source.scheduler,
         **{name: getattr(args, name) for name in DRAWING_ARGUMENTS},
     }
-    return settings, {flags.model: source.model_digest(), flags.lora: source.lora_digest()}
-
-
-def picture_path(args, side, index):
-    return Path(args.output_dir) / side / f"{index:05}.png"
+    digests = {flags.model: source.model_digest(), flags.unet: source.unet_digest(), flags.lora: source.lora_digest()}
+    return settings, digests
 
 
 class Comparison(NamedTuple):
@@ -135,16 +149,17 @@ def compare(scores, baseline_scores):
     return Comparison(np.median(scores), np.median(baseline_scores), *win_rate_interval(wins), p_value)
 
 
-def write_csv(args, prompts, scores):
+def write_csv(args, pictures, scores):
     with open(Path(args.output_dir) / "scores.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["index", "prompt", *(f"{name}_{side}" for name in scores for side in SIDES)])
-        for index, prompt in enumerate(prompts):
-            writer.writerow([index, prompt, *(scores[name][side][index] for name in scores for side in SIDES)])
+        writer.writerow(["index", "prompt", "seed", *(f"{name}_{side}" for name in scores for side in SIDES)])
+        for number, picture in enumerate(pictures):
+            values = [scores[name][side][number] for name in scores for side in SIDES]
+            writer.writerow([number // args.num_images_per_prompt, picture.prompt, picture.seed, *values])
 
 
-def summarize(args, prompts, scores, settings):
-    """Two Markdown tables: each scorer's `Comparison`, and both sides' settings."""
+def summarize(args, prompts, pictures, scores, settings, scorers):
+    """Markdown tables: each scorer's `Comparison`, where the scorers come from, and both sides' settings."""
     lines = [
         f"| {len(prompts)} prompts | median, model | median, baseline | win rate | 95 % | sign test, p |",
         "|---|---|---|---|---|---|",
@@ -155,27 +170,32 @@ def summarize(args, prompts, scores, settings):
             f"| {name} | {c.median:.4g} | {c.baseline_median:.4g} | {c.win_rate:.1%} | {c.low:.1%} – {c.high:.1%} |"
             f" {c.p_value:.2g} |"
         )
+    lines += ["", "| scorer | weights or file, and its version |", "|---|---|"]
+    lines += [f"| {name} | {scorer.version} |" for name, scorer in scorers.items()]
+    lines += ["", f"Scored with torch {torch.__version__} and transformers {transformers.__version__}."]
     lines += ["", "| drawn with | model | baseline |", "|---|---|---|"]
     for name, *values in zip(settings["model"], *(settings[side].values() for side in SIDES)):
         if name == "resolution":
-            values = ["{} x {}".format(*load_picture(picture_path(args, side, 0)).size) for side in SIDES]
+            values = ["{} x {}".format(*load_picture(pictures[side][0].path).size) for side in SIDES]
         lines.append(f"| {name} | {values[0]} | {values[1]} |")
     return "\n".join(lines) + "\n"
 
 
-def write_page(args, prompts, scores):
-    """`index.html`: both pictures of every prompt, sorted by how much the model won according to the first scorer."""
+def write_page(args, pictures, scores):
+    """`index.html`: both sides' pictures of every prompt, sorted by how much the model won according to the first scorer."""
     name, values = next(iter(scores.items()))
     margins = [ours - theirs for ours, theirs in zip(values["model"], values["baseline"])]
     rows = []
-    for index in sorted(range(len(prompts)), key=lambda index: -margins[index]):
+    for index in sorted(range(len(margins)), key=lambda index: -margins[index]):
         cells = "".join(
-            f'<td><img src="{side}/{index:05}.png" loading="lazy"><br>'
+            f'<td><img src="{side}/{pictures[side][index].path.name}" loading="lazy"><br>'
             + ", ".join(f"{scorer} {scores[scorer][side][index]:.4g}" for scorer in scores)
             + "</td>"
             for side in SIDES
         )
-        rows.append(f"<tr><td>{html.escape(prompts[index])}<br>{margins[index]:+.4g}</td>{cells}</tr>")
+        rows.append(
+            f"<tr><td>{html.escape(pictures['model'][index].prompt)}<br>{margins[index]:+.4g}</td>{cells}</tr>"
+        )
     page = (
         '<!doctype html><meta charset="utf-8"><title>Win rate</title>'
         "<style>body{font-family:sans-serif}img{max-width:384px}td{vertical-align:top;padding:6px}</style>"
@@ -201,24 +221,30 @@ def evaluate(args, accelerator, prompts, sources, scorers):
     settings = {}
     if accelerator.is_main_process:
         for side in SIDES:
-            settings[side], weights = describe_side(args, side, sources[side])
+            names = (getattr(args, getattr(SIDES[side], kind)) for kind in ("unet", "lora"))
+            settings[side], weights = describe_side(args, sources[side], *names)
             save_settings(Path(args.output_dir) / side, settings[side], weights, prompts)
-    paths = {side: [picture_path(args, side, index) for index in range(len(prompts))] for side in SIDES}
-    pictures = [
-        Picture(path, prompt, sources[side], args.seed + index, args.num_inference_steps, args.guidance_scale)
-        for side in SIDES
-        for index, (path, prompt) in enumerate(zip(paths[side], prompts))
-    ]
-    draw_pictures(args, accelerator, pictures)
+    folder = Path(args.output_dir)
+    pictures = {side: list_pictures(args, folder / side, prompts, sources[side]) for side in SIDES}
+    draw_pictures(args, accelerator, [*pictures["model"], *pictures["baseline"]])
     accelerator.wait_for_everyone()
     # Both sides have the same batches, so that equal pictures have equal scores.
-    by_side = {side: score_pictures(accelerator, scorers, prompts, paths[side], f"Scoring: {side}") for side in SIDES}
+    by_side = {
+        side: score_pictures(
+            accelerator,
+            scorers,
+            [picture.prompt for picture in of_side],
+            [picture.path for picture in of_side],
+            f"Scoring: {side}",
+        )
+        for side, of_side in pictures.items()
+    }
     scores = {name: {side: by_side[side][name] for side in SIDES} for name in scorers}
     if accelerator.is_main_process:
-        write_csv(args, prompts, scores)
-        write_page(args, prompts, scores)
-        summary = summarize(args, prompts, scores, settings)
-        (Path(args.output_dir) / "summary.md").write_text(summary, encoding="utf-8")
+        write_csv(args, pictures["model"], scores)
+        write_page(args, pictures, scores)
+        summary = summarize(args, prompts, pictures, scores, settings, scorers)
+        (folder / "summary.md").write_text(summary, encoding="utf-8")
         print(summary)
 
 

@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,12 @@ from huggingface_hub import list_repo_files, snapshot_download
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from picture_records import RECORD_NAME, digest_of_file
-from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, find_fault, number_type, one_line
+from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, digest_part, find_fault, number_type, one_line
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
@@ -77,7 +78,8 @@ def add_drawing_arguments(parser, several=False):
     nargs = "+" if several else None
     add = parser.add_argument_group("pictures").add_argument
     add("--seed", type=SEED, default=0)
-    add("--scheduler", help="Name of a scheduler class of diffusers. Default: the model's own.")
+    scheduler = "A scheduler of diffusers, for example DDIMScheduler or ddim. Default: the model's own."
+    add("--scheduler", help=scheduler)
     add("--num_inference_steps", type=COUNT, nargs=nargs, default=[50] if several else 50)
     add("--guidance_scale", type=NOT_NEGATIVE, nargs=nargs, default=[7.5] if several else 7.5)
     add("--resolution", type=RESOLUTION, help="Default: the model's own.")
@@ -160,14 +162,19 @@ class Flags(NamedTuple):
     variant: str = "variant"
     revision: str = "revision"
     lora: str = "lora_weights"
+    unet: str = "unet"
 
 
 class Source(NamedTuple):
-    """What draws pictures: a model, the file of its LoRA or `None`, the name of the scheduler class, and the flags."""
+    """
+    What draws pictures: a model, the U-Net that replaces its own or `None`, the file of its LoRA or `None`, the name of the
+    scheduler class, and the flags. A U-Net is given by its name and its subfolder or `None`.
+    """
 
     model: str
     variant: str | None
     revision: str | None
+    unet: tuple | None
     lora: Path | None
     scheduler: str
     flags: Flags
@@ -175,11 +182,14 @@ class Source(NamedTuple):
     def model_digest(self):
         return digest_model(self.model, self.revision, self.variant)
 
+    def unet_digest(self):
+        return None if self.unet is None else digest_part(self.unet[0], self.unet[1] or "")
+
     def lora_digest(self):
         return None if self.lora is None else digest_of_file(self.lora)
 
 
-def open_source(args, flags, model, variant, revision, lora):
+def open_source(args, flags, model, variant, revision, lora, unet=None):
     """A `Source`. A `ValueError` names the flag that is wrong, as far as that shows before weights are loaded."""
     if Path(model).is_file():
         raise ValueError(
@@ -191,15 +201,45 @@ def open_source(args, flags, model, variant, revision, lora):
     except (OSError, ValueError) as error:
         raise ValueError(f"--{flags.model} {model} is no hub id or folder of a pipeline: {one_line(error)}") from error
     check_variant(flags, model, variant, revision, index)
-    default = index.get("scheduler", [None, None])[1]
-    if args.scheduler not in (None, default):
-        names = sorted(scheduler.__name__ for scheduler in getattr(diffusers, default)().compatibles)
-        # The noise levels of EDM's schedulers suit EDM's models alone.
-        names = [name for name in names if name.startswith("EDM") == default.startswith("EDM")]
-        if args.scheduler not in names:
-            raise ValueError(f"--scheduler {args.scheduler} does not suit {model}. Give one of {', '.join(names)}.")
     lora_file = None if lora is None else find_lora_file(flags, lora)
-    return Source(model, variant, revision, lora_file, args.scheduler or default, flags)
+    found_unet = None if unet is None else find_unet(flags, model, revision, unet)
+    return Source(model, variant, revision, found_unet, lora_file, choose_scheduler(args, model, index), flags)
+
+
+def choose_scheduler(args, model, index):
+    """The name of the scheduler class: that of `--scheduler`, or the model's own. `index` is its model_index.json."""
+    default = index.get("scheduler", [None, None])[1]
+    if args.scheduler in (None, default):
+        return default
+    names = sorted(scheduler.__name__ for scheduler in getattr(diffusers, default)().compatibles)
+    # The noise levels of EDM's schedulers suit EDM's models alone.
+    names = [name for name in names if name.startswith("EDM") == default.startswith("EDM")]
+    # Papers write DDIM, not DDIMScheduler.
+    by_short_name = {name.removesuffix("Scheduler").casefold(): name for name in names}
+    wanted = args.scheduler.removesuffix("Scheduler").casefold()
+    if wanted not in by_short_name:
+        raise ValueError(f"--scheduler {args.scheduler} does not suit {model}. Give one of {', '.join(names)}.")
+    return by_short_name[wanted]
+
+
+def find_unet(flags, model, revision, unet):
+    """A U-Net that is given by its hub id or folder: its name and its subfolder. Those of whole models are in unet."""
+    own, found, reasons = UNet2DConditionModel.load_config(model, revision=revision, subfolder="unet"), None, []
+    for subfolder in (None, "unet"):
+        try:
+            found = UNet2DConditionModel.load_config(unet, subfolder=subfolder)
+            break
+        except (OSError, ValueError) as error:
+            reasons.append(one_line(error))
+    if found is None:
+        raise ValueError(f"--{flags.unet} {unet} is no hub id or folder of a U-Net: {reasons[0]}")
+    for name in ("cross_attention_dim", "in_channels", "addition_embed_type"):
+        if found.get(name) != own.get(name):
+            raise ValueError(
+                f"--{flags.unet} {unet} does not fit --{flags.model} {model}: its {name} is {found.get(name)}, but must be "
+                f"{own.get(name)}."
+            )
+    return unet, subfolder
 
 
 def check_variant(flags, model, variant, revision, index):
@@ -242,11 +282,19 @@ def choose_precision(args, accelerator):
 
 
 def load_pipeline(args, source):
-    """A source's pipeline on the CPU. A `ValueError` says that it or its LoRA cannot be loaded whole."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+    """A source's pipeline on the CPU. A `ValueError` says that it, its U-Net or its LoRA cannot be loaded whole."""
+    dtype = {DTYPE: {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)}
+    components = {}
+    if source.unet is not None:
+        name, subfolder = source.unet
+        try:
+            components["unet"] = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, **dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = find_fault(name) or one_line(error)
+            raise ValueError(f"--{source.flags.unet} {name} cannot be loaded: {reason}") from error
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source.model, variant=source.variant, revision=source.revision, **{DTYPE: dtype}
+            source.model, variant=source.variant, revision=source.revision, **components, **dtype
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -374,41 +422,58 @@ def save_settings(folder, settings, weights, prompts):
     return prompts
 
 
+def list_pictures(args, folder, prompts, source):
+    """The `--num_images_per_prompt` pictures of each prompt, prompt by prompt. Each has the noise of its own seed."""
+    pictures = []
+    for index, number in itertools.product(range(len(prompts)), range(args.num_images_per_prompt)):
+        name = f"{index:05}.png" if args.num_images_per_prompt == 1 else f"{index:05}-{number:02}.png"
+        seed = args.seed + len(pictures)
+        pictures.append(
+            Picture(folder / name, prompts[index], source, seed, args.num_inference_steps, args.guidance_scale)
+        )
+    return pictures
+
+
 def draw_pictures(args, accelerator, pictures):
-    """Draws this process's share of the pictures that are missing, each from the noise of its own seed."""
-
-    def settings(picture):
-        return picture.source, picture.num_inference_steps, picture.guidance_scale
-
-    order = {key: place for place, key in enumerate(dict.fromkeys(map(settings, pictures)))}
-    missing = [picture for picture in pictures if not picture.path.is_file()]
-    missing.sort(key=lambda picture: order[settings(picture)])
+    """
+    Draws this process's share of the pictures that are missing, each from the noise of its own seed. A picture's batch is always
+    the same: values are rounded otherwise in another batch, and an interrupted run would not draw the same pictures.
+    """
+    by_settings = defaultdict(list)
+    for picture in pictures:
+        by_settings[picture.source, picture.num_inference_steps, picture.guidance_scale].append(picture)
+    batches = [
+        of_settings[start : start + args.batch_size]
+        for of_settings in by_settings.values()
+        for start in range(0, len(of_settings), args.batch_size)
+    ]
+    missing = [batch for batch in batches if not all(picture.path.is_file() for picture in batch)]
     # No process draws before all have seen what is missing.
     accelerator.wait_for_everyone()
     missing = missing[accelerator.process_index :: accelerator.num_processes]
     if not missing:
         return
-    sources = dict.fromkeys(picture.source for picture in missing)
+    sources = dict.fromkeys(batch[0].source for batch in missing)
     if len(sources) > 1:
         # A model that cannot be loaded is reported before any draws. One at a time saves memory.
         for source in sources:
             load_pipeline(args, source)
-    with tqdm(total=len(missing), desc="Drawing", disable=not accelerator.is_local_main_process) as progress:
-        for source, of_source in itertools.groupby(missing, lambda picture: picture.source):
+    num_pictures = sum(map(len, missing))
+    with tqdm(total=num_pictures, desc="Drawing", disable=not accelerator.is_local_main_process) as progress:
+        for source, of_source in itertools.groupby(missing, lambda batch: batch[0].source):
             pipeline = load_pipeline(args, source).to(accelerator.device)
             pipeline.set_progress_bar_config(disable=True)
-            for _, group in itertools.groupby(of_source, settings):
-                while batch := list(itertools.islice(group, args.batch_size)):
-                    draw_batch(args, pipeline, batch)
-                    progress.update(len(batch))
+            for batch in of_source:
+                draw_batch(args, pipeline, batch)
+                progress.update(len(batch))
             # Frees its memory before the next is loaded.
             del pipeline
 
 
 def draw_batch(args, pipeline, batch):
     """
-    Draws and saves pictures of the same settings. A `ValueError` says that one is not finite: diffusers would make NaN black and
-    infinite values black or white.
+    Draws pictures of the same settings and saves those that are missing. A `ValueError` says that one is not finite: diffusers
+    would make NaN black and infinite values black or white.
     """
     decoded = []
     hook = pipeline.vae.decoder.register_forward_hook(lambda *values: decoded.append(values[-1]))
@@ -431,7 +496,8 @@ def draw_batch(args, pipeline, batch):
             )
     images = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(values))
     for picture, image in zip(batch, images):
-        save_picture(image, picture.path)
+        if not picture.path.is_file():
+            save_picture(image, picture.path)
 
 
 def save_picture(image, path):

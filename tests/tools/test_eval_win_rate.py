@@ -87,7 +87,12 @@ def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
         assert np.abs(picture(folder, "model", index) - picture(folder, "baseline", index)).max() > 0
     wins = sum(float(row["pickscore_model"]) > float(row["pickscore_baseline"]) for row in rows)
     assert "| pickscore |" in capsys.readouterr().out
-    assert f" {wins / 3:.1%} " in (folder / "summary.md").read_text(encoding="utf-8").splitlines()[2]
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert f" {wins / 3:.1%} " in summary.splitlines()[2]
+    clip = evaluate.command()[3]
+    assert re.search(
+        rf"\| clipscore \| {clip}@[0-9a-f]{{12}} \|\n\nScored with torch \d.* and transformers \d", summary
+    )
 
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;more" in page and "<b>more" not in page
@@ -120,15 +125,44 @@ def test_scheduler_is_chosen(evaluate, tmp_path):
     assert "| scheduler | DDIMScheduler | DDIMScheduler |" in (other / "summary.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="--scheduler is 'DDIMScheduler'.*'DDPMScheduler'"):
         evaluate(scheduler="DDIMScheduler")
-    # The model's own by its name is no change.
+    # The model's own by its name is no change, nor is a short name.
     evaluate(scheduler="DDPMScheduler")
+    evaluate(scheduler="ddim", output_dir=tmp_path / "ddim")
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "ddim"])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "euler-a"])
 def test_schedulers_that_do_not_suit_are_errors(evaluate, name, tmp_path):
     with pytest.raises(ValueError, match=f"--scheduler {name} .*DDIMScheduler, .*PNDMScheduler"):
         evaluate(scheduler=name)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_unet_alone(evaluate, checkpoints, tmp_path):
+    options = {"prompts": PROMPTS[:1]}
+    change_weights(copy_checkpoint(checkpoints["sd15"], tmp_path / "other") / "unet")
+    shutil.copytree(tmp_path / "other" / "unet", tmp_path / "alone")
+    folder = evaluate(**options, unet=tmp_path / "alone", baseline_model_name_or_path=tmp_path / "other")
+    assert np.array_equal(picture(folder, "model", 0), picture(folder, "baseline", 0))
+    # In the folder of a whole model, and for the baseline.
+    folder = evaluate(**options, baseline_unet=tmp_path / "other", output_dir=tmp_path / "swapped")
+    assert np.abs(picture(folder, "model", 0) - picture(folder, "baseline", 0)).max() > 0
+    assert np.array_equal(picture(folder, "baseline", 0), picture(tmp_path / "evaluation", "model", 0))
+    assert f"| unet | None | {tmp_path / 'other'} |" in (folder / "summary.md").read_text(encoding="utf-8")
+    change_weights(tmp_path / "alone")
+    with pytest.raises(ValueError, match="--unet holds other weights .*evaluation/model"):
+        evaluate(**options, unet=tmp_path / "alone", baseline_model_name_or_path=tmp_path / "other")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", ["unet", "baseline_unet"])
+def test_unets_that_do_not_fit_are_errors(evaluate, flag, checkpoints, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"--{flag} {checkpoints['sdxl']} does not fit .*: its addition_embed_type is text_time"
+    ):
+        evaluate(**{flag: checkpoints["sdxl"]})
+    with pytest.raises(ValueError, match=f"--{flag} {tmp_path}/nowhere is no hub id or folder of a U-Net"):
+        evaluate(**{flag: tmp_path / "nowhere"})
     assert not (tmp_path / "evaluation").exists()
 
 
@@ -380,6 +414,28 @@ def test_every_prompt_has_noise_of_its_own(evaluate):
     assert not np.array_equal(picture(folder, "model", 0), picture(folder, "model", 1))
 
 
+def test_several_pictures_of_a_prompt(evaluate, checkpoints):
+    folder = evaluate(
+        "--scorers", "clipscore", num_images_per_prompt=2, seed=7, baseline_model_name_or_path=checkpoints["sd2"]
+    )
+    rows = list(csv.DictReader(open(folder / "scores.csv")))
+    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [row["index"] for row in rows] == list("001122") and [row["seed"] for row in rows] == list("789") + [
+        "10",
+        "11",
+        "12",
+    ]
+    scores = [np.reshape([float(row[f"clipscore_{side}"]) for row in rows], (3, 2)) for side in ("model", "baseline")]
+    result = eval_win_rate.compare(*scores)
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert f"| {result.win_rate:.1%} | {result.low:.1%} – {result.high:.1%} |" in summary
+    assert {path.name for path in folder.glob("model/*.png")} == {
+        f"0000{i}-0{j}.png" for i in range(3) for j in range(2)
+    }
+    with pytest.raises(ValueError, match="--num_images_per_prompt is 1, but was 2"):
+        evaluate()
+
+
 def test_sides_may_be_swapped(evaluate, checkpoints, tmp_path):
     lora = save_lora(checkpoints["sd15"], tmp_path / "lora").parent
     there = evaluate(output_dir=tmp_path / "there", lora_weights=lora, baseline_model_name_or_path=checkpoints["sd2"])
@@ -403,6 +459,10 @@ def test_noise_does_not_depend_on_the_batch(evaluate, tmp_path):
 
 def test_pictures_are_drawn_once(evaluate):
     folder = evaluate(prompts=PROMPTS[:2])
+    whole = (folder / "model" / "00001.png").read_bytes()
+    (folder / "model" / "00001.png").unlink()
+    evaluate(prompts=PROMPTS[:2])
+    assert (folder / "model" / "00001.png").read_bytes() == whole
     (folder / "model" / "00001.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
     evaluate()
