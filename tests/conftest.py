@@ -16,6 +16,7 @@ import atexit
 import gc
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -121,13 +122,18 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def run_on_two_processes(script, words, log, number=2):
-    """Runs a script of ours as two processes, or more, that talk through gloo, and returns their exit codes and output."""
+def start_two_processes(script, words, log, number=2):
+    """Starts a script of ours as two processes, or more, that talk through gloo, and returns them."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(number)}
-    processes = [
+    return [
         start_script(script, words, log, **group, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
         for rank in range(number)
     ]
+
+
+def run_on_two_processes(script, words, log, number=2):
+    """The exit codes and the output of `start_two_processes`."""
+    processes = start_two_processes(script, words, log, number)
     for process in processes:
         # If one has failed, the others wait for it half an hour.
         process.join(300)
@@ -197,6 +203,13 @@ class Run:
         events = EventAccumulator(str(folder))
         events.Reload()
         return [event.value for event in events.Scalars(name)]
+
+
+def deviation(lora, expected):
+    """How far a LoRA is from another one, in relation to what that one has learnt: all that up weights hold was learnt."""
+    ups = [name for name in lora if "lora.up" in name]
+    difference = sum((lora[name] - expected[name]).square().sum().item() for name in ups)
+    return math.sqrt(difference / sum(expected[name].square().sum().item() for name in ups))
 
 
 @pytest.fixture
