@@ -276,29 +276,33 @@ def check_encoding(folder, encoding, saved):
         )
 
 
-def open_folder(args, folder, encoding, source, pool, is_main_process):
-    """Starts or continues the folder. The main process removes files whose images have changed since they were written."""
+def open_folder(args, folder, encoding, source):
+    """Starts or continues the folder. Returns whether images have changed since it was written."""
     path = folder / "encoding.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if saved is not None:
+    saved, images_changed = None, False
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
         check_encoding(folder, encoding, saved)
         images_changed = saved.get("images", source.images) != source.images
         if images_changed and source.is_remote:
             name = f"--dataset_name {args.dataset_name}"
             raise ValueError(f"{name} changed since {folder} was encoded. Give another --output_dir.")
-        if is_main_process and not source.is_remote:
-            remove_stale_shards(args, list_shards(folder, "pairs", encoding), source, images_changed, pool)
-    if saved is None or images_changed:
+    else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(encoding, indent=2) + "\n")
+        write_encoding(folder, encoding)
     if not (folder / "README.md").exists():
         write_text(folder / "README.md", README)
     for part in ("pairs", "prompts"):
         (folder / part).mkdir(exist_ok=True)
+    return images_changed
 
 
-def remove_stale_shards(args, shards, source, images_changed, pool):
-    """Removes files of pairs that hold an image that was replaced since, or lack a pair that can be read now."""
+def write_encoding(folder, encoding):
+    write_text(folder / "encoding.json", json.dumps(encoding, indent=2) + "\n")
+
+
+def find_stale_shards(args, shards, source, images_changed, pool):
+    """Those of the existing files of pairs that hold an image that was replaced since, or lack a pair that can be read now."""
 
     def find_new_pair(shard):
         path, place = shard
@@ -315,11 +319,12 @@ def remove_stale_shards(args, shards, source, images_changed, pool):
             if is_new:
                 return row_number
 
-    shards = [shard for shard in shards if shard[0].exists()]
-    for (path, _), row_number in zip(shards, list(pool.map(find_new_pair, shards))):
+    shards, stale = [shard for shard in shards if shard[0].exists()], []
+    for shard, row_number in zip(shards, pool.map(find_new_pair, shards)):
         if row_number is not None:
-            logger.warning(f"Row {row_number} has other images than when {path} was encoded: it is encoded again")
-            path.unlink()
+            logger.warning(f"Row {row_number} has other images than when {shard[0]} was encoded: it is encoded again")
+            stale.append(shard)
+    return stale
 
 
 def list_shards(folder, part, encoding):
@@ -470,12 +475,16 @@ def encode(args, accelerator, trainer, vae_config, folder):
             source = open_source(args, pool)
             prompts = {caption: number for number, caption in enumerate(dict.fromkeys(source.captions))}
             encoding = describe(args, trainer, vae_config, dtype, source, len(prompts))
-            open_folder(args, folder, encoding, source, pool, accelerator.is_main_process)
+            images_changed = open_folder(args, folder, encoding, source)
 
         missing = {}
         for part in ("prompts", "pairs"):
             shards = list_shards(folder, part, encoding)[accelerator.process_index :: accelerator.num_processes]
             missing[part] = [(path, place) for path, place in shards if not path.exists()]
+            if part == "pairs" and not source.is_remote:
+                # A file is replaced when its successor is whole, so that images that are away for a while cost nothing.
+                missing[part] += find_stale_shards(args, shards, source, images_changed, pool)
+                missing[part].sort()
         if any(missing.values()):
             pipeline = trainer.load_pipeline(args, accelerator, unet=None)
             encode_prompts(args, trainer, pipeline, missing["prompts"], list(prompts))
@@ -490,6 +499,9 @@ def encode(args, accelerator, trainer, vae_config, folder):
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if images_changed:
+            # Not before: an interrupted run must find the other files that are not of these images.
+            write_encoding(folder, encoding)
         report(folder, encoding, time.monotonic() - start)
 
 

@@ -320,6 +320,13 @@ def test_a_missing_image_that_came_back_is_encoded(encode_sd15, tmp_path):
     assert len(encode_sd15(**options).rows("pairs")) == 11
     (tmp_path / "elsewhere.png").rename(tmp_path / "data/images/1_jpg_1.png")
     assert len(encode_sd15(**options).rows("pairs")) == 12
+    # While a disk is away, nothing is removed.
+    before = encode_sd15.contents()
+    (tmp_path / "data/images").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="Row 0 .*jpg_0 cannot be read"):
+        encode_sd15(**{**options, "on_bad_sample": "error"})
+    (tmp_path / "elsewhere").rename(tmp_path / "data/images")
+    assert encode_sd15(**options).contents() == before
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
