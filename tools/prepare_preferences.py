@@ -168,6 +168,11 @@ def open_dataset(name, config_name, split, cache_dir, in_place):
         files = data_files.get(split, [])
         if in_place and files and all(file.endswith(".parquet") for file in files):
             return ParquetFiles(files)
+        if local := [file for file in itertools.chain(*data_files.values()) if os.path.isfile(file)]:
+            from preference_pairs import digest_files
+
+            # A replaced file may have the same time. Then `datasets` would read its cache of the old file.
+            source["description"] = digest_files(local)
         return datasets.load_dataset(**source, split=split).with_format("arrow")
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load {name}, split {split}: {error}") from error

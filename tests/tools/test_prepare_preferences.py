@@ -705,15 +705,23 @@ def test_filter_reads_no_image(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_filter_reads_other_files_than_parquet(tmp_path, suffix):
-    rows = random_metadata(80, seed=2)
     (tmp_path / "data").mkdir()
-    frame = pd.DataFrame(rows)
-    if suffix == "csv":
-        frame.to_csv(tmp_path / "data" / "train.csv", index=False)
-    else:
-        frame.to_json(tmp_path / "data" / "train.jsonl", orient="records", lines=True)
-    assert run("filter", "--dataset_name", tmp_path / "data", "--output_file", tmp_path / "kept.parquet") == 0
-    assert pd.read_parquet(tmp_path / "kept.parquet")["row"].tolist() == filter_slowly(rows, 1, "all", None, None)
+    file, rows = tmp_path / f"data/train.{suffix}", random_metadata(80, seed=2)
+
+    def check_filter(name):
+        frame = pd.DataFrame(rows)
+        if suffix == "csv":
+            frame.to_csv(file, index=False)
+        else:
+            frame.to_json(file, orient="records", lines=True)
+        # A replaced file may have the same time.
+        os.utime(file, (1e9, 1e9))
+        assert run("filter", "--dataset_name", tmp_path / "data", "--output_file", tmp_path / name) == 0
+        assert pd.read_parquet(tmp_path / name)["row"].tolist() == filter_slowly(rows, 1, "all", None, None)
+
+    check_filter("kept.parquet")
+    rows = [{**row, "label_0": 1 - row["label_0"]} for row in rows]
+    check_filter("kept_of_others.parquet")
 
 
 def test_filter_by_file_names(tmp_path):
