@@ -789,6 +789,21 @@ def test_a_run_that_fails_leaves_no_workers_waiting(run_sd15, tmp_path):
 
 
 @pytest.mark.bad_input
+def test_a_worker_that_is_killed_ends_the_run(run_sd15, monkeypatch):
+    read_images = preference_pairs.read_images
+
+    def read(*args):
+        # As by a system that is short of memory.
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_images(*args)
+
+    monkeypatch.setattr(preference_pairs, "read_images", read)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run_sd15(loss_space="latent", dataloader_num_workers=1)
+
+
+@pytest.mark.bad_input
 def test_a_file_that_is_not_there_is_named_before_training(checkpoints, tmp_path, no_models):
     folder = Path(build_image_folder(tmp_path / "images", num_pairs=6))
     last = [row for _, row in PairStream(list(range(6)), 0, 0, 6)][-1]
