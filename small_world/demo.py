@@ -16,8 +16,9 @@
 
 A Stable Diffusion of two million parameters (`assets/small-world`) draws coloured shapes, well or badly. Pairs of its
 pictures are labelled by a hidden preference: for sharp pictures of what was asked for, with a dark outline.
-`tools/prepare_preferences.py` keeps the pairs that an absolute winner won. `tools/encode_preferences.py` encodes them.
-`train_ncp_dpo_sd15.py` trains a LoRA on them. Other captions are then drawn with and without the LoRA, from the same noise.
+The demo then takes the way of README: `tools/prepare_preferences.py` checks the pairs and keeps those that an absolute winner
+won, `tools/encode_preferences.py` encodes them, `train_ncp_dpo_sd15.py` trains a LoRA on them and measures held-out pairs, and
+`tools/plot_run.py` draws what it measured. Other captions are then drawn with and without the LoRA, from the same noise.
 """
 
 import argparse
@@ -27,15 +28,18 @@ import time
 from pathlib import Path
 
 import experiment
+import plot_run
 import protocol
 from PIL import Image, ImageDraw, ImageFont
-from scenes import reward
+from scenes import RESOLUTION, reward
 
 import diffusers
 
 
-METHOD, LEARNING_RATE = "dpo-ncp-filtered", 3e-4
+# The recommended method, a row of `protocol.METHODS`. tests/test_docs.py holds README and docs to its loss.
+METHOD, LEARNING_RATE = "simpo-ncp-filtered", 2.5e-4
 STEPS = (50, 100, 150, 200)
+NUM_EVAL_PAIRS = 50
 NUM_SHOWN = 12
 START = time.monotonic()
 
@@ -71,10 +75,13 @@ def main(output_dir):
     num_inference_steps = experiment.MEASURED_INFERENCE_STEPS
     _, _, test = protocol.split_scenes()
 
-    say("1/5 The base model draws pictures, and pairs of them are labelled")
+    say("1/5 The base model draws pictures. Pairs of them are labelled, checked and filtered")
     experiment.make_training_pairs(pipeline, explanations, output_dir, num_inference_steps)
+    check = {"dataset_name": output_dir / "pairs", "resolution": RESOLUTION}
+    experiment.run_script(experiment.prepare_preferences, check, "check")
 
     say("2/5 The base model draws captions that are not trained on")
+    (output_dir / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in test))
     pictures = {0: experiment.draw(pipeline, test, experiment.TEST_NOISE, num_inference_steps)}
 
     say("3/5 The pairs that an absolute winner won are encoded")
@@ -84,7 +91,9 @@ def main(output_dir):
     # Otherwise training would resume the LoRA of an earlier demo.
     shutil.rmtree(lora, ignore_errors=True)
     settings = METHOD, LEARNING_RATE, protocol.BETA_DPO, protocol.SEED
-    experiment.train(experiment.training_options(output_dir, lora, *settings, STEPS))
+    held_out = {"num_eval_pairs": NUM_EVAL_PAIRS, "validation_steps": STEPS[0]}
+    experiment.train(experiment.training_options(output_dir, lora, *settings, STEPS) | held_out)
+    experiment.run_script(plot_run, {}, str(lora))
 
     say("5/5 These captions are drawn with the LoRA, from the same noise")
     for step in STEPS:
@@ -99,7 +108,7 @@ def main(output_dir):
     for step, parts in rewards.items():
         total, quality, match, style = (values.mean() for values in (parts.total, *parts))
         print(f"{step:5}{total:8.3f}{quality:9.3f}{match:7.3f}{style:7.3f}")
-    print(f"\nSee {output_dir / 'before_after.png'}")
+    print(f"\nSee {output_dir / 'before_after.png'}, and {lora / 'run.png'} for the measurements of held-out pairs.")
     if rewards[step].total.mean() < rewards[0].total.mean() + 0.05:
         sys.exit("Failed: the LoRA has not learnt the preference.")
 

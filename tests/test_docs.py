@@ -19,6 +19,8 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -34,7 +36,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FOLDERS = ("tools", "small_world", "benchmarks", "docs", "tests", "assets")
 # Names of other projects' files and programs' flags.
 OTHER_FILES = {"lpl_loss.py", "train_diffusion_dpo.py"}
-OTHER_FLAGS = {"--confcutdir", "--nodes", "--ntasks", "--gpus", "--time", "--requeue", "--signal"}  # pytest, Slurm
+OTHER_FLAGS = {
+    "--confcutdir",
+    "--nodes",
+    "--ntasks",
+    "--gpus",
+    "--time",
+    "--requeue",
+    "--signal",
+    "--include",
+}  # pytest, Slurm, hf
 FENCE = re.compile(r"^[> ]*```(\w*)\n(.*?)^[> ]*```$", re.M | re.S)
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")
 
@@ -55,12 +66,32 @@ def code_spans(page):
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
-def commands(page):
-    """The commands of a page, as lists of words: lines of its bash blocks, and its code spans."""
-    blocks = [block.replace("\\\n", "") for kind, block in FENCE.findall(read(page)) if kind == "bash"]
-    lines = [line for block in blocks for line in block.splitlines()] + code_spans(page)
+def split_commands(lines):
+    """The lines that are commands of ours, as lists of words."""
     lines = [line for line in lines if line.startswith(("python ", "accelerate launch", "make "))]
     return [shlex.split(line.replace("$MODEL", "MODEL"), comments=True) for line in lines]
+
+
+def block_commands(text):
+    """The commands in the bash blocks of a text."""
+    blocks = [block.replace("\\\n", "") for kind, block in FENCE.findall(text) if kind == "bash"]
+    return split_commands(line for block in blocks for line in block.splitlines())
+
+
+def commands(page):
+    """The commands of a page: in its bash blocks, and its code spans."""
+    return block_commands(read(page)) + split_commands(code_spans(page))
+
+
+def split_script(words):
+    """A command's script and the words that follow it; `None` and none for other commands."""
+    start = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
+    return (None, []) if start is None else (words[start], words[start + 1 :])
+
+
+def section(page, heading):
+    """The text below a heading of the second level."""
+    return read(ROOT / page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def anchors(page):
@@ -159,19 +190,85 @@ def test_commands_run_what_exists(page):
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
             assert words[1] in targets, line
             continue
-        start = next((index for index, word in enumerate(words) if word.endswith(".py")), len(words))
+        script, rest = split_script(words)
         if words[0] == "accelerate":
-            unknown = {word for word in words[:start] if word.startswith("--")} - launcher_flags()
+            launcher = words[: len(words) - len(rest)]
+            unknown = {word for word in launcher if word.startswith("--")} - launcher_flags()
             assert not unknown, f"{page.name}: {unknown} in {line}"
-        if start == len(words):
+        if script is None:
             continue
-        script, rest = words[start], words[start + 1 :]
-        assert (ROOT / script).is_file(), f"{page.name}: there is no {script}"
+        missing = [
+            word for word in (script, *rest) if word.split("/")[0] in FOLDERS and not list(ROOT.glob(word.rstrip("/")))
+        ]
+        assert (ROOT / script).is_file() and not missing, f"{page.name}: there is no {missing or script}"
         unknown = {word for word in rest if word.startswith("--")} - flags_of(script)
         assert not unknown, f"{page.name}: {unknown} in {line}"
         if "…" not in rest and (parser := parser_of(script)) is not None:
             error = error_of(parser, rest)
             assert not error, f"{page.name}: {line}: {error}"
+
+
+@pages
+def test_the_first_command_of_a_kind_is_complete(page):
+    seen = set()
+    for words in block_commands(read(page)):
+        script, rest = split_script(words)
+        kind = script, *itertools.takewhile(lambda word: re.fullmatch("[a-z_]+", word), rest)
+        assert kind in seen or "…" not in words, f"{page.name}: {shlex.join(words)}"
+        seen.add(kind)
+
+
+def test_all_pages_train_as_the_demo_does():
+    import demo
+    from protocol import METHODS
+
+    recommended = {"loss_space": "ncp", **METHODS[demo.METHOD]}
+    found = {}
+    for page in PAGES:
+        for words in block_commands(read(page)):
+            script, rest = split_script(words)
+            # Diffusers' page shows the paper's loss.
+            if page.name != "upstream_README.md" and str(script).startswith("train_") and "…" not in rest:
+                args = parser_of(script).parse_args(rest)
+                assert args.loss_type == recommended["loss_type"], f"{page.name}: {shlex.join(words)}"
+                assert args.loss_space == recommended["loss_space"], f"{page.name}: {shlex.join(words)}"
+                found.setdefault(script, set()).add((args.beta_dpo, args.learning_rate, args.rank))
+    # Latents of SDXL have four times as many elements.
+    beta = found["train_ncp_dpo_sd15.py"].copy().pop()[0]
+    assert found == {"train_ncp_dpo_sd15.py": {(beta, 1e-5, 64)}, "train_ncp_dpo_sdxl.py": {(4 * beta, 1e-5, 64)}}
+    assert f"**Start with filtered pairs and `{recommended['loss_type']}`**" in section(
+        "docs/recipes.md", "Which loss"
+    )
+
+
+@pages
+def test_judges_do_not_evaluate(page):
+    judges, evaluators = set(), set()
+    for words in block_commands(read(page)):
+        script, rest = split_script(words)
+        if script == "tools/eval_win_rate.py":
+            evaluators |= set(parser_of(script).parse_args(rest).scorers)
+        elif script == "tools/collect_preferences.py" and rest[0] == "judge":
+            judges |= set(parser_of(script).parse_args(rest).scorers)
+    assert not judges & evaluators
+
+
+def test_times_of_the_steps_follow_from_what_was_measured():
+    models = json.loads(read(ROOT / "benchmarks/results/gpu_time.json"))["models"]
+    lines = section("docs/first_lora.md", "What each step takes").splitlines()
+    for column, model in ((2, "sd15 × 8"), (3, "sdxl × 8")):
+        seconds = {name: 1 / row["pairs_per_second"] for name, row in models[model]["results"].items()}
+        vae = seconds["latent DPO, VAE in the loop"] - seconds["latent DPO"]
+        expected = {"4.": 2 * 6800 * vae, "5.": (1000 * 8 + 11 * 200 + 512) * seconds["NCP-CPO"]}
+        for step, time in expected.items():
+            (line,) = (line for line in lines if line.startswith(f"| {step}"))
+            assert line.split(" | ")[column - 1] == f"{time / 60:.0f} min"
+
+
+def test_pages_name_all_files_of_docs():
+    text = "".join(read(page) for page in PAGES)
+    for path in (path for path in (ROOT / "docs").rglob("*") if path.is_file()):
+        assert re.search(rf"[(/`]{re.escape(path.name)}\b", text), f"no page names {path}"
 
 
 @pages
@@ -182,7 +279,7 @@ def test_flags_exist(page):
 
 
 def test_both_trainers_have_the_flags_of_the_recipes():
-    table = read(ROOT / "docs/recipes.md").split("## Our flags")[1].split("\n## ")[0]
+    table = section("docs/recipes.md", "Our flags")
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     flags = {flag for row in rows for flag in FLAG.findall(row)}
     assert len(flags) > 20
@@ -192,17 +289,21 @@ def test_both_trainers_have_the_flags_of_the_recipes():
 def test_every_loss_has_a_row_and_a_formula():
     import ncp_loss
 
-    for page, heading in (("recipes.md", "## Which loss"), ("method.md", "## The losses")):
-        section = read(ROOT / "docs" / page).split(f"{heading}\n")[1].split("\n## ")[0]
-        rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
-        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == ncp_loss.LOSSES.keys(), page
+    for page, heading in (("docs/recipes.md", "Which loss"), ("docs/method.md", "The losses")):
+        rows = [line.split(" | ") for line in section(page, heading).splitlines() if line.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == ncp_loss.LOSSES.keys(), page
+    # The last page has the formulas of the docstrings.
+    for name, formula, *_ in rows[1:]:
+        loss = ncp_loss.LOSSES[name.strip("| `")]
+        expected = re.sub(r" \([^()]*arXiv.*", "", loss.function.__doc__.strip()) + " + λ·e_w" * bool(loss.sft_weight)
+        assert formula.replace("`", "").startswith(expected)
 
 
 def test_the_layout_names_what_is_in_the_code():
     paths = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
     sources = "".join(read(path) for path in paths)
-    section = read(ROOT / "docs/layout.md").split("## The way of a pair")[1]
-    names = set(re.findall(r"`([A-Za-z]\w{2,})`", section))
+    text = read(ROOT / "docs/layout.md").split("## The way of a pair")[1]
+    names = set(re.findall(r"`([A-Za-z]\w{2,})`", text))
     assert len(names) >= 30
     missing = {name for name in names if not re.search(rf"\b{name}\b", sources)}
     assert not missing
