@@ -243,14 +243,15 @@ def test_all_pages_train_as_the_demo_does():
 
 @pages
 def test_judges_do_not_evaluate(page):
-    judges, evaluators = set(), set()
-    for words in block_commands(read(page)):
-        script, rest = split_script(words)
-        if script == "tools/eval_win_rate.py":
-            evaluators |= set(parser_of(script).parse_args(rest).scorers)
-        elif script == "tools/collect_preferences.py" and rest[0] == "judge":
-            judges |= set(parser_of(script).parse_args(rest).scorers)
-    assert not judges & evaluators
+    for part in read(page).split("\n## "):
+        scorers = {"judge": set(), "evaluate": set()}
+        for words in block_commands(part):
+            script, rest = split_script(words)
+            if script == "tools/eval_win_rate.py":
+                scorers["evaluate"].update(parser_of(script).parse_args(rest).scorers)
+            elif script == "tools/collect_preferences.py" and rest[0] == "judge":
+                scorers["judge"].update(parser_of(script).parse_args(rest).scorers)
+        assert scorers["judge"].isdisjoint(scorers["evaluate"]), f"{page.name}: {part.splitlines()[0]}"
 
 
 def test_times_of_the_steps_follow_from_what_was_measured():
