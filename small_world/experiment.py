@@ -129,12 +129,12 @@ def encode_png(image):
     return buffer.getvalue()
 
 
-def compare(scenes, pictures, rewards, rng):
-    """Returns all pairs of each scene's pictures. The better picture wins with probability σ(difference / TEMPERATURE)."""
+def compare(scenes, pictures, rewards, rng, temperature=TEMPERATURE):
+    """Returns all pairs of each scene's pictures. The better picture wins with probability σ(difference / temperature)."""
     rows = []
     for first in range(0, len(scenes), PICTURES_PER_SCENE):
         for i, j in itertools.combinations(range(first, first + PICTURES_PER_SCENE), 2):
-            probability = torch.sigmoid((rewards[i] - rewards[j]) / TEMPERATURE).item()
+            probability = torch.sigmoid((rewards[i] - rewards[j]) / temperature).item()
             rows.append(
                 {
                     "caption": scenes[i].caption,
@@ -214,9 +214,9 @@ def digest_of_world(folder):
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def check_world(folder):
-    """Raises a `ValueError` if the pairs in `folder` were made in another world."""
-    if (folder / WORLD_NAME).read_text() != digest_of_world(folder):
+def check_world(folder, name=WORLD_NAME):
+    """Raises a `ValueError` if the pairs in `folder` were made in another world than the one whose digest is in its file `name`."""
+    if (folder / name).read_text() != digest_of_world(folder):
         raise ValueError(
             f"--folder {folder} holds pairs of another base model, reward or encoding. Give another folder, or remove it."
         )
@@ -323,10 +323,10 @@ def summarize(rewards):
     return {**parts, "total": [round(value, 4) for value in rewards.total.tolist()]}
 
 
-def measure(base, name, seed, lora=None, repeats=None):
+def draw_and_reward(base, name, seed, lora=None, repeats=None):
     """
-    Draws the captions that choose settings (`"choosing"`) or give the results (`"test"`), and returns what `summarize`
-    gives. All captions are drawn once, then all once more, and so on, so that the first pictures do not depend on `repeats`.
+    Draws the captions that choose settings (`"choosing"`) or give the results (`"test"`), and returns their `Reward`. All
+    captions are drawn once, then all once more, and so on, so that the first pictures do not depend on `repeats`.
     """
     pipeline, explanations = load_measuring(base)
     noise = {"choosing": CHOOSING_NOISE, "test": test_noise(seed)}[name]
@@ -337,7 +337,12 @@ def measure(base, name, seed, lora=None, repeats=None):
         pipeline.fuse_lora()
     pictures = draw(pipeline, scenes, noise, MEASURED_INFERENCE_STEPS)
     pipeline.unet = unet
-    return summarize(reward(pictures, scenes, explanations))
+    return reward(pictures, scenes, explanations)
+
+
+def measure(*args, **options):
+    """Returns what `summarize` gives for the pictures of `draw_and_reward`."""
+    return summarize(draw_and_reward(*args, **options))
 
 
 @torch.no_grad()
@@ -353,12 +358,16 @@ def measure_best(base):
 
 
 def measure_references(folder, runs_file):
-    """Measures the best possible pictures, and the base's pictures from the first seed's noise."""
+    """Measures the best possible pictures, and the base's pictures from the noise of each seed."""
     base, runs = base_of(folder), protocol.load_runs(runs_file)
+    repeats = protocol.TEST_PICTURES_PER_CAPTION
     for name, measure_reference in (
         ("best", lambda: measure_best(base)),
-        ("base", lambda: measure(base, "test", SEED, repeats=protocol.TEST_PICTURES_PER_CAPTION)),
         ("base-choosing", lambda: measure(base, "choosing", SEED)),
+        *(
+            (protocol.base_name(seed), functools.partial(measure, base, "test", seed, repeats=repeats))
+            for seed in range(max(protocol.NUM_SEEDS.values()))
+        ),
     ):
         if name not in runs:
             protocol.append_run(runs_file, {"name": name, **measure_reference()})
@@ -420,23 +429,32 @@ def run(folder, runs_file, method, learning_rate, beta, seed, steps, best_step=N
     return result
 
 
-def run_row(folder, runs_file, method, num_seeds):
-    """Chooses a method's settings, and trains and tests with each seed."""
+def choose_settings(folder, runs_file, method):
+    """Returns what `protocol.choose` gives, and makes the runs that it needs."""
 
     def load(rate, beta, steps):
         return run(folder, runs_file, method, rate, beta, SEED, steps)
 
-    rate, beta, steps, best_step = protocol.choose(method, load)
+    return protocol.choose(method, load)
+
+
+def run_row(folder, runs_file, method, num_seeds):
+    """Chooses a method's settings, and trains and tests with each seed."""
+    rate, beta, steps, best_step = choose_settings(folder, runs_file, method)
     for seed in range(num_seeds):
         run(folder, runs_file, method, rate, beta, seed, steps, best_step)
 
 
+def create_workers(num_workers):
+    """Returns an executor of `num_workers` processes of one core each."""
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def run_all(folder, runs_file, num_workers):
     """Makes all rows in `num_workers` processes of one core each. All rows get three seeds before any row gets more."""
-    methods = protocol.METHODS
-    context, failed = multiprocessing.get_context("spawn"), {}
+    methods, failed = protocol.METHODS, {}
     with (
-        ProcessPoolExecutor(num_workers, context, torch.set_num_threads, (1,)) as executor,
+        create_workers(num_workers) as executor,
         tqdm(total=2 * len(methods), desc="Rows") as progress_bar,
     ):
         for at_most in (3, 5):

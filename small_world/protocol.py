@@ -49,6 +49,7 @@ BETA_DPO, BETAS = 200, {"mapo": 0.1, "linear": 4, "sft": None}
 
 LATENT, LATE = {"loss_space": "latent"}, {"min_timestep": 400}
 FILTERED, BF16 = {"encoded_data_dir": "encoded-filtered"}, {"mixed_precision": "bf16"}
+ZERO = {"ncp_timestep": "zero"}
 # The options that each method adds to the trainer's command, the most important method first.
 METHODS = {
     "dpo-latent": LATENT,
@@ -77,13 +78,23 @@ METHODS = {
     },
     "dpo-ncp-bf16-literal": {**BF16, "ncp_probe_rms": 0},
     "dpo-ncp-bf16-probe": BF16,
+    "dpo-ncp-zero-filtered": {**ZERO, **FILTERED},
+    "simpo-ncp-zero-filtered": {"loss_type": "simpo", **ZERO, **FILTERED},
 }
+# `fresh.py` measures the methods with clean predictions. Here they only get their settings.
 NUM_SEEDS = {
-    method: 5
+    method: 0
+    if method.endswith("zero-filtered")
+    else 5
     if method in ("dpo-latent", "dpo-ncp") or method.startswith(("cpo", "sft", "simpo")) or method.endswith("filtered")
     else 3
     for method in METHODS
 }
+
+
+def base_name(seed):
+    """Returns the name of what was measured of the base's pictures, from the noise of trainings with `seed`."""
+    return "base" if seed == SEED else f"base-{seed}"
 
 
 def split_scenes():

@@ -33,6 +33,7 @@ from torch.distributed.run import get_args_parser
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.append(ROOT / "small_world/analysis.md")
 FOLDERS = ("tools", "small_world", "benchmarks", "docs", "tests", "assets")
 # Names of other projects' files and programs' flags.
 OTHER_FILES = {"lpl_loss.py", "train_diffusion_dpo.py"}
