@@ -32,12 +32,15 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import protocol
+import studies
 from protocol import ROOT
+from scipy import stats
 
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from doc_tables import write_table  # noqa: E402
+from intervals import mean_interval, win_rate_interval  # noqa: E402
 from ncp_loss import LOSSES  # noqa: E402
 
 
@@ -117,8 +120,10 @@ SUMMARY = {
 }
 PARTS = ("quality", "match", "style")
 SETTINGS = ("trainings", "learning rate", "β", "steps")
-COMPARISONS = ("over latent DPO", "at equal steps", "at equal time", "beats latent DPO")
-REPORT_COLUMNS = ("method", *SETTINGS, "reward", *PARTS, *COMPARISONS, "seconds per step")
+AT_THE_BEST = ("reward", *PARTS, "over the base", "over latent DPO", "beats latent DPO")
+COLUMNS = ("method", *SETTINGS, *AT_THE_BEST, "at equal steps", "at equal time")
+# A difference whose interval is within these bounds is called level.
+LEVEL_WITHIN, SIGNIFICANT = 0.02, 0.05
 
 
 class Row:
@@ -152,14 +157,13 @@ class Row:
         return [loss == "sft", LOSSES[loss].needs_reference, *(options.get(name) for name in names)]
 
     def rewards(self, seed, step=None):
-        """Returns the reward of every picture after a step, by default the chosen one."""
-        return np.array(self.tested[seed]["test"][str(step or self.step)]["total"])
+        """Returns the rewards `(pictures of a caption, captions)` after a step, by default the chosen one."""
+        return by_caption(self.tested[seed]["test"][str(step or self.step)]["total"])
 
-    def curve(self, seed, base):
-        """Returns mean rewards at step 0 (the base) and after all measured steps, of the same captions and noise."""
+    def curve(self, seed):
+        """Returns the mean rewards `(steps, captions)` after all measured steps, of pictures from the same noise."""
         number = min(len(self.rewards(seed, step)) for step in self.steps)
-        rewards = [np.array(base["total"]), *(self.rewards(seed, step) for step in self.steps)]
-        return np.array([values[:number].mean() for values in rewards])
+        return np.array([self.rewards(seed, step)[:number].mean(axis=0) for step in self.steps])
 
     @property
     def goals(self):
@@ -189,62 +193,111 @@ def load_rows(runs):
     return rows
 
 
-def mean_and_error(values, sign=""):
-    """Returns the mean and its standard error as text. There is one value per training."""
-    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.3f}{error}"
+def by_caption(totals):
+    """Returns rewards as they are stored, all captions once and then all once more, as `(pictures of a caption, captions)`."""
+    return np.reshape(totals, (-1, len(protocol.split_scenes()[2])))
+
+
+def interval_text(table, sign=""):
+    """Returns the mean of a table `(trainings, captions)` and its 95 % interval as text."""
+    mean, low, high = mean_interval(table)
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def column(values):
+    """Returns a table of one value for each training."""
+    return np.reshape(list(values), (-1, 1))
 
 
 def common_seeds(ours, theirs):
     return sorted(ours.tested.keys() & theirs.tested.keys())
 
 
+def difference_of(ours, theirs):
+    """Returns the mean difference for each caption between rewards `(pictures of a caption, captions)` from the same noise."""
+    number = min(len(ours), len(theirs))
+    return (ours[:number] - theirs[:number]).mean(axis=0)
+
+
 def difference(ours, theirs, step=None, their_step=None):
     """
-    Returns the mean difference between pictures from the same noise, for each seed that both rows have. Each row is compared
-    after its chosen step if no other step is given.
+    Returns the mean differences `(trainings, captions)` between pictures from the same noise, for each seed that both rows
+    have. Each row is compared after its chosen step if no other step is given.
     """
+    seeds = common_seeds(ours, theirs)
+    return np.array([difference_of(ours.rewards(seed, step), theirs.rewards(seed, their_step)) for seed in seeds])
+
+
+def difference_from_base(row, references):
+    """Returns the mean differences from the base `(trainings, captions)`, each from its own noise; `None` if one is missing."""
+    bases = [references.get(protocol.base_name(seed)) for seed in row.tested]
+    if None in bases:
+        return None
+    rewards = zip(map(row.rewards, row.tested), bases)
+    return np.array([difference_of(ours, by_caption(base["total"])) for ours, base in rewards])
+
+
+def step_at_equal_time(ours, theirs):
+    """Returns the step at which ours has trained for as long as theirs takes to its chosen step."""
+    return theirs.step * theirs.seconds_per_step / ours.seconds_per_step
+
+
+def difference_at_equal_time(ours, theirs):
+    """
+    Returns the mean differences `(trainings, captions)` after `step_at_equal_time`, for each seed that both rows have. Our
+    reward is interpolated between measured steps, so the step must be between two of them.
+    """
+    place = np.interp(step_at_equal_time(ours, theirs), ours.steps, range(len(ours.steps)))
+    before, part = int(place), place % 1
+    after = min(before + 1, len(ours.steps) - 1)
     differences = []
     for seed in common_seeds(ours, theirs):
-        a, b = ours.rewards(seed, step), theirs.rewards(seed, their_step)
-        number = min(len(a), len(b))
-        differences.append((a[:number] - b[:number]).mean())
-    return differences
+        curve, reached = ours.curve(seed), theirs.curve(seed)[theirs.steps.index(theirs.step)]
+        differences.append((1 - part) * curve[before] + part * curve[after] - reached)
+    return np.array(differences)
 
 
-def difference_at_equal_time(ours, theirs, base):
+def wins(ours, theirs):
     """
-    Returns the mean difference when both rows have trained for as long as theirs takes to its chosen step, for each seed
-    that both rows have. Our reward is interpolated between measured steps.
-    """
-    our_step = theirs.step * theirs.seconds_per_step / ours.seconds_per_step
-    return [
-        np.interp(our_step, [0, *ours.steps], ours.curve(seed, base))
-        - theirs.curve(seed, base)[1 + theirs.steps.index(theirs.step)]
-        for seed in common_seeds(ours, theirs)
-    ]
-
-
-def win_rate(ours, theirs):
-    """
-    Returns the share of pictures with the higher reward, and its 95 % confidence interval. A tie counts one half. Pictures of
-    the same caption or of the same training depend on each other, so the bootstrap resamples captions and trainings.
+    Returns the share of a caption's pictures with the higher reward `(trainings, captions)`. A tie counts one half.
 
     Args:
-        ours, theirs (`list` of `np.ndarray` of shape `(pictures of a caption, captions)`): rewards for each training. Pictures
-            at the same place are from the same noise.
+        ours, theirs (`list` of arrays of shape `(pictures of a caption, captions)`): rewards for each training. Pictures at the
+            same place are from the same noise.
     """
-    wins = np.array([((a > b) + 0.5 * (a == b)).mean(axis=0) for a, b in zip(ours, theirs)])
-    rng = np.random.default_rng(0)
-    trainings, captions = (rng.integers(size, size=(10_000, size)) for size in wins.shape)
-    resampled = wins[trainings[:, :, None], captions[:, None, :]].mean(axis=(1, 2))
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return f"{wins.mean():.0%} ({low:.0%} – {high:.0%})"
+    return np.array([((a > b) + 0.5 * (a == b)).mean(axis=0) for a, b in zip(ours, theirs)])
 
 
-def row_win_rate(ours, theirs):
-    seeds, captions = common_seeds(ours, theirs), len(protocol.split_scenes()[2])
-    return win_rate(*([row.rewards(seed).reshape(-1, captions) for seed in seeds] for row in (ours, theirs)))
+def wins_text(*rewards):
+    rate, low, high = win_rate_interval(wins(*rewards))
+    return f"{rate:.0%} ({low:.0%} to {high:.0%})"
+
+
+def row_wins_text(ours, theirs):
+    return wins_text(*([row.rewards(seed) for seed in common_seeds(ours, theirs)] for row in (ours, theirs)))
+
+
+def adjusted_p_values(tables):
+    """
+    Returns the p values of t tests over trainings, corrected for their number by Holm's method, by the tables' names.
+
+    Args:
+        tables (`dict`): differences `(trainings, captions)`, two trainings or more.
+    """
+    p_values = {name: stats.ttest_1samp(np.mean(table, axis=1), 0).pvalue for name, table in tables.items()}
+    adjusted, largest = {}, 0
+    for index, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1, (len(tables) - index) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def verdict(table, p_value):
+    """Returns what differences `(trainings, captions)` with a corrected p value say."""
+    mean, low, high = mean_interval(table)
+    if -LEVEL_WITHIN <= low and high <= LEVEL_WITHIN:
+        return "level"
+    return "not known" if p_value >= SIGNIFICANT else "ahead" if mean > 0 else "behind"
 
 
 # Tables
@@ -259,27 +312,48 @@ def settings_cells(learning_rate, beta):
     return [f"{learning_rate:g}", "" if beta is None else f"{beta:g}"]
 
 
-def reference_cells(name, reference):
+def reference_cells(name, references):
     """Returns the cells of the best possible pictures or of the base's, by column."""
-    parts = {part: f"{reference[part]:.3f}" for part in PARTS}
+    measured = [references[name]]
+    if name == "base":
+        seeds = range(max(protocol.NUM_SEEDS.values()))
+        measured = [references[each] for each in map(protocol.base_name, seeds) if each in references]
+    rewards = [np.mean(each["total"]) for each in measured]
+    spread = f" ({min(rewards):.3f} to {max(rewards):.3f} by noise)" if len(rewards) > 1 else ""
+    parts = {part: f"{np.mean([each[part] for each in measured]):.3f}" for part in PARTS}
     return {
         "method": {"best": "best possible"}.get(name, name),
-        "reward": f"{np.mean(reference['total']):.3f}",
+        "reward": f"{np.mean(rewards):.3f}{spread}",
         **parts,
     }
 
 
-def row_cells(row, baseline, base):
+def past_its_best(row, step):
+    return f", past its best step, {row.step}" if step > row.step else ""
+
+
+def equal_time_cell(row, baseline):
+    step = step_at_equal_time(row, baseline)
+    if not row.steps[0] <= step <= row.steps[-1]:
+        return f"not measured: needs {step:.0f} steps, has {row.steps[-1]}"
+    return interval_text(difference_at_equal_time(row, baseline), "+") + past_its_best(row, step)
+
+
+def row_cells(row, baseline, references):
     """Returns a row's cells by column."""
     cells = dict(zip(SETTINGS, [len(row.tested), *settings_cells(row.learning_rate, row.beta), row.step]))
-    cells |= {"method": row.method, "reward": mean_and_error([row.rewards(seed).mean() for seed in row.tested])}
+    rewards = np.array([row.rewards(seed).mean(axis=0) for seed in row.tested])
+    cells |= {"method": row.method, "reward": interval_text(rewards)}
     cells |= {part: f"{row.part(part):.3f}" for part in PARTS}
+    from_base = difference_from_base(row, references)
+    if from_base is not None:
+        cells["over the base"] = interval_text(from_base, "+")
     if row is not baseline:
-        cells["over latent DPO"] = mean_and_error(difference(row, baseline), "+")
-        cells["at equal steps"] = mean_and_error(difference(row, baseline, baseline.step, baseline.step), "+")
-        if row.seconds:
-            cells["at equal time"] = mean_and_error(difference_at_equal_time(row, baseline, base), "+")
-        cells["beats latent DPO"] = row_win_rate(row, baseline)
+        cells["over latent DPO"] = interval_text(difference(row, baseline), "+")
+        equal_steps = difference(row, baseline, baseline.step, baseline.step)
+        cells["at equal steps"] = interval_text(equal_steps, "+") + past_its_best(row, baseline.step)
+        cells["at equal time"] = equal_time_cell(row, baseline) if row.seconds else "not measured"
+        cells["beats latent DPO"] = row_wins_text(row, baseline)
     if row.seconds:
         cells["seconds per step"] = f"{row.seconds_per_step:.3f}"
     return cells
@@ -292,7 +366,7 @@ def table(columns, lines):
 
 def parts_table(rows):
     def cell(method):
-        return mean_and_error(difference(rows[method], rows[BASELINE]), "+") if method in rows else ""
+        return interval_text(difference(rows[method], rows[BASELINE]), "+") if method in rows else ""
 
     weights = ("as in latent DPO", "balanced", "as in NCP")
     lines = [
@@ -314,8 +388,8 @@ def duels_table(rows, withdrawn):
         [
             ours,
             theirs,
-            mean_and_error(difference(rows[ours], rows[theirs]), "+"),
-            row_win_rate(rows[ours], rows[theirs]),
+            interval_text(difference(rows[ours], rows[theirs]), "+"),
+            row_wins_text(rows[ours], rows[theirs]),
         ]
         for ours, theirs in DUELS
         if ours in rows and theirs in rows and withdrawn == (ours in WITHDRAWN or theirs in WITHDRAWN)
@@ -323,14 +397,68 @@ def duels_table(rows, withdrawn):
     return markdown(["", "against", "reward", "wins"], lines)
 
 
+def comparisons_of(results):
+    """Returns the differences `(trainings, captions)` of all rows that are compared, by `(ours, theirs)`."""
+    rows = {**results.rows, **results.withdrawn}
+    pairs = dict.fromkeys([*DUELS, *((method, BASELINE) for method in rows if method != BASELINE)])
+    return {
+        (ours, theirs): difference(rows[ours], rows[theirs])
+        for ours, theirs in pairs
+        if ours in rows and theirs in rows
+    }
+
+
+def first_seed_ahead(rows):
+    """Returns by how much the first seed's rewards are above the other seeds', after the chosen steps and after all others."""
+    chosen, others = [], []
+    for row in rows:
+        seeds = [seed for seed in row.tested if seed != protocol.SEED]
+        means = {seed: row.curve(seed).mean(axis=1) for seed in row.tested}
+        ahead = means[protocol.SEED] - np.mean([means[seed] for seed in seeds], axis=0)
+        for step, value in zip(row.steps, ahead):
+            (chosen if step == row.step else others).append(value)
+    return np.mean(chosen), np.mean(others)
+
+
+def conclusions_table(small, strong):
+    """
+    Returns a table of the differences between the rows of README's table, with what they say once all comparisons with both
+    bases are corrected for, and a sentence about all comparisons.
+    """
+    bases = {"small base": comparisons_of(small), "stronger base": comparisons_of(strong)}
+    tables = {(base, *pair): table for base, tables in bases.items() for pair, table in tables.items()}
+    p_values = adjusted_p_values(tables)
+
+    def cells(base, pair):
+        table = tables[base, *pair]
+        return [interval_text(table, "+"), verdict(table, p_values[base, *pair])]
+
+    pairs = [(ours, theirs) for (_, ours), (_, theirs) in studies.six_comparisons("six")]
+    pairs += [(f"simpo-{space}-filtered", BASELINE) for space in ("latent", "ncp")]
+    lines = [
+        [SUMMARY[ours], SUMMARY[theirs], *(cell for base in bases for cell in cells(base, (ours, theirs)))]
+        for ours, theirs in pairs
+    ]
+    columns = ["", "against", *(title for base in bases for title in (base, "says"))]
+    chosen, others = first_seed_ahead([*small.rows.values(), *small.withdrawn.values()])
+    significant = sum(p_value < SIGNIFICANT for p_value in p_values.values())
+    return f"""{markdown(columns, lines)}
+
+These are {len(lines)} of {len(tables)} comparisons, {" and ".join(f"{len(tables)} with the {base}" for base, tables in bases.items())}. A t test over trainings says that two rows
+differ, corrected for {len(tables)} comparisons by Holm's method, in {significant or "none"} of them.
+
+The first seed, which has chosen all settings, is {chosen:+.3f} from the mean of the others after the chosen steps of the
+{len(small.rows) + len(small.withdrawn)} rows with the small base, and {others:+.3f} after all other measured steps."""
+
+
 def all_steps(rows):
     return sorted({step for row in rows.values() for step in row.steps})
 
 
-def steps_table(rows, base):
+def steps_table(rows):
     lines = []
     for method, row in rows.items():
-        means = dict(zip(row.steps, np.mean([row.curve(seed, base) for seed in row.tested], axis=0)[1:]))
+        means = dict(zip(row.steps, np.mean([row.curve(seed) for seed in row.tested], axis=(0, 2))))
         lines.append([method, *(f"{means[step]:.3f}" if step in means else "" for step in all_steps(rows))])
     return markdown(["method", *all_steps(rows)], lines)
 
@@ -352,30 +480,27 @@ def choosing_table(rows):
     return markdown(["method", "learning rate", "β", *all_steps(rows), "chosen"], lines)
 
 
-def labels_table(rows, base):
+def labels_table(rows, references):
     """Shows the methods whose pairs are labelled by one part of the reward. They are measured by the same part."""
     lines = []
     for method, row in rows.items():
         kind, _, part = method.partition("-by-")
+        bases = [protocol.goal(method, references[protocol.base_name(seed)]) for seed in row.tested]
         line = [part, kind, len(row.tested), *settings_cells(row.learning_rate, row.beta), row.step]
-        line += [f"{protocol.goal(method, base):.3f}", mean_and_error(list(row.goals.values()))]
+        line += [f"{np.mean(bases):.3f}", interval_text(column(row.goals.values()))]
         latent = rows.get(method.replace("ncp", "latent"), row)
-        differences = [row.goals[seed] - latent.goals[seed] for seed in common_seeds(row, latent)]
-        lines.append([*line, "" if latent is row else mean_and_error(differences, "+")])
+        differences = column(row.goals[seed] - latent.goals[seed] for seed in common_seeds(row, latent))
+        lines.append([*line, "" if latent is row else interval_text(differences, "+")])
     return markdown(["labelled and measured by", "method", *SETTINGS, "base", "that part", "over latent DPO"], lines)
 
 
 def rounds_table(results):
     """Compares the models of `rounds.py` with each other."""
-    captions = len(protocol.split_scenes()[2])
     lines = []
     for ours, theirs in ROUND_DUELS:
-        rewards = [
-            [np.array(result["rewards"][name]["total"]).reshape(-1, captions) for result in results]
-            for name in (ours, theirs)
-        ]
-        differences = [(a - b).mean() for a, b in zip(*rewards)]
-        lines.append([ours, theirs, mean_and_error(differences, "+"), win_rate(*rewards)])
+        rewards = [[by_caption(result["rewards"][name]["total"]) for result in results] for name in (ours, theirs)]
+        differences = [difference_of(*pair) for pair in zip(*rewards)]
+        lines.append([ours, theirs, interval_text(differences, "+"), wins_text(*rewards)])
     return markdown(["", "against", "reward", "wins"], lines)
 
 
@@ -390,14 +515,19 @@ PLOTS = {
 }
 
 
-def plot(rows, base, path):
-    """Plots rewards by steps, in one panel for each of `PLOTS`."""
+def plot(rows, references, path):
+    """Plots rewards by steps, in one panel for each of `PLOTS`. Step 0 is the base from the same noise, where it was measured."""
     shown = {title: [method for method in rows if method in methods] for title, methods in PLOTS.items()}
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 4), sharey=True)
     for axis, (title, methods) in zip(axes, shown.items()):
         for method in methods:
-            curves = np.array([rows[method].curve(seed, base) for seed in rows[method].tested])
-            steps = [0, *rows[method].steps]
+            row, steps = rows[method], rows[method].steps
+            curves = np.array([row.curve(seed).mean(axis=1) for seed in row.tested])
+            bases = [references.get(protocol.base_name(seed)) for seed in row.tested]
+            if None not in bases:
+                number = protocol.PICTURES_PER_CAPTION
+                starts = [by_caption(base["total"])[:number].mean() for base in bases]
+                curves, steps = np.column_stack([starts, curves]), [0, *steps]
             (line,) = axis.plot(steps, curves.mean(axis=0), "--" if "latent" in method else "-", label=method)
             errors = curves.std(axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
             band = curves.mean(axis=0) - errors, curves.mean(axis=0) + errors
@@ -427,8 +557,8 @@ def load_results(folder):
     runs = [run for run in runs.values() if "method" in run]
     rows = load_rows(runs)
     labelled = {method: rows.pop(method) for method in list(rows) if "-by-" in method}
-    cells = {name: reference_cells(name, references[name]) for name in ("best", "base")}
-    cells |= {method: row_cells(row, rows[BASELINE], references["base"]) for method, row in rows.items()}
+    cells = {name: reference_cells(name, references) for name in ("best", "base")}
+    cells |= {method: row_cells(row, rows[BASELINE], references) for method, row in rows.items()}
     withdrawn = {method: rows.pop(method) for method in list(rows) if method in WITHDRAWN}
     return Results(runs, references, rows, withdrawn, labelled, cells)
 
@@ -449,7 +579,7 @@ These methods earned nothing, so the scripts no longer offer them. Their runs st
 - *sum* uses the mean of the errors in latent space and in feature space.
 - *inverted* takes the noise from DDIM inversion of the picture by the reference, as in InPO (arXiv:2503.18454).
 
-{method_table(results, REPORT_COLUMNS, results.withdrawn)}
+{method_table(results, (*COLUMNS, "seconds per step"), results.withdrawn)}
 
 {duels_table({**results.rows, **results.withdrawn}, withdrawn=True)}
 """
@@ -462,7 +592,7 @@ def describe_labelled(results):
 One part of the reward labels the same pairs. *match* is coarse. *drawing* is fine: the mean of quality and style. The same part chooses
 the settings.
 
-{labels_table(results.labelled, results.references["base"])}
+{labels_table(results.labelled, results.references)}
 """
 
 
@@ -470,15 +600,23 @@ def describe(results, folder):
     """Returns the report of a folder's results."""
     rows, references, captions = results.rows, results.references, len(protocol.split_scenes()[2])
     few, many = protocol.PICTURES_PER_CAPTION * captions, protocol.TEST_PICTURES_PER_CAPTION * captions
-    missing = [method for method in protocol.METHODS if method not in {**rows, **results.labelled}]
+    expected = [method for method in protocol.METHODS if protocol.NUM_SEEDS[method]]
+    missing = [method for method in expected if method not in {**rows, **results.labelled}]
     not_measured = f"Not measured: {', '.join(missing)}.\n" if missing else ""
     all_rows = {**rows, **results.withdrawn}
+    base = [
+        references[name]
+        for seed in range(max(protocol.NUM_SEEDS.values()))
+        if (name := protocol.base_name(seed)) in references
+    ]
+    base_note = "" if len(base) > 1 else " The base was measured with the first seed's noise only."
+    base_few = np.mean([each["total"][:few] for each in base])
     return f"""# Small world
 
 `python small_world/experiment.py` has made {len(results.runs)} runs. Their numbers and commands are in [`{protocol.RUNS_NAME}`]({protocol.RUNS_NAME}).
 `{COMMAND} --output_dir {os.path.relpath(folder, ROOT)}` has written this page.
 {not_measured}
-{method_table(results, REPORT_COLUMNS, ("best", "base", *rows))}
+{method_table(results, (*COLUMNS, "seconds per step"), ("best", "base", *rows))}
 
 ![Reward against steps](rewards.png)
 
@@ -487,12 +625,14 @@ def describe(results, folder):
 - *best possible* are well-drawn, outlined pictures that the base's VAE has encoded and decoded.
 - *learning rate*, *β* and *steps* are chosen for each method with the first seed, on other captions
   ([how](#how-settings-were-chosen)).
-- *over latent DPO* is the mean difference from latent DPO trained with the same seed, between pictures from the same noise. Each method
-  is at its best.
-- *at equal steps* is the same difference after latent DPO's steps. *at equal time* is the same difference after the time that latent
-  DPO's steps take. These two use {few} pictures, and *at equal time* interpolates between measured steps.
-- *beats latent DPO* is the share of pictures with a higher reward than latent DPO's, with its 95 % interval over captions and trainings.
-- ± is the standard error over trainings. With two or three trainings it is itself uncertain by a factor of two.
+- *over the base* is the mean difference from the base's pictures, and *over latent DPO* from those of latent DPO trained with the same
+  seed, between pictures from the same noise. Each method is at its best.{base_note}
+- *at equal steps* is the difference from latent DPO after latent DPO's steps. *at equal time* is the same difference after the time that
+  latent DPO's steps take. These two use {few} pictures, and *at equal time* interpolates between measured steps. A cell says so where
+  a method is past its own best step, or was not trained for as long.
+- *beats latent DPO* is the share of pictures with a higher reward than latent DPO's.
+- Numbers in brackets are 95 % intervals over trainings and captions ([how](../../tools/intervals.py)). All trainings share one draw of
+  pairs and labels, and no interval contains what another draw would change.
 - *seconds per step* is the time of one core of a machine that did other work as well. It is the median over all runs whose steps compute
   the same. Each run counts with the 10th percentile of its steps.
 
@@ -512,9 +652,9 @@ method is at its best. The scripts no longer offer the weights of `--timestep_we
 {describe_withdrawn(results) if results.withdrawn else ""}{describe_labelled(results) if results.labelled else ""}
 ## Reward by steps
 
-The mean of {few} pictures with the chosen learning rate and β. The base has {np.mean(references["base"]["total"][:few]):.3f}.
+The mean of {few} pictures with the chosen learning rate and β. The base has {base_few:.3f}.
 
-{steps_table(all_rows, references["base"])}
+{steps_table(all_rows)}
 
 ## How settings were chosen
 
@@ -538,8 +678,8 @@ def describe_rounds(results):
     lines = [
         [
             name,
-            mean_and_error([np.mean(result["rewards"][name]["total"]) for result in results]),
-            *(mean_and_error([result["rewards"][name][part] for result in results]) for part in PARTS),
+            interval_text([by_caption(result["rewards"][name]["total"]).mean(axis=0) for result in results]),
+            *(f"{np.mean([result['rewards'][name][part] for result in results]):.3f}" for part in PARTS),
         ]
         for name in results[0]["rewards"]
     ]
@@ -560,34 +700,51 @@ written from them.
 - Every training is latent DPO for {settings["steps"]} steps of 8 pairs, with rank 16, β {settings["beta_dpo"]:g} and learning rate {settings["learning_rate"]:g}. It has {settings["num_scenes"]} captions with
   {settings["pictures_per_scene"]} pictures each. Every two pictures of a caption are a pair.
 - A reward is the mean of {len(base["total"])} pictures of held-out captions for each seed. All models of a seed draw from the same noise.
-- *reward* in the second table is the mean difference between pictures from the same noise. ± is the standard error over seeds. *wins* is
-  the share of pictures with the higher reward, with its 95 % interval over captions and seeds.
+- *reward* in the second table is the mean difference between pictures from the same noise. *wins* is the share of pictures with the
+  higher reward. Numbers in brackets are 95 % intervals over seeds and captions ([how](../../tools/intervals.py)).
 """
+
+
+def describe_trade_off(results):
+    """Returns sentences on the base's reward, and on what SimPO on filtered pairs gains and loses."""
+    base, latent = results.cells["base"], results.rows[BASELINE]
+
+    def changes(method):
+        return ", ".join(f"{part} {results.rows[method].part(part) - latent.part(part):+.3f}" for part in PARTS)
+
+    return f"""The base's own reward is {base["reward"]}: {", ".join(f"{part} {base[part]}" for part in PARTS)}.
+Compared with latent DPO, SimPO on filtered pairs changes {changes("simpo-latent-filtered")} in latent space, and
+{changes("simpo-ncp-filtered")} in NCP's space."""
 
 
 def document_tables():
     """Returns the tables of the Markdown files outside this folder, by file and name."""
     small, strong = load_results(protocol.RESULTS), load_results(STRONG_RESULTS)
-    columns = ["method", *SETTINGS, "reward", *COMPARISONS]
     summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
-    summary = table(["method", "reward", *COMPARISONS], summary)
-    summary += f"\n\nThe base's own reward is {small.cells['base']['reward']}."
-    page = ROOT / "docs" / "results.md"
+    summary = f"{table(['method', *AT_THE_BEST], summary)}\n\n{describe_trade_off(small)}"
+    page, older = (ROOT / "docs" / name for name in ("results.md", "results_older.md"))
+    others = [method for method in small.rows if method not in SUMMARY]
+
+    def six_rows(results):
+        return method_table(results, COLUMNS, ("best", "base", *(name for name in SUMMARY if name in results.rows)))
+
     return {
         (ROOT / "README.md", "small-world"): summary,
         (ROOT / "docs" / "upstream_README.md", "small-world"): summary,
-        (page, "small-world-table"): method_table(small, columns, ("best", "base", *small.rows)),
-        (page, "small-world-duels"): duels_table(small.rows, withdrawn=False),
-        (page, "small-world-labels"): labels_table(small.labelled, small.references["base"]),
-        (page, "small-world-withdrawn"): method_table(small, columns, small.withdrawn),
-        (page, "small-world-strong"): method_table(strong, columns, ("best", "base", *strong.rows)),
+        (page, "small-world-conclusions"): conclusions_table(small, strong),
+        (page, "small-world-table"): six_rows(small),
+        (page, "small-world-strong"): six_rows(strong),
         (page, "small-world-rounds"): rounds_table(load_rounds(protocol.RESULTS)),
+        (older, "small-world-others"): method_table(small, COLUMNS, others),
+        (older, "small-world-duels"): duels_table(small.rows, withdrawn=False),
+        (older, "small-world-labels"): labels_table(small.labelled, small.references),
+        (older, "small-world-withdrawn"): method_table(small, COLUMNS, small.withdrawn),
     }
 
 
 def write_report(folder):
     results = load_results(folder)
-    plot(results.rows, results.references["base"], folder / "rewards.png")
+    plot(results.rows, results.references, folder / "rewards.png")
     (folder / "README.md").write_text(describe(results, folder), encoding="utf-8")
 
 

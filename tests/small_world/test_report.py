@@ -20,6 +20,11 @@ from conftest import ROOT
 from doc_tables import write_table
 
 
+@pytest.fixture
+def one_caption(monkeypatch):
+    monkeypatch.setattr(protocol, "split_scenes", lambda: ([], [], [None]))
+
+
 def run(method, seed, rewards, seconds_per_step):
     """Returns a run with the same reward for both pictures of one caption."""
     test = {str(step): {"total": [reward, reward]} for step, reward in zip(protocol.STEPS, rewards)}
@@ -28,7 +33,7 @@ def run(method, seed, rewards, seconds_per_step):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(monkeypatch, one_caption):
     """Two trainings of two methods. The best step of latent DPO is the second, that of NCP the third."""
     best_steps = {"dpo-latent": 150, "dpo-ncp": 225}
     monkeypatch.setattr(protocol, "choose", lambda method, load: (5e-4, 200, protocol.STEPS, best_steps[method]))
@@ -39,18 +44,57 @@ def rows(monkeypatch):
 
 def test_differences_at_the_best_at_equal_steps_and_at_equal_time(rows):
     latent, ncp = rows
-    base = {"total": [0.2, 0.2]}
-    assert report.difference(ncp, latent) == pytest.approx([0.2, 0.4])
-    assert report.mean_and_error(report.difference(ncp, latent), "+") == "+0.300 ± 0.100"
-    assert report.difference(ncp, latent, 150, 150) == pytest.approx([0.1, 0.1])
+    assert report.difference(ncp, latent) == pytest.approx(np.array([[0.2], [0.4]]))
+    # The t quantile of two trainings is 12.7.
+    assert report.interval_text(report.difference(ncp, latent), "+") == "+0.300 (-0.971 to +1.571)"
+    assert report.difference(ncp, latent, 150, 150) == pytest.approx(np.array([[0.1], [0.1]]))
     # While latent DPO makes 150 steps, NCP makes 75.
-    assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([-0.1, -0.1])
+    assert report.difference_at_equal_time(ncp, latent) == pytest.approx(np.array([[-0.1], [-0.1]]))
     # Or 112.5, between 75 and 150.
     ncp.seconds = [4 / 3]
-    assert report.difference_at_equal_time(ncp, latent, base) == pytest.approx([0.0, 0.0])
+    assert report.difference_at_equal_time(ncp, latent) == pytest.approx(np.array([[0.0], [0.0]]))
 
 
-def test_what_is_learnt_of_pairs_labelled_by_one_part(monkeypatch):
+def test_comparisons_say_where_a_method_was_not_trained_or_is_past_its_best(rows):
+    latent, ncp = rows
+    assert report.equal_time_cell(ncp, latent) == "-0.100 (-0.100 to -0.100)"
+    # While NCP makes its 225 steps, latent DPO makes 450, and at equal steps it is past its best.
+    assert report.equal_time_cell(latent, ncp) == "not measured: needs 450 steps, has 225"
+    ncp.seconds = [1]
+    assert report.equal_time_cell(latent, ncp) == "-0.500 (-1.771 to +0.771), past its best step, 150"
+    for row in (latent, ncp):
+        for seed in row.tested:
+            row.tested[seed]["test"][str(row.step)].update(dict.fromkeys(report.PARTS, 0.1))
+    assert report.row_cells(latent, ncp, {})["at equal steps"] == "-0.500 (-1.771 to +0.771), past its best step, 150"
+    assert report.row_cells(ncp, latent, {})["at equal steps"] == "+0.100 (+0.100 to +0.100)"
+
+
+def test_each_training_is_compared_with_the_base_from_its_own_noise(rows):
+    _, ncp = rows
+    references = {"base": {"total": [0.1, 0.3]}, "base-1": {"total": [0.3, 0.3]}}
+    assert report.difference_from_base(ncp, references) == pytest.approx(np.array([[0.4], [0.5]]))
+    del references["base-1"]
+    assert report.difference_from_base(ncp, references) is None
+
+
+def test_what_is_said_of_a_difference():
+    surely, hardly = np.array([[0.10], [0.11], [0.12]]), np.array([[0.01], [0.11], [0.18]])
+    level = np.array([[-0.005], [0.0], [0.004]])
+    # Holm: the smallest p value counts as often as there are comparisons.
+    p_values = report.adjusted_p_values({"hardly": hardly, "surely": surely, "level": level})
+    alone = {
+        name: report.adjusted_p_values({name: table})[name] for name, table in (("surely", surely), ("hardly", hardly))
+    }
+    assert p_values["surely"] == pytest.approx(3 * alone["surely"])
+    assert p_values["hardly"] == pytest.approx(2 * alone["hardly"])
+    assert report.verdict(surely, p_values["surely"]) == "ahead"
+    assert report.verdict(-surely, p_values["surely"]) == "behind"
+    assert report.verdict(surely, 0.05) == report.verdict(hardly, p_values["hardly"]) == "not known"
+    assert report.verdict(level, p_values["level"]) == "level"
+    assert report.verdict(level + 0.015, 1) == "not known"
+
+
+def test_what_is_learnt_of_pairs_labelled_by_one_part(monkeypatch, one_caption):
     monkeypatch.setattr(protocol, "choose", lambda method, load: (5e-4, 200, protocol.STEPS, 150))
     rows = {}
     for space, matches in (("latent", (0.5, 0.7)), ("ncp", (0.6, 0.9))):
@@ -59,26 +103,28 @@ def test_what_is_learnt_of_pairs_labelled_by_one_part(monkeypatch):
             runs.append(run(method, seed, (0.1, 0.1, 0.1), 1))
             runs[-1]["test"]["150"]["match"] = match
         rows[method] = report.Row(method, runs)
-    latent, ncp = report.labels_table(rows, {"match": 0.4}).splitlines()[2:]
-    assert latent == "| match | dpo-latent | 2 | 0.0005 | 200 | 150 | 0.400 | 0.600 ± 0.100 |  |"
-    assert ncp == "| match | dpo-ncp | 2 | 0.0005 | 200 | 150 | 0.400 | 0.750 ± 0.150 | +0.150 ± 0.050 |"
+    latent, ncp = report.labels_table(rows, {"base": {"match": 0.4}, "base-1": {"match": 0.5}}).splitlines()[2:]
+    assert latent == "| match | dpo-latent | 2 | 0.0005 | 200 | 150 | 0.450 | 0.600 (-0.671 to 1.871) |  |"
+    assert (
+        ncp
+        == "| match | dpo-ncp | 2 | 0.0005 | 200 | 150 | 0.450 | 0.750 (-1.156 to 2.656) | +0.150 (-0.485 to +0.785) |"
+    )
 
 
-def test_win_rate():
+def test_wins():
     # There are two captions with two pictures each. One caption wins 1.5 pictures of two, the other 1 of two.
     ours, theirs = [np.array([[1.0, 3], [2, 4]])], [np.array([[0.0, 3], [1, 5]])]
-    assert report.win_rate(ours, theirs) == "62% (25% – 100%)"
-    # More pictures of as many captions make it no surer, nor do trainings with the same pictures.
-    assert report.win_rate(3 * ours, 3 * theirs) == "62% (25% – 100%)"
+    assert report.wins(ours, theirs) == pytest.approx(np.array([[1.0, 0.25]]))
+    assert report.wins_text(ours, theirs).startswith("62% (")
 
 
-def test_win_rate_knows_that_trainings_differ():
+def test_wins_know_that_trainings_differ():
     # One training wins every caption, and the other loses every caption.
     ours, theirs = [np.ones((1, 200)), np.zeros((1, 200))], [np.zeros((1, 200)), np.ones((1, 200))]
-    assert report.win_rate(ours, theirs) == "50% (0% – 100%)"
+    assert report.wins_text(ours, theirs) == "50% (0% to 100%)"
 
 
-def test_rows_whose_steps_compute_the_same_share_their_times(monkeypatch):
+def test_rows_whose_steps_compute_the_same_share_their_times(monkeypatch, one_caption):
     monkeypatch.setattr(protocol, "choose", lambda method, load: (5e-4, 200, protocol.STEPS, 150))
     seconds = {
         "dpo-latent": 1,
@@ -103,13 +149,12 @@ def test_rows_whose_steps_compute_the_same_share_their_times(monkeypatch):
     for each in runs:
         for measured in each["test"].values():
             measured.update(dict.fromkeys(report.PARTS, 0.1))
-    monkeypatch.setattr(protocol, "split_scenes", lambda: ([], [], [None] * 2))
-    cells = {name: report.row_cells(row, rows["dpo-latent"], {"total": [0.1, 0.1]}) for name, row in rows.items()}
-    assert cells["linear-latent"]["at equal time"] == "+0.000"
-    assert "at equal time" not in cells["dpo-ncp-bf16-probe"]
+    cells = {name: report.row_cells(row, rows["dpo-latent"], {}) for name, row in rows.items()}
+    assert cells["linear-latent"]["at equal time"].startswith("+0.000")
+    assert cells["dpo-ncp-bf16-probe"]["at equal time"] == "not measured"
 
 
-def test_rounds():
+def test_rounds(one_caption):
     base, gains = {0: [0.1, 0.5], 1: [0.3, 0.3]}, {"base": 0, "round 1": 0.1, "round 2": 0.3, "round 3": 0.3}
     gains |= {"control 2": 0.1, "control 3": 0.2}
     settings = {"num_scenes": 4, "pictures_per_scene": 2, "steps": 3, "learning_rate": 1e-3, "beta_dpo": 200}
@@ -121,9 +166,9 @@ def test_rounds():
         }
         results.append({"settings": settings, "rewards": rewards})
     text = report.describe_rounds(results)
-    assert "| round 2 | 0.750 ± 0.150 | 0.300 ± 0.000 |" in text
-    assert "| round 2 | control 2 | +0.300 ± 0.100 | 100% (100% – 100%) |" in text
-    assert "| round 3 | round 2 | +0.000 ± 0.000 | 50% (50% – 50%) |" in text
+    assert "| round 2 | 0.750 (-1.156 to 2.656) | 0.300 |" in text
+    assert "| round 2 | control 2 | +0.300 (-0.971 to +1.571) | 100% (" in text
+    assert "| round 3 | round 2 | +0.000 (+0.000 to +0.000) | 50% (" in text
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +176,7 @@ def tables():
     return report.document_tables()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/upstream_README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/results_older.md", "docs/upstream_README.md"])
 def test_documents_hold_the_measured_tables(tables, page):
     held = {
         name: write_table(file, name, report.COMMAND, text, check=True)
@@ -151,13 +196,15 @@ def test_the_report_of_rounds_is_of_its_runs():
 
 
 def test_withdrawn_methods_keep_their_numbers(tables):
-    lines = [line.split(" | ") for line in tables[ROOT / "docs/results.md", "small-world-withdrawn"].splitlines()[2:]]
-    assert {line[0].lstrip("| "): line[6] for line in lines} == {
-        "dpo-latent-balanced": "-0.011 ± 0.010",
-        "dpo-ncp-balanced": "-0.017 ± 0.010",
-        "dpo-latent-profile": "+0.009 ± 0.007",
-        "dpo-latent-safeguard": "-0.056 ± 0.030",
-        "dpo-ncp-safeguard": "-0.056 ± 0.015",
-        "dpo-sum": "-0.038 ± 0.011",
-        "dpo-latent-inverted": "-0.004 ± 0.008",
+    lines = tables[ROOT / "docs/results_older.md", "small-world-withdrawn"].splitlines()
+    place = lines[0].strip("| ").split(" | ").index("over latent DPO")
+    cells = [line.lstrip("| ").split(" | ") for line in lines[2:]]
+    assert {line[0]: line[place].split()[0] for line in cells} == {
+        "dpo-latent-balanced": "-0.011",
+        "dpo-ncp-balanced": "-0.017",
+        "dpo-latent-profile": "+0.009",
+        "dpo-latent-safeguard": "-0.056",
+        "dpo-ncp-safeguard": "-0.056",
+        "dpo-sum": "-0.038",
+        "dpo-latent-inverted": "-0.004",
     }
