@@ -187,18 +187,10 @@ def measure(folder, judge_name, seed, lora=None):
     return {**experiment.summarize(parts), "total": [round(value, 4) for value in total.tolist()]}
 
 
-def base_name(judge_name, seed):
-    return f"base-{judge_name}-{seed}"
-
-
-def run_name(study, row_name, seed):
-    return f"{study}-{row_name}-{seed}"
-
-
 def train(folder, runs_file, study, row_name, seed, settings):
     """Makes a training of a study, measures it and adds it to `runs_file`."""
     row, (rate, beta, _, step) = STUDIES[study].rows[row_name], settings
-    steps, name = checkpoints_around(step), run_name(study, row_name, seed)
+    steps, name = checkpoints_around(step), studies.run_name(study, row_name, seed)
     output_dir = folder / "fresh-runs" / name
     start = time.process_time()
     options = {
@@ -221,11 +213,11 @@ def run_seed(folder, runs_file, study, seed, settings):
     """Makes what `runs_file` lacks of a seed of a study: the base's pictures and the trainings."""
     runs = protocol.load_runs(runs_file)
     for judge_name in dict.fromkeys(row.judge for row in STUDIES[study].rows.values()):
-        name = base_name(judge_name, seed)
+        name = studies.base_name(judge_name, seed)
         if name not in runs:
             protocol.append_run(runs_file, {"name": name, **measure(folder, judge_name, seed)})
     for row_name in STUDIES[study].rows:
-        if run_name(study, row_name, seed) not in runs:
+        if studies.run_name(study, row_name, seed) not in runs:
             train(folder, runs_file, study, row_name, seed, settings[row_name])
 
 

@@ -49,7 +49,7 @@ matplotlib.use("Agg")
 
 COMMAND = "python small_world/report.py"
 STRONG_RESULTS = Path(__file__).with_name("results_strong")
-ROUNDS_NAME = "rounds.jsonl"
+ROUNDS_NAME, FRESH_NAME = "rounds.jsonl", "fresh.md"
 BASELINE = "dpo-latent"
 # Methods that the trainer no longer offers. A step of each took as long as a step of the method beside it.
 WITHDRAWN = {
@@ -420,6 +420,46 @@ def first_seed_ahead(rows):
     return np.mean(chosen), np.mean(others)
 
 
+def score_of(run):
+    """Returns a fresh training's mean rewards of its three checkpoints `(captions,)`."""
+    return np.mean([by_caption(measured["total"]).mean(axis=0) for measured in run["test"].values()], axis=0)
+
+
+def study_tables(study, runs):
+    """
+    Returns the tables of a study's rows and of its comparisons.
+
+    Args:
+        study (`str`): one of `studies.STUDIES`, all of whose trainings are there.
+        runs (`dict`): lines of `fresh_runs.jsonl` by name.
+    """
+    rows, seeds, comparisons = studies.STUDIES[study]
+
+    def scores(study, row):
+        return np.array([score_of(runs[studies.run_name(study, row, seed)]) for seed in seeds])
+
+    lines = []
+    for name, row in rows.items():
+        trainings = [runs[studies.run_name(study, name, seed)] for seed in seeds]
+        bases = [by_caption(runs[studies.base_name(row.judge, seed)]["total"]).mean(axis=0) for seed in seeds]
+        parts = [
+            np.mean([measured[part] for training in trainings for measured in training["test"].values()])
+            for part in PARTS
+        ]
+        settings = settings_cells(trainings[0]["learning_rate"], trainings[0]["beta"])
+        steps = ", ".join(trainings[0]["test"])
+        line = [name, len(seeds), *settings, steps, interval_text(scores(study, name))]
+        lines.append([*line, *(f"{part:.3f}" for part in parts), interval_text(scores(study, name) - bases, "+")])
+    columns = ["row", *SETTINGS, "reward", *PARTS, "over the base"]
+    differences = {pair: scores(*pair[0]) - scores(*pair[1]) for pair in comparisons}
+    p_values = adjusted_p_values(differences)
+    compared = [
+        [*(row for _, row in pair), interval_text(table, "+"), f"{p_values[pair]:.3f}", verdict(table, p_values[pair])]
+        for pair, table in differences.items()
+    ]
+    return markdown(columns, lines), markdown(["", "against", "reward", "corrected p", "says"], compared)
+
+
 def conclusions_table(small, strong):
     """
     Returns a table of the differences between the rows of README's table, with what they say once all comparisons with both
@@ -644,9 +684,10 @@ Each method is at its best.
 
 ## What NCP is made of
 
-The reward of DPO minus that of latent DPO. Rows differ in what errors are measured in, columns in how timesteps are weighted. Each
-method is at its best. The scripts no longer offer the weights of `--timestep_weighting`. They keep *as in latent DPO* in latent space and
-*as in NCP* in feature space.
+The reward of DPO minus that of latent DPO. Rows differ in what errors are measured in, columns in how timesteps are weighted: *balanced*
+divides errors by the standard deviation of the margins at each timestep, and *as in NCP* gives margins the spread that NCP's have at each
+timestep (in latent space this is the method *profile*). Each method is at its best. The scripts no longer offer these weights. They keep
+*as in latent DPO* in latent space and *as in NCP* in feature space.
 
 {parts_table(all_rows)}
 {describe_withdrawn(results) if results.withdrawn else ""}{describe_labelled(results) if results.labelled else ""}
@@ -717,6 +758,21 @@ Compared with latent DPO, SimPO on filtered pairs changes {changes("simpo-latent
 {changes("simpo-ncp-filtered")} in NCP's space."""
 
 
+def describe_fresh(runs):
+    """Returns the report of the complete studies of `fresh.py`."""
+    complete = [study for study in studies.STUDIES if studies.is_complete(study, runs)]
+    sections = [
+        f"\n## {study}\n\n{rows}\n\n{compared}\n"
+        for study in complete
+        for rows, compared in [study_tables(study, runs)]
+    ]
+    return f"""# Fresh seeds in the small world
+
+`python small_world/fresh.py` has made the trainings in [`{studies.RUNS_NAME}`]({studies.RUNS_NAME}). This page is written from them. It has the
+studies that are complete. [analysis.md](../analysis.md) says what they are and what the columns mean.
+{"".join(sections)}"""
+
+
 def document_tables():
     """Returns the tables of the Markdown files outside this folder, by file and name."""
     small, strong = load_results(protocol.RESULTS), load_results(STRONG_RESULTS)
@@ -748,6 +804,12 @@ def write_report(folder):
     (folder / "README.md").write_text(describe(results, folder), encoding="utf-8")
 
 
+def write_fresh(folder):
+    runs = protocol.load_runs(folder / studies.RUNS_NAME)
+    if runs:
+        (folder / FRESH_NAME).write_text(describe_fresh(runs), encoding="utf-8")
+
+
 def write_rounds(folder):
     (folder / "rounds.md").write_text(describe_rounds(load_rounds(folder)), encoding="utf-8")
 
@@ -755,6 +817,7 @@ def write_rounds(folder):
 def main(args):
     for folder in [args.output_dir] if args.output_dir else (protocol.RESULTS, STRONG_RESULTS):
         write_report(folder)
+        write_fresh(folder)
     if args.output_dir is None:
         write_rounds(protocol.RESULTS)
         for (file, name), text in document_tables().items():

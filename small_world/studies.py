@@ -111,3 +111,22 @@ STUDIES = {
         ],
     ),
 }
+
+
+def run_name(study, row_name, seed):
+    """Returns the name of a training's line in `fresh_runs.jsonl`."""
+    return f"{study}-{row_name}-{seed}"
+
+
+def base_name(judge_name, seed):
+    """Returns the name of the line of the base's pictures, measured by a judge from the noise of a seed."""
+    return f"base-{judge_name}-{seed}"
+
+
+def is_complete(study, runs):
+    """Returns whether `runs` has all trainings of a study, and those of other studies that it is compared with."""
+    rows, seeds = STUDIES[study].rows, STUDIES[study].seeds
+    compared = {each for pair in STUDIES[study].comparisons for each in pair}
+    return all(
+        run_name(*each, seed) in runs for each in {*((study, row) for row in rows), *compared} for seed in seeds
+    )

@@ -16,6 +16,7 @@ import numpy as np
 import protocol
 import pytest
 import report
+import studies
 from conftest import ROOT
 from doc_tables import write_table
 
@@ -169,6 +170,31 @@ def test_rounds(one_caption):
     assert "| round 2 | 0.750 (-1.156 to 2.656) | 0.300 |" in text
     assert "| round 2 | control 2 | +0.300 (-0.971 to +1.571) | 100% (" in text
     assert "| round 3 | round 2 | +0.000 (+0.000 to +0.000) | 50% (" in text
+
+
+def test_a_study_is_reported_when_it_is_complete(one_caption, monkeypatch):
+    rows = {name: studies.Row(f"dpo-{name}", judge="second") for name in ("latent", "ncp")}
+    study = studies.Study(rows, range(10, 13), [(("tiny", "ncp"), ("tiny", "latent"))])
+    monkeypatch.setattr(studies, "STUDIES", {"tiny": study})
+    parts, runs = {"quality": 0.1, "match": 0.2, "style": 0.3}, {}
+    for seed in study.seeds:
+        runs[studies.base_name("second", seed)] = {"total": [seed / 100, seed / 100]}
+        for name, gain in (("latent", 0.1), ("ncp", 0.2)):
+            # Its three checkpoints differ, and trainings of NCP differ a little more.
+            rewards = [
+                seed / 100 + gain + change + (seed - 11) / 1000 * (name == "ncp") for change in (-0.05, 0, 0.05)
+            ]
+            test = {str(step): {"total": [reward, reward], **parts} for step, reward in zip((125, 150, 175), rewards)}
+            run = {"learning_rate": 1e-3, "beta": 200, "test": test}
+            runs[studies.run_name("tiny", name, seed)] = run
+    text = report.describe_fresh(runs)
+    assert (
+        "| latent | 3 | 0.001 | 200 | 125, 150, 175 | 0.210 (0.185 to 0.235) | 0.100 | 0.200 | 0.300 | +0.100 ("
+        in text
+    )
+    assert "| ncp | latent | +0.100 (+0.098 to +0.102) | 0.000 | ahead |" in text
+    del runs["tiny-ncp-12"]
+    assert "## tiny" not in report.describe_fresh(runs)
 
 
 @pytest.fixture(scope="module")
