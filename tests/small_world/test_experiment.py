@@ -113,7 +113,7 @@ def test_from_pairs_to_a_report(world, tmp_path, monkeypatch):
         if run["method"] == "dpo-latent"
     ]
     line = next(line for line in text.splitlines() if line.startswith("| dpo-latent | 2 |"))
-    assert f"| {np.mean(rewards):.3f} ± " in line
+    assert f"| {np.mean(rewards):.3f} (" in line
     assert Image.open(tmp_path / "rewards.png").size > (500, 200)
 
     sft = restored["sft-ncp-0.001-0"]
