@@ -454,6 +454,9 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
                 record |= {"prompt": prompts[caption], "tensors": safetensors.torch.save(tensors)}
                 record |= {"digest_0": digests[0], "digest_1": digests[1]}
                 records.append(record)
+        if not records and path.exists():
+            logger.warning(f"{path} is kept as it is: none of its pairs can be read now")
+            continue
         write_shard(path, PAIRS, records)
 
 

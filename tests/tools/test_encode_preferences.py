@@ -325,6 +325,7 @@ def test_a_missing_image_that_came_back_is_encoded(encode_sd15, tmp_path):
     (tmp_path / "data/images").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="Row 0 .*jpg_0 cannot be read"):
         encode_sd15(**{**options, "on_bad_sample": "error"})
+    assert encode_sd15(**options).contents() == before
     (tmp_path / "elsewhere").rename(tmp_path / "data/images")
     assert encode_sd15(**options).contents() == before
 
