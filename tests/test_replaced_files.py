@@ -175,7 +175,7 @@ def test_resume_refuses_replaced_images(run_sd15, tmp_path, kind):
 
 
 def test_a_replaced_parquet_file_is_read_anew(tmp_path):
-    words = ["--pretrained_model_name_or_path", "none", "--dataset_name", str(tmp_path / "data")]
+    words = ["--pretrained_model_name_or_path", "none", "--dataset_name", str(tmp_path)]
     args, columns = train_ncp_dpo_sd15.parse_args(words), pair_columns(6)
     file = Path(write_parquet(tmp_path / "data", columns), "train.parquet")
     stat = file.stat()

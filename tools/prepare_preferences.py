@@ -501,9 +501,8 @@ def read_comparisons(args):
     for flag, name in names.items():
         if pa.types.is_nested(table[name].type):
             raise ValueError(f"column {name} ({flag}) is of type {table[name].type}; filtering needs single values")
-        if table[name].null_count:
-            row = np.flatnonzero(table[name].is_null().to_numpy())[0]
-            raise ValueError(f"row {row}: {name} ({flag}) is null; filtering needs it in every row")
+        if len(missing := np.flatnonzero(table[name].is_null(nan_is_null=True).to_numpy())):
+            raise ValueError(f"row {missing[0]}: {name} ({flag}) is null or NaN; filtering needs it in every row")
     label = table[args.label_column].to_pandas()
     if len(wrong := np.flatnonzero(~label.isin([0, 0.5, 1]))):
         raise ValueError(f"row {wrong[0]}: {args.label_column} (--label_column) is not 1, 0 or 0.5: {label[wrong[0]]}")

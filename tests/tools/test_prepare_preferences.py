@@ -18,6 +18,7 @@ import decimal
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -843,14 +844,16 @@ def test_filter_names_images_that_it_cannot_read(tmp_path, capsys, source):
         ("label_0", None, "row 5: label_0 (--label_column) is null"),
         ("caption", None, "row 5: caption (--caption_column) is null"),
         ("image_1_uid", None, "row 5: image_1_uid (--image_1_uid_column) is null"),
+        ("order", math.nan, "row 5: order (--order_column) is null or NaN"),
     ],
 )
 @pytest.mark.bad_input
 def test_filter_names_rows_that_it_cannot_judge(tmp_path, capsys, column, value, message):
-    rows = random_metadata(16, seed=3)
+    rows = [{**row, "order": float(number)} for number, row in enumerate(random_metadata(16, seed=3))]
     rows[5][column] = value
     folder = write_parquet(tmp_path / "data", {name: [row[name] for row in rows] for name in rows[0]})
-    assert run("filter", "--dataset_name", folder, "--output_file", tmp_path / "kept.parquet") == 2
+    flags = ["--output_file", tmp_path / "kept.parquet", "--order_column", "order"]
+    assert run("filter", "--dataset_name", folder, *flags) == 2
     assert message in capsys.readouterr().err
 
 
