@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import hf_hub_download
 from picture_records import digest_of_file, load_picture
 from preference_pairs import digest_part, one_line
 from tqdm.auto import tqdm
@@ -60,6 +59,13 @@ def add_scorer_arguments(parser):
         "File sac+logos+ava1-l14-linearMSE.pth of LAION's aesthetic predictor, for --clipscore_model_name_or_path."
     )
     add("--aesthetic_weights", help=aesthetic)
+    base = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    add("--hpsv2_base_name_or_path", default=base, help="CLIP whose configuration and tokenizer HPSv2 has.")
+    weights = "File of {}. Default: it is downloaded from {}."
+    add("--hpsv2_weights", help=weights.format("HPSv2, such as HPS_v2.1_compressed.pt", "xswu/HPSv2"))
+    tokenizer = "Tokenizer that ImageReward has."
+    add("--imagereward_tokenizer_name_or_path", default="google-bert/bert-base-uncased", help=tokenizer)
+    add("--imagereward_weights", help=weights.format("ImageReward, ImageReward.pt", "THUDM/ImageReward"))
 
 
 class CLIPSimilarity(torch.nn.Module):
@@ -83,17 +89,21 @@ class CLIPSimilarity(torch.nn.Module):
         return self.factor * torch.nn.functional.cosine_similarity(*self.embed(prompts, images))
 
 
+def linear_layers(width):
+    """The linear layers of LAION's aesthetic predictor and of ImageReward, by the numbers that they have in the files."""
+    sizes = (width, 1024, 128, 64, 16, 1)
+    linear = [torch.nn.Linear(*shape) for shape in zip(sizes, sizes[1:])]
+    # There the first three are followed by dropout layers.
+    dropouts = [torch.nn.Identity() for _ in range(3)]
+    return torch.nn.Sequential(*itertools.chain(*zip(linear, dropouts)), *linear[3:])
+
+
 class Aesthetic(CLIPSimilarity):
     """LAION's aesthetic predictor: linear layers on a picture's CLIP ViT-L/14 embedding. Scores are about 1 to 10."""
 
     def __init__(self, model, weights):
         super().__init__(model, model)
-        sizes = (self.model.config.projection_dim, 1024, 128, 64, 16, 1)
-        linear = [torch.nn.Linear(*shape) for shape in zip(sizes, sizes[1:])]
-        # The numbers in the file count the dropout layers between the first ones.
-        self.head = torch.nn.Sequential(
-            *(layer for pair in zip(linear[:3], 3 * [torch.nn.Identity()]) for layer in pair), *linear[3:]
-        )
+        self.head = linear_layers(self.model.config.projection_dim)
         state = torch.load(weights, map_location="cpu", weights_only=True)
         self.head.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
         self.version = f"{Path(weights).name}@{digest_of_file(weights)[:12]}"
@@ -101,56 +111,6 @@ class Aesthetic(CLIPSimilarity):
     def forward(self, prompts, images):
         _, pictures = self.embed(prompts, images)
         return self.head(pictures).flatten()
-
-
-class HPSv2(torch.nn.Module):
-    """HPSv2.1 with the model of its package, whose own `score` would load the weights anew for every picture."""
-
-    def __init__(self):
-        super().__init__()
-        from hpsv2 import img_score
-        from hpsv2.src.open_clip import get_tokenizer
-
-        img_score.device = "cpu"
-        img_score.initialize_model()
-        self.model, self.preprocess = (img_score.model_dict[name] for name in ("model", "preprocess_val"))
-        self.version = "HPS_v2.1_compressed.pt"
-        weights = torch.load(hf_hub_download("xswu/HPSv2", self.version), map_location="cpu")
-        self.model.load_state_dict(weights["state_dict"])
-        self.model.eval()
-        self.tokenizer = get_tokenizer("ViT-H-14")
-
-    def forward(self, prompts, images):
-        device = next(self.model.parameters()).device
-        images = torch.stack([self.preprocess(image) for image in images]).to(device)
-        outputs = self.model(images, self.tokenizer(prompts).to(device))
-        return torch.linalg.vecdot(outputs["image_features"], outputs["text_features"])
-
-
-class ImageReward(torch.nn.Module):
-    """ImageReward with the model of its package, whose own `score` takes one picture, in some versions by its path only."""
-
-    version = "ImageReward-v1.0"
-
-    def __init__(self):
-        super().__init__()
-        import ImageReward as package
-
-        self.model = package.load(self.version, device="cpu").eval()
-
-    def forward(self, prompts, images):
-        device, blip = next(self.model.parameters()).device, self.model.blip
-        # Of as many tokens as it was trained with.
-        text = blip.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-        seen = blip.visual_encoder(torch.stack([self.model.preprocess(image) for image in images]).to(device))
-        read = blip.text_encoder(
-            text.input_ids.to(device),
-            attention_mask=text.attention_mask.to(device),
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=device),
-            return_dict=True,
-        )
-        return (self.model.mlp(read.last_hidden_state[:, 0]).flatten() - self.model.mean) / self.model.std
 
 
 class OwnScorer(torch.nn.Module):
@@ -231,15 +191,17 @@ def load_aesthetic(args):
 
 
 def load_hpsv2(args):
-    if importlib.util.find_spec("hpsv2") is None:
-        raise ImportError("To score with HPSv2.1, please install hpsv2: `pip install hpsv2`.")
-    return HPSv2()
+    from reward_models import HPSv2, find_weights
+
+    weights = find_weights("hpsv2_weights", args.hpsv2_weights, "xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    return HPSv2(args.hpsv2_base_name_or_path, weights)
 
 
 def load_imagereward(args):
-    if importlib.util.find_spec("ImageReward") is None:
-        raise ImportError("To score with ImageReward, please install it: `pip install image-reward`.")
-    return ImageReward()
+    from reward_models import ImageReward, find_weights
+
+    weights = find_weights("imagereward_weights", args.imagereward_weights, "THUDM/ImageReward", "ImageReward.pt")
+    return ImageReward(args.imagereward_tokenizer_name_or_path, weights)
 
 
 SCORERS = {
