@@ -558,7 +558,7 @@ PLOTS = {
 def plot(rows, references, path):
     """Plots rewards by steps, in one panel for each of `PLOTS`. Step 0 is the base from the same noise, where it was measured."""
     shown = {title: [method for method in rows if method in methods] for title, methods in PLOTS.items()}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown) + 1, 5), sharey=True, layout="constrained")
     for axis, (title, methods) in zip(axes, shown.items()):
         for method in methods:
             row, steps = rows[method], rows[method].steps
@@ -573,9 +573,9 @@ def plot(rows, references, path):
             band = curves.mean(axis=0) - errors, curves.mean(axis=0) + errors
             axis.fill_between(steps, *band, color=line.get_color(), alpha=0.12)
         axis.set(xlabel="steps", title=title)
-        axis.legend(fontsize=7, loc="lower left")
+        # Below the axes: in them it would cover curves.
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     axes[0].set(ylabel="true reward on held-out captions")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -116,6 +116,14 @@ def start_script(script, words, log, **environment):
     return process
 
 
+def run_tool(monkeypatch, script, *arguments):
+    """The exit code of `python script`, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    return stop.value.code
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

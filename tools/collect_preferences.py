@@ -14,7 +14,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Makes preference pairs from prompts: draws pictures, which models then judge or people rate.
+r"""Makes preference pairs from prompts: draws pictures, which models then judge or people rate.
 
     accelerate launch tools/collect_preferences.py draw --prompts_file prompts.txt --num_images 4 --output_dir drawn \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -32,9 +32,7 @@ the pictures of a prompt. With several `--num_inference_steps` or `--guidance_sc
 that exist, as training does. Both write parquet files for `--dataset_name`, with further columns, which training ignores.
 """
 
-import argparse
 import getpass
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -45,12 +43,21 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from common import LOCK_NAME, exit_code, iter_rows, locked_folder, read_metadata, whole_file
+from common import (
+    COUNT,
+    LOCK_NAME,
+    NOT_NEGATIVE,
+    ArgumentParser,
+    add_command,
+    iter_rows,
+    locked_folder,
+    number_type,
+    read_metadata,
+    require_package,
+    run,
+    whole_file,
+)
 from datasets import Value
-from judging import choose_pairs, judge_pairs
-from packaging.version import Version
 from picture_records import RECORD_NAME, read_pictures, write_pairs
 from pictures import (
     Flags,
@@ -63,7 +70,6 @@ from pictures import (
     open_source,
     save_settings,
 )
-from preference_pairs import COUNT, NOT_NEGATIVE, number_type
 from rating import CHOICES_NAME, Choices, Page, check_rated_folder, number_pairs, serve, write_choices
 from scorers import add_scorer_arguments, load_scorers, score_pictures
 
@@ -76,10 +82,10 @@ SHARE = number_type(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(metavar="draw | judge | rate", required=True)
 
-    command = commands.add_parser("draw", help="Draw pictures of prompts.")
+    command = add_command(commands, __doc__, "draw", "Draw pictures of prompts.")
     command.set_defaults(command=draw)
     add = command.add_argument
     add("--pretrained_model_name_or_path", nargs="+", required=True, help="One model, or several that take turns.")
@@ -88,14 +94,15 @@ def parse_args(input_args=None):
     lora = "Folder, .safetensors file or hub id of a LoRA, or several that take turns. none is the model alone."
     add("--lora_weights", nargs="+", default=["none"], help=lora)
     at_least_two = number_type(int, "at least 2", lambda value: value >= 2)
-    add("--num_images", type=at_least_two, default=4, help="Pictures of each prompt. Default: %(default)s.")
+    add("--num_images", type=at_least_two, default=4, help="Pictures of each prompt.")
     add_prompt_arguments(command)
     add_drawing_arguments(command, several=True)
-    add("--output_dir", required=True)
+    add("--output_dir", required=True, help="Folder for the pictures: a new one, or that of an earlier draw.")
 
     input_dir, output_dir = "Folder that draw wrote.", "Folder for the pairs."
 
-    command = commands.add_parser("judge", help="Let models choose, of drawn pictures or of pairs that exist.")
+    help = "Let models choose, of drawn pictures or of pairs that exist."
+    command = add_command(commands, __doc__, "judge", help)
     # Training reads such a column. Judging writes one.
     command.set_defaults(command=judge, preference_probability_column=None)
     source = command.add_mutually_exclusive_group(required=True)
@@ -105,10 +112,8 @@ def parse_args(input_args=None):
     command.add_argument("--output_dir", required=True, help=output_dir)
     add_scorer_arguments(command)
     drawn = command.add_argument_group("drawn pictures (--input_dir)")
-    pairs = (
-        "Every two pictures of a prompt (default), or the best against the worst, or each against the next. The first"
-    )
-    pairs += " scorer ranks. Pairs are kept if all scorers agree."
+    pairs = "Every two pictures of a prompt, the best against the worst, or each against the next, as the first scorer"
+    pairs += " ranks them. Pairs are kept if all scorers agree."
     drawn.add_argument("--pairs", choices=["all", "best_worst", "adjacent"], default="all", help=pairs)
     margin = drawn.add_mutually_exclusive_group()
     least = "Least difference of scores: one number for all scorers, or one for each in their order."
@@ -131,7 +136,8 @@ def parse_args(input_args=None):
     add("--on_bad_sample", choices=["error", "skip"], default="error", help="What to do with unreadable pairs.")
     add("--cache_dir", help="Where downloaded datasets are stored.")
 
-    command = commands.add_parser("rate", help="Let people choose, on a page in their browser.")
+    help = "Let people choose, on a page in their browser."
+    command = add_command(commands, __doc__, "rate", help)
     command.set_defaults(command=rate)
     add = command.add_argument
     add("--input_dir", required=True, help=input_dir)
@@ -146,6 +152,8 @@ def parse_args(input_args=None):
 
 
 def draw(args):
+    from accelerate import Accelerator
+
     accelerator = Accelerator()
     args.mixed_precision = choose_precision(args, accelerator)
     prompts = load_prompts(args)
@@ -236,12 +244,17 @@ def save_record(args, folder, pictures, loras):
 
 
 def judge(args):
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     args.scorers = list(dict.fromkeys(args.scorers))
     check_judge_arguments(args)
     # The first process to finish waits for the others. The default limit is some minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(kwargs_handlers=[patience])
     if args.input_dir is None:
+        from judging import judge_pairs
+
         judge_pairs(args, accelerator)
     else:
         judge_pictures(args, accelerator)
@@ -261,6 +274,8 @@ def check_judge_arguments(args):
 
 
 def judge_pictures(args, accelerator):
+    from judging import choose_pairs
+
     folder = Path(args.output_dir)
     if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
         raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
@@ -287,12 +302,7 @@ def judge_pictures(args, accelerator):
 
 
 def rate(args):
-    try:
-        installed = importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "0"
-    if Version(installed) < Version(GRADIO_VERSION):
-        raise ImportError(f'To rate on a page, please install Gradio: `pip install "gradio>={GRADIO_VERSION}"`.')
+    require_package("gradio", GRADIO_VERSION)
     folder, login = Path(args.output_dir), read_login(args)
     check_rated_folder(folder)
     with locked_folder(folder), tempfile.TemporaryDirectory() as served:
@@ -318,12 +328,9 @@ def read_login(args):
 
 
 def main(args):
-    """Runs a command. Wrong input is an error of one line and exit code 2."""
-    return exit_code(args.command, args) or 0
+    args.command(args)
 
 
 if __name__ == "__main__":
-    # Characters that the console's code page lacks are replaced.
-    sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(format="%(message)s")
-    sys.exit(main(parse_args()))
+    run(main, parse_args)

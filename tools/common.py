@@ -13,17 +13,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What several tools share: argument types, reading tables, and writing pairs as parquet files."""
+"""What several tools share: arguments, answers to mistakes, reading tables, and writing pairs as parquet files."""
 
+import argparse
 import bisect
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
+import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,10 +38,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, Value
 from datasets.table import table_cast
+from packaging.version import Version
 
 
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
 # Tools import `preference_pairs` and the training scripts from here.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 SCHEMA = Features({"jpg_0": Image(), "jpg_1": Image(), "label_0": Value("float64"), "caption": Value("string")})
 READ_BATCH_SIZE = 32  # rows that are held in memory with their images
@@ -51,31 +58,100 @@ ONE_SIDED = 0.9
 # Arguments
 
 
-def late_type(name, kind):
-    """The argument type `name` of `preference_pairs`, which is imported at the first use: torch takes seconds to load."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions, and adds a flag's default where its text does not say it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS or "efault" in action.help:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} Default: {' '.join(map(str, values))}."
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser of a tool or, by `add_subparsers`, of one of its commands. It answers a mistake in one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_command(commands, doc, name, help, **options):
+    """A parser of the command `name`. Its help shows the examples in `doc` that call it."""
+    examples = re.findall(rf"^    \S.* tools/\w+\.py {name} (?:.*\\\n)*.*\n", doc, re.MULTILINE)
+    return commands.add_parser(name.split()[-1], help=help, description="".join([help, "\n\n", *examples]), **options)
+
+
+def late_type(kind, find):
+    """
+    The argument type `find(preference_pairs)` of numbers of a `kind`. The module is imported at the first use: torch takes
+    seconds to load.
+    """
 
     def convert(text):
         import preference_pairs
 
-        return getattr(preference_pairs, name)(text)
+        return find(preference_pairs)(text)
 
-    convert.__name__ = kind
+    convert.__name__ = kind.__name__
     return convert
 
 
-COUNT = late_type("COUNT", "int")
-INDEX = late_type("INDEX", "int")
-POSITIVE = late_type("POSITIVE", "float")
-NOT_NEGATIVE = late_type("NOT_NEGATIVE", "float")
+def number_type(kind, rule, accepts):
+    """`preference_pairs.number_type`, late."""
+    return late_type(kind, lambda module: module.number_type(kind, rule, accepts))
+
+
+COUNT = late_type(int, lambda module: module.COUNT)
+NOT_NEGATIVE = late_type(float, lambda module: module.NOT_NEGATIVE)
+
+
+# Mistakes
+
+
+def is_mistake(error):
+    """
+    Whether an error says that the user's input is wrong. The system's errors do, and so do those that a check in a file of
+    ours raises. What comes from within a library is a defect of ours.
+    """
+    if isinstance(error, OSError):
+        return True
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(raised.filename).resolve().parent in (ROOT, TOOLS)
+    return isinstance(error, (ImportError, ValueError)) and is_ours and raised.line.startswith("raise ")
+
+
+def require_package(name, version="0"):
+    """Raises an `ImportError` unless a package of `tools/requirements.txt` is there in this version or a later one."""
+    try:
+        installed = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or Version(installed) < Version(version):
+        wanted = name if version == "0" else f"{name} {version} or later"
+        has = installed or "none"
+        raise ImportError(f"{wanted} is needed, and {has} is installed: run `pip install -r tools/requirements.txt`.")
 
 
 def exit_code(function, *arguments):
-    """What a function returns, or 2 if the user's input is wrong, which is an error of one line."""
+    """What a function returns, 0 for `None`, or 2 after one line about a user's mistake. Defects keep their traceback."""
     try:
-        return function(*arguments)
-    except (ImportError, OSError, ValueError, pa.ArrowException) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        return function(*arguments) or 0
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error:", *str(error).split(), file=sys.stderr)
         return 2
+
+
+def run(main, parse_args):
+    """Runs a tool as a command and exits."""
+    # Characters that the console's code page lacks are escaped.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(exit_code(lambda: main(parse_args())))
 
 
 # Reading

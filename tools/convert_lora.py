@@ -23,13 +23,11 @@ was trained if the checkpoint that holds the same LoRA is beside it. SDXL's laye
 programs understand too. sd-scripts itself has other names for them.
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-from common import exit_code, whole_file
+from common import ArgumentParser, run, whole_file
 
 
 # torch, peft and diffusers are imported late: they take seconds to load.
@@ -39,11 +37,11 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--lora_weights", type=Path, required=True, help=f"A file, or a folder with {WEIGHTS_NAME}.")
-    parser.add_argument("--output_file", type=Path, help="Default: the input's name with _kohya at its end.")
+    parser.add_argument(
+        "--output_file", type=Path, help="The new file. Default: the input's name with _kohya at its end."
+    )
     args = parser.parse_args(input_args)
     file = args.lora_weights / WEIGHTS_NAME if args.lora_weights.is_dir() else args.lora_weights
     if not file.is_file():
@@ -128,4 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(parse_args())))
+    run(main, parse_args)

@@ -14,7 +14,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Encodes preference pairs once. Any number of trainings can use the result and load neither VAE nor text encoders.
+r"""Encodes preference pairs once. Any number of trainings can use the result and load neither VAE nor text encoders.
 
     accelerate launch tools/encode_preferences.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --dataset_name kashif/pickascore --dataset_split_name validation --mixed_precision bf16 --output_dir encoded
@@ -36,7 +36,6 @@ import logging
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +47,7 @@ import datasets
 import pyarrow as pa
 import safetensors.torch
 import torch
-from common import LOCK_NAME, exit_code, locked_folder, map_ahead, open_files, read_files, whole_file
+from common import LOCK_NAME, ArgumentParser, locked_folder, map_ahead, open_files, read_files, run, whole_file
 from datasets import Dataset, Features, Value
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -109,16 +108,14 @@ the second did. Its `winner_probability` is the probability that the winner wins
 
 
 def create_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     preference_pairs.add_model_arguments(parser)
     preference_pairs.add_data_arguments(parser)
     add = parser.add_argument_group("encoding").add_argument
     precision = "Precision that training will use. Default: accelerate's configuration."
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
-    workers = "Threads that read and decode images. Default: 4."
+    workers = "Threads that read and decode images."
     add("--num_workers", type=preference_pairs.COUNT, default=4, help=workers)
     add("--output_dir", required=True, help="Folder for all output: a new one, or that of an interrupted encoding.")
     return parser
@@ -509,4 +506,4 @@ def encode(args, accelerator, trainer, vae_config, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(parse_args())))
+    run(main, parse_args)

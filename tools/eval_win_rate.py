@@ -14,7 +14,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Compares two Stable Diffusion models: how often one's pictures score higher, for the same prompts from the same noise.
+r"""Compares two Stable Diffusion models: how often one's pictures score higher, for the same prompts from the same noise.
 
     accelerate launch tools/eval_win_rate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --lora_weights ncp-dpo-sd15 --prompts_file PartiPrompts.tsv --prompt_column Prompt --scorers pickscore clipscore \
@@ -27,19 +27,13 @@ and `--baseline_unet` replace a model's U-Net by one that was published alone. I
 are not drawn again. To draw one side again, remove its folder.
 """
 
-import argparse
 import csv
 import html
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import transformers
-from accelerate import Accelerator
-from common import COUNT, locked_folder
-from intervals import win_rate_interval
+from common import COUNT, ArgumentParser, locked_folder, require_package, run
 from picture_records import load_picture
 from pictures import (
     Flags,
@@ -52,7 +46,6 @@ from pictures import (
     open_source,
     save_settings,
 )
-from scipy.stats import binomtest
 from scorers import add_scorer_arguments, load_scorers, score_pictures
 
 
@@ -66,21 +59,21 @@ DRAWING_ARGUMENTS = "num_images_per_prompt seed num_inference_steps guidance_sca
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("the two sides").add_argument
-    add("--pretrained_model_name_or_path", required=True)
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the model.")
     add("--variant", help="Variant of the model's files, for example fp16.")
     add("--revision", help="Revision of the model on the hub.")
     add("--lora_weights", help="Folder, .safetensors file or hub id of a LoRA. Default: none.")
     unet = "Hub id or folder of a U-Net that replaces the model's own"
     add("--unet", help=f"{unet}. Default: none.")
-    add("--baseline_model_name_or_path", help="Default: the same model.")
-    add("--baseline_variant", help="Default: --variant if the model is the same.")
-    add("--baseline_revision", help="Default: --revision if the model is the same.")
-    add("--baseline_lora_weights", help="Default: none.")
+    add("--baseline_model_name_or_path", help="Hub id or folder of the opponent. Default: the same model.")
+    add("--baseline_variant", help="Variant of its files. Default: --variant if the model is the same.")
+    add("--baseline_revision", help="Its revision on the hub. Default: --revision if the model is the same.")
+    add("--baseline_lora_weights", help="LoRA of the opponent. Default: none.")
     add("--baseline_unet", help=f"{unet}, for the baseline. Default: none.")
     add_evaluation_arguments(parser)
-    parser.add_argument("--output_dir", default="win-rate")
+    parser.add_argument("--output_dir", default="win-rate", help="Folder for pictures, scores and the page.")
     return parser.parse_args(input_args)
 
 
@@ -88,7 +81,7 @@ def add_evaluation_arguments(parser):
     """The flags that say which prompts are drawn and how, and what scores the pictures."""
     add_prompt_arguments(parser)
     add_drawing_arguments(parser)
-    number = "Pictures of each prompt. Intervals count them as one observation. Default: %(default)s."
+    number = "Pictures of each prompt. Intervals count them as one observation."
     parser.add_argument("--num_images_per_prompt", type=COUNT, default=1, help=number)
     add_scorer_arguments(parser)
 
@@ -144,6 +137,9 @@ def count_wins(scores, baseline_scores):
 
 def compare(scores, baseline_scores):
     """The `Comparison` of scores of shape `(prompts, pictures of a prompt)`."""
+    from intervals import win_rate_interval
+    from scipy.stats import binomtest
+
     wins = count_wins(scores, baseline_scores)
     p_value = binomtest(int((wins > 0.5).sum()), int((wins != 0.5).sum())).pvalue if (wins != 0.5).any() else 1.0
     return Comparison(np.median(scores), np.median(baseline_scores), *win_rate_interval(wins), p_value)
@@ -160,6 +156,9 @@ def write_csv(args, pictures, scores):
 
 def summarize(args, prompts, pictures, scores, settings, scorers):
     """Markdown tables: each scorer's `Comparison`, where the scorers come from, and both sides' settings."""
+    import torch
+    import transformers
+
     lines = [
         f"| {len(prompts)} prompts | median, model | median, baseline | win rate | 95 % | sign test, p |",
         "|---|---|---|---|---|---|",
@@ -206,14 +205,16 @@ def write_page(args, pictures, scores):
 
 
 def main(args):
+    from accelerate import Accelerator
+
+    require_package("scipy")
     accelerator = Accelerator()
     args.mixed_precision = choose_precision(args, accelerator)
     prompts = load_prompts(args)
     sources = {side: open_side(args, side) for side in SIDES}
     with locked_folder(args.output_dir, accelerator.is_main_process):
         # A scorer that cannot be loaded is an error before anything is drawn. Scorers stay on the CPU until all is drawn.
-        scorers = load_scorers(args)
-        evaluate(args, accelerator, prompts, sources, scorers)
+        evaluate(args, accelerator, prompts, sources, load_scorers(args))
     accelerator.end_training()
 
 
@@ -249,6 +250,4 @@ def evaluate(args, accelerator, prompts, sources, scorers):
 
 
 if __name__ == "__main__":
-    # Characters that the console's code page lacks are replaced.
-    sys.stdout.reconfigure(errors="replace")
-    main(parse_args())
+    run(main, parse_args)

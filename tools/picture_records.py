@@ -22,7 +22,6 @@ from pathlib import Path
 from common import SCHEMA, iter_rows, name_source, read_metadata, source_warning, write_shards
 from datasets import Features, Value
 from huggingface_hub.utils.sha import sha_fileobj
-from preference_pairs import read_image, same_prompt_key
 from tqdm.auto import tqdm
 
 
@@ -45,6 +44,8 @@ def digest_of_file(path):
 
 
 def load_picture(path):
+    from preference_pairs import read_image
+
     try:
         return read_image(path)
     except Exception as error:
@@ -57,6 +58,8 @@ def read_pictures(input_dir):
     Missing pictures, and those that equal another one of their prompt, are left out with a warning. A `ValueError` names a
     line that is wrong or leads out of the folder.
     """
+    from preference_pairs import same_prompt_key
+
     file = Path(input_dir, RECORD_NAME)
     if not file.is_file():
         raise ValueError(f"--input_dir {input_dir} has no {RECORD_NAME}. Give the folder that draw wrote.")

@@ -23,31 +23,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from common import whole_file
+from common import COUNT, NOT_NEGATIVE, number_type, whole_file
 from datasets import load_dataset
 from huggingface_hub import list_repo_files, snapshot_download
-from packaging.version import Version
-from peft.tuners.lora import LoraLayer
 from picture_records import RECORD_NAME, digest_of_file
-from preference_pairs import COUNT, NOT_NEGATIVE, digest_model, digest_part, find_fault, number_type, one_line
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-import diffusers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import (
-    check_min_version,
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 
-
-# Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.36.0")
-
-DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
+# torch, peft, diffusers and preference_pairs are imported late: they take seconds to load.
 SETTINGS_NAME = "settings.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 # Names of a component's weights, with or without a variant.
@@ -64,27 +47,29 @@ RESOLUTION = number_type(int, "a multiple of 8", lambda value: value >= 8 and va
 
 def add_prompt_arguments(parser):
     add = parser.add_argument_group("prompts: give one of the first three").add_argument
-    add("--prompts", nargs="+")
+    add("--prompts", nargs="+", help="The prompts themselves.")
     add("--prompts_file", help=".txt with one prompt a line, .tsv, .csv or .parquet.")
     add("--dataset_name", help="Hub id or local folder of a dataset with a column of prompts.")
     add("--dataset_config_name", help="Configuration of the dataset.")
-    add("--dataset_split_name", default="train", help="Split of the dataset. Default: %(default)s.")
-    add("--prompt_column", default="caption", help="Column of the prompts. Default: %(default)s.")
+    add("--dataset_split_name", default="train", help="Split of the dataset.")
+    add("--prompt_column", default="caption", help="Column of the prompts.")
     add("--max_prompts", type=COUNT, help="Use only the first so many prompts.")
 
 
 def add_drawing_arguments(parser, several=False):
     """With `several`, `--num_inference_steps` and `--guidance_scale` take lists."""
-    nargs = "+" if several else None
+    nargs, one_of = ("+", " Of several, each picture has one at random.") if several else (None, "")
     add = parser.add_argument_group("pictures").add_argument
-    add("--seed", type=SEED, default=0)
+    add("--seed", type=SEED, default=0, help="Seed of the noise that pictures are drawn from.")
     scheduler = "A scheduler of diffusers, for example DDIMScheduler or ddim. Default: the model's own."
     add("--scheduler", help=scheduler)
-    add("--num_inference_steps", type=COUNT, nargs=nargs, default=[50] if several else 50)
-    add("--guidance_scale", type=NOT_NEGATIVE, nargs=nargs, default=[7.5] if several else 7.5)
-    add("--resolution", type=RESOLUTION, help="Default: the model's own.")
+    steps, scale = (50, 7.5) if not several else ([50], [7.5])
+    steps_help, scale_help = (f"{what}.{one_of}" for what in ("Denoising steps", "Classifier-free guidance; 1: none"))
+    add("--num_inference_steps", type=COUNT, nargs=nargs, default=steps, help=steps_help)
+    add("--guidance_scale", type=NOT_NEGATIVE, nargs=nargs, default=scale, help=scale_help)
+    add("--resolution", type=RESOLUTION, help="Side of the pictures in pixels. Default: the model's own.")
     add("--batch_size", type=COUNT, default=4, help="Pictures drawn at once. The noise does not depend on it.")
-    precision = "Default: fp16 on a GPU, no on the CPU."
+    precision = "Precision of the model. Default: fp16 on a GPU, no on the CPU."
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
 
 
@@ -93,6 +78,8 @@ def add_drawing_arguments(parser, several=False):
 
 def load_prompts(args):
     """The prompts in order. A `ValueError` names the flag and the line, row or number of what cannot be a prompt."""
+    from preference_pairs import one_line
+
     given = [flag for flag in ("prompts", "prompts_file", "dataset_name") if getattr(args, flag) is not None]
     if len(given) != 1:
         raise ValueError(f"Give one of --prompts, --prompts_file and --dataset_name, not {len(given)} of them.")
@@ -180,9 +167,13 @@ class Source(NamedTuple):
     flags: Flags
 
     def model_digest(self):
+        from preference_pairs import digest_model
+
         return digest_model(self.model, self.revision, self.variant)
 
     def unet_digest(self):
+        from preference_pairs import digest_part
+
         return None if self.unet is None else digest_part(self.unet[0], self.unet[1] or "")
 
     def lora_digest(self):
@@ -191,6 +182,10 @@ class Source(NamedTuple):
 
 def open_source(args, flags, model, variant, revision, lora, unet=None):
     """A `Source`. A `ValueError` names the flag that is wrong, as far as that shows before weights are loaded."""
+    from preference_pairs import one_line
+
+    from diffusers import DiffusionPipeline
+
     if Path(model).is_file():
         raise ValueError(
             f"--{flags.model} {model} is a single file. Give the folder that StableDiffusionPipeline (or "
@@ -208,6 +203,8 @@ def open_source(args, flags, model, variant, revision, lora, unet=None):
 
 def choose_scheduler(args, model, index):
     """The name of the scheduler class: that of `--scheduler`, or the model's own. `index` is its model_index.json."""
+    import diffusers
+
     default = index.get("scheduler", [None, None])[1]
     if args.scheduler in (None, default):
         return default
@@ -224,6 +221,10 @@ def choose_scheduler(args, model, index):
 
 def find_unet(flags, model, revision, unet):
     """A U-Net that is given by its hub id or folder: its name and its subfolder. Those of whole models are in unet."""
+    from preference_pairs import one_line
+
+    from diffusers import UNet2DConditionModel
+
     own, found, reasons = UNet2DConditionModel.load_config(model, revision=revision, subfolder="unet"), None, []
     for subfolder in (None, "unet"):
         try:
@@ -261,6 +262,8 @@ def check_variant(flags, model, variant, revision, index):
 
 def find_lora_file(flags, lora):
     """The file of a LoRA that is given by its file, folder or hub id."""
+    from preference_pairs import one_line
+
     path = Path(lora)
     if not path.exists():
         try:
@@ -283,17 +286,26 @@ def choose_precision(args, accelerator):
 
 def load_pipeline(args, source):
     """A source's pipeline on the CPU. A `ValueError` says that it, its U-Net or its LoRA cannot be loaded whole."""
-    dtype = {DTYPE: {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)}
+    import torch
+    from packaging.version import Version
+    from preference_pairs import find_fault, one_line
+    from safetensors import SafetensorError
+
+    import diffusers
+
+    dtype_name = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
+    dtype = {dtype_name: {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)}
     components = {}
     if source.unet is not None:
         name, subfolder = source.unet
         try:
-            components["unet"] = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, **dtype)
+            unet = diffusers.UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, **dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = find_fault(name) or one_line(error)
             raise ValueError(f"--{source.flags.unet} {name} cannot be loaded: {reason}") from error
+        components["unet"] = unet
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
             source.model, variant=source.variant, revision=source.revision, **components, **dtype
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -316,6 +328,11 @@ def load_lora(pipeline, named, file, adapter_name):
     Adds a LoRA to a pipeline. A `ValueError` says that it does not fit: diffusers itself would skip layers that the model lacks
     and the scales of a DoRA in kohya's format. `named` is the flag and its value.
     """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from preference_pairs import find_fault, one_line
+    from safetensors import safe_open
+
     try:
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
@@ -353,6 +370,12 @@ def read_strengths(pipeline, file):
     What a LoRA's file multiplies the update of each layer by, alpha / rank: diffusers gives some layers the alpha of others.
     Empty if the file holds PEFT's configuration, which says it.
     """
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
     options = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
     tensors, alphas, config = pipeline.lora_state_dict(file.parent, weight_name=file.name, **options)
     if config:
@@ -475,6 +498,8 @@ def draw_batch(args, pipeline, batch):
     Draws pictures of the same settings and saves those that are missing. A `ValueError` says that one is not finite: diffusers
     would make NaN black and infinite values black or white.
     """
+    import torch
+
     decoded = []
     hook = pipeline.vae.decoder.register_forward_hook(lambda *values: decoded.append(values[-1]))
     values = pipeline(

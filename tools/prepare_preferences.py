@@ -56,7 +56,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,14 +68,16 @@ import pyarrow.parquet as pq
 from common import (
     COUNT,
     SCHEMA,
+    ArgumentParser,
     ParquetFiles,
-    exit_code,
+    add_command,
     iter_rows,
     map_ahead,
     name_source,
     pair_ranks,
     read_metadata,
     require_columns,
+    run,
     source_warning,
     whole_file,
     write_shards,
@@ -822,10 +823,10 @@ def read_kept_rows(args, skipped):
 
 def shared_flags(*flags, **columns):
     """A parent parser with flags `(name, default, help)` and flags of columns, `name=(default, what it holds)`."""
-    parent = argparse.ArgumentParser(add_help=False)
+    parent = ArgumentParser(add_help=False)
     flags += tuple((name, default, f"Column of {meaning}.") for name, (default, meaning) in columns.items())
     for name, default, text in flags:
-        parent.add_argument(f"--{name}", default=default, help=text + (" Default: %(default)s." if default else ""))
+        parent.add_argument(f"--{name}", default=default, help=text)
     return parent
 
 
@@ -855,48 +856,43 @@ def parse_args(input_args=None):
         caption_column=("caption", "the caption"),
     )
     prompts = shared_flags(caption_column=("prompt", "the caption"))
-    output = argparse.ArgumentParser(add_help=False)
+    output = ArgumentParser(add_help=False)
     output.add_argument("--output_dir", required=True, help="New folder for the parquet files.")
-    output.add_argument(
-        "--max_shard_size_mb", type=COUNT, default=500, help="MiB of a parquet file. Default: %(default)s."
-    )
+    output.add_argument("--max_shard_size_mb", type=COUNT, default=500, help="MiB of a parquet file.")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(metavar="check | filter | convert", required=True)
 
-    command = commands.add_parser("check", parents=[source, images, labels], help="Report what training would meet.")
+    help = "Report what training would meet."
+    command = add_command(commands, __doc__, "check", help, parents=[source, images, labels])
     command.set_defaults(command=check)
     add = command.add_argument
     add("--preference_probability_column", help="Column of the probability that image 0 wins, if training reads one.")
     add("--pretrained_model_name_or_path", help="Model whose tokenizer says which captions are too long.")
     add("--revision", help="Revision of the model.")
-    add("--resolution", type=COUNT, default=512, help="Images smaller than this are named. Default: %(default)s.")
+    add("--resolution", type=COUNT, default=512, help="Images smaller than this are named.")
     threads = min(os.cpu_count(), 16)
-    add("--num_proc", type=COUNT, default=threads, help="Threads that decode images. Default: %(default)s.")
-    add("--max_listed", type=COUNT, default=20, help="Findings of each kind that are named. Default: %(default)s.")
+    add("--num_proc", type=COUNT, default=threads, help="Threads that decode images.")
+    add("--max_listed", type=COUNT, default=20, help="Findings of each kind that are named.")
 
-    command = commands.add_parser(
-        "filter",
-        parents=[source, images, optional_uids, labels],
-        help="Keep the pairs won by an absolute winner of its prompt.",
-    )
+    help = "Keep the pairs won by an absolute winner of its prompt: an image that neither lost nor drew."
+    command = add_command(commands, __doc__, "filter", help, parents=[source, images, optional_uids, labels])
     command.set_defaults(command=filter_pairs)
     add = command.add_argument
     add("--output_file", required=True, help="Parquet file for the kept rows, for `convert rows`.")
-    help = "Different pairs that a winner must have won under its prompt. The authors' code has 1, the paper 2. Default: 1."
+    help = "Different pairs that a winner must have won under its prompt. The authors' code has 1, the paper 2."
     add("--min_wins", type=COUNT, default=1, help=help)
-    help = "Keep a winner's pairs with all its losers, or the latest of them, by row. Default: all."
+    help = "Keep a winner's pairs with all its losers, or the latest of them, by row."
     add("--losers", choices=["all", "latest"], default="all", help=help)
     add("--order_column", help="Column that `latest` goes by instead of the row, such as created_at.")
     help = "Keep at most this many pairs of each prompt: those whose winners won most often, then the earlier rows."
     add("--max_pairs_per_prompt", type=COUNT, help=help)
 
-    sources = commands.add_parser("convert", help="Make a dataset that the trainers read.").add_subparsers(
-        metavar="pairs | rankings | folders | pick_a_pic | rows", required=True
-    )
+    command = add_command(commands, __doc__, "convert", "Make a dataset that the trainers read.")
+    sources = command.add_subparsers(metavar="pairs | rankings | folders | pick_a_pic | rows", required=True)
 
     def add_conversion(name, read_candidates, help, *parents):
-        conversion = sources.add_parser(name, parents=[*parents, output], help=help)
+        conversion = add_command(sources, __doc__, f"convert {name}", help, parents=[*parents, output])
         conversion.set_defaults(command=convert, read_candidates=read_candidates)
         return conversion.add_argument
 
@@ -908,7 +904,7 @@ def parse_args(input_args=None):
     add = add_conversion("rankings", read_rankings, help, source, prompts, ranked)
     add("--higher_is_better", action="store_true", help="The ranks are scores. Without this flag, 1 is the best.")
     add("--group_column", help="Column that tells rankings of the same prompt apart. Default: the caption's column.")
-    help = "Every two of different ranks, the best against the worst, or each rank against the next. Default: all."
+    help = "Every two of different ranks, the best against the worst, or each rank against the next."
     add("--pairs", choices=["all", "best_worst", "adjacent"], default="all", help=help)
 
     add = add_conversion(
@@ -916,7 +912,7 @@ def parse_args(input_args=None):
     )
     add("--winners", required=True, help="Folder of the winners, with the captions.")
     add("--losers", required=True, help="Folder of the losers.")
-    add("--caption_extension", default=".txt", help="Extension of the caption files. Default: %(default)s.")
+    add("--caption_extension", default=".txt", help="Extension of the caption files.")
 
     kept_elsewhere = shared_flags(
         ("images_dir", None, "Folder of images named by their uids, sub-folders included."),
@@ -936,11 +932,9 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    return exit_code(args.command, args)
+    return args.command(args)
 
 
 if __name__ == "__main__":
-    # Characters that a code page lacks are escaped.
-    sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s")
-    sys.exit(main(parse_args()))
+    run(main, parse_args)

@@ -337,6 +337,7 @@ HTML = """
   <button>Start</button>
 </form>
 <section hidden>
+  <p class="task">Click the better picture of</p>
   <h2></h2>
   <div class="pictures">
     <button data-action="left" aria-label="The left one is better"></button>
@@ -349,18 +350,19 @@ HTML = """
     <button data-action="skip">Skip <kbd>S</kbd></button>
     <button data-action="right" class="side">Right <kbd>&rarr;</kbd></button>
   </div>
-  <progress></progress>
+  <progress value="0"></progress>
   <p class="status"></p>
 </section>
 <p class="message" role="alert"></p>
 """
 CSS = """
 max-width: 1400px; margin: auto; text-align: center;
+.task { margin: 0; }
 h2 { font-size: 1.2rem; font-weight: bold; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .pictures, .controls { display: flex; gap: .5rem; justify-content: center; }
 .pictures button { flex: 1; border: 3px solid transparent; border-radius: 6px; }
 .pictures button:hover { border-color: var(--color-accent); }
-.pictures img { width: 100%; height: calc(100vh - 13rem); object-fit: contain; }
+.pictures img { width: 100%; height: calc(100vh - 14.5rem); object-fit: contain; }
 .controls { margin: .6rem 0; }
 .controls button, form button, input { padding: .5rem 1rem; border: 1px solid gray; border-radius: 6px; background: none; }
 kbd { opacity: .6; }
@@ -370,7 +372,7 @@ progress { width: 100%; accent-color: var(--color-accent); }
 .message { color: #d00; font-weight: bold; }
 @media (max-width: 640px) {
   .pictures { flex-direction: column; }
-  .pictures img { height: calc(50vh - 7.5rem); }
+  .pictures img { height: calc(50vh - 8.25rem); }
   kbd, .side { display: none; }
 }
 """
@@ -408,6 +410,7 @@ async function show(answer) {
   for (const url in loaded) if (![...state.pictures, ...state.ahead].includes(url)) delete loaded[url];
   element.querySelectorAll(".pictures button").forEach((button, side) => button.replaceChildren(...images.slice(side, side + 1)));
   find("h2").textContent = state.pair ? state.prompt : "All pairs are rated. Thank you!";
+  find(".task").hidden = !state.pair;
   find("section").dataset.pair = state.pair ?? "";
   find("progress").max = state.total;
   find("progress").value = state.done;

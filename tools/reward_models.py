@@ -27,7 +27,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from preference_pairs import digest_files, one_line
-from scorers import linear_layers
+from scorer_models import linear_layers
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel

@@ -18,8 +18,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,7 +31,7 @@ import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from common import locked_folder, open_files, read_files
-from conftest import ROOT, SCRIPTS, reset_accelerate, run_on_two_processes
+from conftest import SCRIPTS, reset_accelerate, run_on_two_processes
 from datasets import Dataset
 from PIL import Image
 from tiny_checkpoints import (
@@ -558,27 +556,3 @@ def test_a_parquet_file_with_a_wrong_column_is_named(tmp_path, change):
     ):
         urls = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
         open_files(encode_preferences.parse_args(arguments), urls, pool, 4)
-
-
-@pytest.mark.bad_input
-def test_a_users_mistake_is_one_line(tmp_path):
-    words = ["--pretrained_model_name_or_path", "m", "--output_dir", str(tmp_path)]
-    result = subprocess.run([sys.executable, encode_preferences.__file__, *words], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
-    assert "--dataset_name" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_help_imports_no_trainer():
-    code = "import sys, encode_preferences as tool; {}; print(*sys.modules)"
-    parser = "tool.create_parser().format_help()"
-    result = subprocess.run(
-        [sys.executable, "-c", code.format(parser)], capture_output=True, text=True, cwd=ROOT / "tools"
-    )
-    assert not {"accelerate", "diffusers", "peft", "transformers"} & set(result.stdout.split())
-    assert "preference_pairs" in result.stdout
-
-
-def test_help_is_ascii(capsys):
-    with pytest.raises(SystemExit):
-        encode_preferences.parse_args(["--help"])
-    assert capsys.readouterr().out.isascii()

@@ -26,10 +26,11 @@ from types import SimpleNamespace
 
 import eval_win_rate
 import numpy as np
-import picture_records
 import pictures
+import preference_pairs
 import pytest
 import safetensors.torch
+import scorer_models
 import scorers
 import torch
 from common import locked_folder
@@ -586,12 +587,6 @@ def test_any_folder_any_code_page(evaluate, checkpoints, tmp_path):
     assert json.loads((folder / "model/settings.json").read_bytes())["prompts"] == ["a cat in \u6771\u4eac"]
 
 
-def test_help_is_ascii(capsys):
-    with pytest.raises(SystemExit):
-        eval_win_rate.parse_args(["--help"])
-    assert capsys.readouterr().out.isascii()
-
-
 def load_prompts(*flags):
     words = ["--pretrained_model_name_or_path", "none", *map(str, flags)]
     return pictures.load_prompts(eval_win_rate.parse_args(words))
@@ -725,7 +720,7 @@ def test_pictures_are_decoded_once_for_all_scorers(evaluate, monkeypatch):
         decoded.append(path)
         return Image.open(path)
 
-    monkeypatch.setattr(picture_records, "read_image", note)
+    monkeypatch.setattr(preference_pairs, "read_image", note)
     folder = evaluate("--scorers", "pickscore", "clipscore")
     assert sorted(decoded) == sorted(
         [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
@@ -751,7 +746,7 @@ def test_aesthetic_head(evaluate, clip, tmp_path):
     folder = evaluate("--scorers", "aesthetic", aesthetic_weights=tmp_path / "head.pth")
     row = next(csv.DictReader(open(folder / "scores.csv")))
 
-    scorer = scorers.CLIPSimilarity(clip, clip)
+    scorer = scorer_models.CLIPSimilarity(clip, clip)
     with torch.no_grad():
         _, x = scorer.embed([""], [Image.open(folder / "model" / "00000.png")])
         for number in sizes:

@@ -23,7 +23,7 @@ import numpy as np
 import prepare_preferences
 import pyarrow.parquet as pq
 import pytest
-from common import locked_folder
+from common import exit_code, locked_folder
 from conftest import reset_accelerate, run_on_two_processes
 from PIL import Image
 from tiny_checkpoints import encoded, write_parquet
@@ -87,7 +87,7 @@ def judge(tmp_path, monkeypatch):
 
     def run(**options):
         reset_accelerate()
-        return collect_preferences.main(collect_preferences.parse_args(words(**options)))
+        return exit_code(collect_preferences.main, collect_preferences.parse_args(words(**options)))
 
     run.words = words
     return run

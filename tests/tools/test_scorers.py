@@ -15,6 +15,7 @@
 
 import eval_win_rate
 import pytest
+import scorer_models
 import scorers
 import torch
 from conftest import ROOT
@@ -224,7 +225,7 @@ def imagereward(tmp_path_factory):
     models = (
         BlipVisionModel(vision).eval(),
         BlipTextModel(text, add_pooling_layer=False).eval(),
-        scorers.linear_layers(64),
+        scorer_models.linear_layers(64),
     )
     for model in models:
         for parameter in model.parameters():
