@@ -23,17 +23,16 @@ r"""Compares two Stable Diffusion models: how often one's pictures score higher,
 compares a LoRA with its base model. `--baseline_model_name_or_path` and `--baseline_lora_weights` name another opponent. `--unet`
 and `--baseline_unet` replace a model's U-Net by one that was published alone. If the native resolutions differ, give
 `--resolution`: without it the noise differs too. The output folder gets all pictures,
-`scores.csv`, `summary.md` and `index.html`, a page of both sides sorted by how much one won. Pictures that are there already
+`scores.csv`, `summary.md` and `index.html`, a page with the result and both sides' pictures. Pictures that are there already
 are not drawn again. To draw one side again, remove its folder.
 """
 
 import csv
-import html
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import COUNT, ArgumentParser, locked_folder, require_package, run
+from common import COUNT, ArgumentParser, locked_folder, name_source, require_package, run
 from picture_records import load_picture
 from pictures import (
     Flags,
@@ -47,6 +46,7 @@ from pictures import (
     save_settings,
 )
 from scorers import add_scorer_arguments, load_scorers, score_pictures
+from win_rate_page import describe_page
 
 
 # The flags that give the model of each side.
@@ -180,27 +180,26 @@ def summarize(args, prompts, pictures, scores, settings, scorers):
     return "\n".join(lines) + "\n"
 
 
-def write_page(args, pictures, scores):
-    """`index.html`: both sides' pictures of every prompt, sorted by how much the model won according to the first scorer."""
-    name, values = next(iter(scores.items()))
-    margins = [ours - theirs for ours, theirs in zip(values["model"], values["baseline"])]
-    rows = []
-    for index in sorted(range(len(margins)), key=lambda index: -margins[index]):
-        cells = "".join(
-            f'<td><img src="{side}/{pictures[side][index].path.name}" loading="lazy"><br>'
-            + ", ".join(f"{scorer} {scores[scorer][side][index]:.4g}" for scorer in scores)
-            + "</td>"
-            for side in SIDES
+def write_page(args, prompts, pictures, scores):
+    """Writes `index.html`."""
+    replaced = {
+        side: [value for value in (getattr(args, flags.unet), getattr(args, flags.lora)) if value is not None]
+        for side, flags in SIDES.items()
+    }
+    sides = {side: name_source(pictures[side][0].source.model, " and ".join(replaced[side])) for side in SIDES}
+    comparisons = {
+        name: compare(*(np.reshape(values[side], (len(prompts), -1)) for side in SIDES))
+        for name, values in scores.items()
+    }
+    rows = [
+        (
+            picture.prompt,
+            {side: f"{side}/{pictures[side][index].path.name}" for side in SIDES},
+            {name: {side: values[side][index] for side in SIDES} for name, values in scores.items()},
         )
-        rows.append(
-            f"<tr><td>{html.escape(pictures['model'][index].prompt)}<br>{margins[index]:+.4g}</td>{cells}</tr>"
-        )
-    page = (
-        '<!doctype html><meta charset="utf-8"><title>Win rate</title>'
-        "<style>body{font-family:sans-serif}img{max-width:384px}td{vertical-align:top;padding:6px}</style>"
-        f"<p>Sorted by how much the model won according to {name}</p>"
-        f"<table><tr><th>prompt</th><th>model</th><th>baseline</th></tr>{''.join(rows)}</table>"
-    )
+        for index, picture in enumerate(pictures["model"])
+    ]
+    page = describe_page(sides, comparisons, rows)
     (Path(args.output_dir) / "index.html").write_text(page, encoding="utf-8")
 
 
@@ -243,7 +242,7 @@ def evaluate(args, accelerator, prompts, sources, scorers):
     scores = {name: {side: by_side[side][name] for side in SIDES} for name in scorers}
     if accelerator.is_main_process:
         write_csv(args, pictures["model"], scores)
-        write_page(args, pictures, scores)
+        write_page(args, prompts, pictures, scores)
         summary = summarize(args, prompts, pictures, scores, settings, scorers)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
         print(summary)

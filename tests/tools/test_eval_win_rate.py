@@ -79,7 +79,7 @@ def picture(folder, side, index):
     return np.asarray(Image.open(folder / side / f"{index:05}.png")).astype(float)
 
 
-def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
+def test_a_lora_against_its_base(evaluate, run_sd15, checkpoints, capsys):
     run_sd15(loss_space="latent", learning_rate=0.1)
     folder = evaluate("--scorers", "pickscore", "clipscore", lora_weights=run_sd15.output_dir)
     rows = list(csv.DictReader(open(folder / "scores.csv")))
@@ -97,8 +97,13 @@ def test_a_lora_against_its_base(evaluate, run_sd15, capsys):
 
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;more" in page and "<b>more" not in page
-    margins = [float(margin) for margin in re.findall(r"<br>([+-][\d.e-]+)</td>", page)]
-    assert len(margins) == 3 and margins == sorted(margins, reverse=True)
+    assert f"<h1>The model wins {wins / 3:.1%} by pickscore (95 %: " in page
+    assert f"<th>model<td>{checkpoints['sd15']} with {run_sd15.output_dir}" in page
+    for index, (row, line) in enumerate(zip(rows, page.split("<tr data-margins=")[1:])):
+        margins = [float(row[f"{name}_model"]) - float(row[f"{name}_baseline"]) for name in ("pickscore", "clipscore")]
+        assert json.loads(line.partition(">")[0].strip('"')) == margins
+        winner = "model" if margins[0] > 0 else "baseline"
+        assert f'<figure class="winner"><img src="{winner}/{index:05}.png"' in line and line.count("winner") == 1
 
 
 def test_a_model_against_itself(evaluate, monkeypatch):
@@ -107,6 +112,7 @@ def test_a_model_against_itself(evaluate, monkeypatch):
     folder = evaluate("--scorers", "clipscore")
     for index in range(len(PROMPTS)):
         assert np.array_equal(picture(folder, "model", index), picture(folder, "baseline", index))
+    assert 'class="winner"' not in (folder / "index.html").read_text(encoding="utf-8")
     summary = (folder / "summary.md").read_text(encoding="utf-8")
     assert "| 50.0% |" in summary
     for row in (
