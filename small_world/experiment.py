@@ -234,6 +234,13 @@ def make_pairs(folder):
     (folder / WORLD_NAME).write_text(digest_of_world(folder))
 
 
+def open_world(folder):
+    """Makes pairs unless they are there, and checks that they are of this world."""
+    if not (folder / WORLD_NAME).is_file():
+        make_pairs(folder)
+    check_world(folder)
+
+
 # Training
 
 
@@ -487,11 +494,10 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    if args.command == "pairs" or not (args.folder / WORLD_NAME).is_file():
-        make_pairs(args.folder)
-    check_world(args.folder)
     if args.command == "pairs":
+        make_pairs(args.folder)
         return
+    open_world(args.folder)
     runs_file = args.output_dir / protocol.RUNS_NAME
     measure_references(args.folder, runs_file)
     if args.command == "all":

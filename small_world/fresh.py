@@ -224,6 +224,9 @@ def run_seed(folder, runs_file, study, seed, settings):
 def run_study(folder, output_dir, study, num_workers):
     """Makes a study, `num_workers` seeds at a time, one core each."""
     rows, chosen_file = STUDIES[study].rows, output_dir / protocol.RUNS_NAME
+    if not all(protocol.NUM_SEEDS[row.method] for row in rows.values()):
+        # Only studies measure these methods, so their settings may have to be chosen first.
+        experiment.open_world(folder)
     settings = {name: experiment.choose_settings(folder, chosen_file, row.method) for name, row in rows.items()}
     with experiment.create_workers(num_workers) as executor:
         start = functools.partial(executor.submit, run_seed, folder, output_dir / studies.RUNS_NAME, study)

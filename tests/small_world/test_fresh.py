@@ -143,24 +143,21 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         (studies, "STEPS_AROUND", 1),
     ]:
         monkeypatch.setattr(module, name, value)
-    rows = {"plain": studies.Row("dpo-latent", options={"train_batch_size": 2})}
-    rows["judged"] = studies.Row("dpo-ncp-zero-filtered", "second", "filtered")
+    rows = {"judged": studies.Row("simpo-latent-filtered", "second", "filtered", {"train_batch_size": 2})}
     monkeypatch.setitem(studies.STUDIES, "tiny", studies.Study(rows, range(10, 11), []))
     folder, output_dir = tmp_path / "world", tmp_path / "results"
     args = fresh.parse_args(["tiny", "--folder", str(folder), "--output_dir", str(output_dir)])
     fresh.main(args)
     file = output_dir / studies.RUNS_NAME
     runs = protocol.load_runs(file)
-    assert list(runs) == ["base-first-10", "base-second-10", "tiny-plain-10", "tiny-judged-10"]
-    plain, judged = runs["tiny-plain-10"], runs["tiny-judged-10"]
-    assert plain["test"].keys() == {"1", "2", "3"} and len(plain["test"]["2"]["total"]) == 2
-    assert " --train_batch_size 2 " in plain["command"] and "encoded-first-all-10" in plain["command"]
-    assert "encoded-second-filtered-10" in judged["command"] and "--ncp_timestep zero" in judged["command"]
-    measured = judged["test"]["3"]
-    judge = studies.JUDGES["second"]
-    assert np.mean(measured["total"]) == pytest.approx(
-        judge.total([measured[name] for name in Reward._fields]), abs=2e-4
-    )
+    assert list(runs) == ["base-second-10", "tiny-judged-10"]
+    judged = runs["tiny-judged-10"]
+    assert judged["test"].keys() == {"1", "2", "3"} and len(judged["test"]["2"]["total"]) == 2
+    for word in ("--train_batch_size 2", "encoded-second-filtered-10", "--loss_type simpo"):
+        assert f"{word} " in judged["command"]
+    measured, judge = judged["test"]["3"], studies.JUDGES["second"]
+    total = judge.total([measured[name] for name in Reward._fields])
+    assert np.mean(measured["total"]) == pytest.approx(total, abs=2e-4)
     pictures = [Image.open(io.BytesIO(data)) for data in pd.read_parquet(folder / fresh.POOL_NAME)["picture"]]
     assert len(pictures) == 8 * 4 and {picture.size for picture in pictures} == {(48, 48)}
 
