@@ -141,8 +141,9 @@ def open_pairs(args, pool):
             found = open_dataset(*source, in_place=True)
         except ValueError as error:
             raise ValueError(f"--dataset_name {args.dataset_name}: {error}") from error
-    others = metadata_features(found.features, args)
-    others = Features({name: feature for name, feature in others.items() if name not in added_features(args)})
+    own = {*added_features(args), args.image_0_column, args.image_1_column}
+    others = metadata_features(found.features, args).items()
+    others = Features({name: feature for name, feature in others if name not in own})
     if isinstance(found, ParquetFiles):
         files, dataset = open_files(args, found.files, pool, ahead=4, other_features=others)
         read = functools.partial(read_files, files)

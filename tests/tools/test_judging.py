@@ -13,6 +13,7 @@
 # limitations under the License.
 
 
+import itertools
 import json
 import math
 import random
@@ -219,6 +220,30 @@ def test_pairs_of_a_folder(judge, tmp_path):
     for row in rows:
         assert row["jpg_1"]["bytes"] == columns["jpg_1"][row["ranking_id"]]
         assert row["jpg_1_file_name"] == f"{row['ranking_id']}-1.png"
+
+
+def test_columns_of_other_names(judge, tmp_path):
+    columns, images = make_columns(30)
+    folder = tmp_path / "data"
+    for side in (0, 1):
+        # Images may be named by paths.
+        columns[f"side_{side}"] = [f"{index}-{side}.png" for index in range(30)]
+    encoded_images = {side: columns.pop(f"jpg_{side}") for side in (0, 1)}
+    columns["better"], columns["text"] = columns.pop("label_0"), columns.pop("caption")
+    dataset = write_parquet(folder, columns)
+    for side, index in itertools.product((0, 1), range(30)):
+        (folder / f"{index}-{side}.png").write_bytes(encoded_images[side][index])
+    options = {
+        "image_0_column": "side_0",
+        "image_1_column": "side_1",
+        "label_column": "better",
+        "caption_column": "text",
+    }
+    assert judge(dataset_name=dataset, **options) == 0
+    rows = read_rows(tmp_path / "judged")
+    assert [row["ranking_id"] for row in rows] == list(expected_rows(columns["better"], images, "agree", False))
+    assert {"side_0", "better", "text"}.isdisjoint(rows[0]) and rows[0]["caption"].startswith("a picture")
+    assert all(row["jpg_0"]["bytes"] == encoded_images[0][row["ranking_id"]] for row in rows)
 
 
 def test_unreadable_pairs(judge, tmp_path, capsys, caplog):
