@@ -77,6 +77,18 @@ MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 t
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
 
+class InputError(ValueError):
+    """A mistake in flags, data or files. The scripts answer it in one line."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the defaults to the help of flags."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+
 def number_type(kind, rule, accepts):
     """A `type` for argparse, which takes a finite `int` or `float` if `accepts(value)`. `rule` is that in words."""
 
@@ -119,7 +131,7 @@ def add_data_arguments(parser):
     add("--max_train_samples", type=COUNT, help="Use only the first so many pairs that have a winner.")
     add("--on_bad_sample", choices=["error", "skip"], default="error", help="What to do with unreadable pairs.")
     add("--cache_dir", help="Where downloaded datasets are stored.")
-    add("--resolution", type=COUNT, help="Side of the square that images are cropped to.")
+    add("--resolution", type=COUNT, help="Side of the square that images are cropped to. Default: the U-Net's own.")
     add("--no_hflip", action="store_true", help="Do not flip half of the pairs horizontally.")
     modes = [mode.name.lower() for mode in Image.Resampling]
     add("--image_interpolation_mode", choices=modes, default="lanczos", help="How images are resized.")
@@ -135,20 +147,20 @@ def pair_features(args):
 
 
 def check_columns(args, schema):
-    """Raises a `ValueError` if an Arrow schema lacks a column, or has a type that cannot hold its kind of value."""
+    """Raises a `InputError` if an Arrow schema lacks a column, or has a type that cannot hold its kind of value."""
     for flag, (kind, _, arrow_types) in COLUMNS.items():
         if (column := getattr(args, flag)) is None:
             continue
         if column not in schema.names:
-            raise ValueError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
+            raise InputError(f"has no column {column!r} (--{flag}): there are {one_line(', '.join(schema.names))}")
         arrow_type = one_line(schema.field(column).type)
         if not re.match(f"null|(large_)?({arrow_types})", arrow_type):
-            raise ValueError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {kind}")
+            raise InputError(f"column {column} (--{flag}) is of type {arrow_type}, but must hold {kind}")
 
 
 def load_dataset(args):
     """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`. A
-    `ValueError` names the flag and what cannot be read."""
+    `InputError` names the flag and what cannot be read."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
     name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
@@ -156,14 +168,14 @@ def load_dataset(args):
     checked_file = ""  # The error names it.
     try:
         if Path(name).is_file():
-            raise ValueError("it is a file: give the folder that contains it")
+            raise InputError("it is a file: give the folder that contains it")
         if Path(name, "state.json").is_file():
-            raise ValueError("it was written by save_to_disk: write it with to_parquet instead")
+            raise InputError("it was written by save_to_disk: write it with to_parquet instead")
         splits = datasets.load_dataset_builder(**options).config.data_files or {}
         # Finds the names in slices and sums, such as train[:10%]+test.
         wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)
         if splits and not set(wanted) <= splits.keys():
-            raise ValueError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
+            raise InputError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
         files = [file for split_name in wanted for file in splits.get(split_name, [])]
         if os.path.isdir(name):
             # A replaced file may have the same time. Then `datasets` would read its cache of the old file.
@@ -182,14 +194,14 @@ def load_dataset(args):
         return dataset
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
         reason = f"{checked_file} {one_line(error.__cause__ or error)}".strip()
-        raise ValueError(f"--dataset_name {name} cannot be read: {reason}") from error
+        raise InputError(f"--dataset_name {name} cannot be read: {reason}") from error
 
 
 def load_image_folder(args):
-    """The dataset of a folder with a metadata.jsonl. A `ValueError` names the line that cannot be read."""
+    """The dataset of a folder with a metadata.jsonl. A `InputError` names the line that cannot be read."""
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
-        raise ValueError(f"--train_data_dir: there is no file {path}.")
+        raise InputError(f"--train_data_dir: there is no file {path}.")
     columns = {column: [] for column in features}
     for line_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -200,26 +212,26 @@ def load_image_folder(args):
                 is_image = isinstance(feature, datasets.Image)
                 key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
-                    raise ValueError(f"has no {key!r}, but {', '.join(row)}")
+                    raise InputError(f"has no {key!r}, but {', '.join(row)}")
                 # Refuses a value of another type. No type is guessed from earlier lines.
                 pa.scalar(row[key], arrow_type)
                 columns[column].append(row[key])
         except (TypeError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{path}, line {line_number}: {one_line(error)}") from error
+            raise InputError(f"{path}, line {line_number}: {one_line(error)}") from error
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 def find_rows(args, dataset):
-    """The numbers of the rows with a winner. A `ValueError` names the first row that cannot be trained on."""
+    """The numbers of the rows with a winner. A `InputError` names the first row that cannot be trained on."""
     names = [args.label_column, args.caption_column, args.preference_probability_column]
     columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
     for row_number, values in enumerate(zip(*columns)):
         if problem := find_problem(*values):
-            raise ValueError(f"Row {row_number}: {problem}.")
+            raise InputError(f"Row {row_number}: {problem}.")
     rows = [row_number for row_number, label in enumerate(columns[0]) if label != 0.5]
     logger.info(f"{len(rows)} pairs with a winner; {len(dataset) - len(rows)} ties are left out")
     if not rows:
-        raise ValueError(f"--dataset_name or --train_data_dir: all {len(dataset)} rows are ties: none has a winner.")
+        raise InputError(f"--dataset_name or --train_data_dir: all {len(dataset)} rows are ties: none has a winner.")
     return rows[: args.max_train_samples]
 
 
@@ -233,7 +245,7 @@ def find_problem(label=1, caption="", probability=1):
         return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(InputError):
     """Names the row, its caption, the column and what is wrong with the image."""
 
 
@@ -253,39 +265,39 @@ def read_images(args, row_number, row, winner_only=False):
 
 
 def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path. A `ValueError` if it has neither, or if the path
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path. A `InputError` if it has neither, or if the path
     leads out of the data's folder or, for a dataset of the hub, out of the caches."""
     if value is None or (value["bytes"] is None and value["path"] is None):
-        raise ValueError("null instead of an image")
+        raise InputError("null instead of an image")
     if value["bytes"] is not None:
         return value["bytes"]
     if len(value["path"]) > 1000:
-        raise ValueError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
+        raise InputError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
     # A downloaded dataset must not read other files of this machine.
     source = args.train_data_dir or args.dataset_name
     caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches) if folder]
     path = (folders[0] / value["path"]).resolve()
     if not any(path.is_relative_to(folder) for folder in folders):
-        raise ValueError(f"{one_line(value['path'], 100)} leads out of {folders[0]}")
+        raise InputError(f"{one_line(value['path'], 100)} leads out of {folders[0]}")
     return str(path)
 
 
 def read_image(source):
-    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises a `ValueError` for what is
+    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises a `InputError` for what is
     not a single picture of known values, and PIL's own errors for what cannot be decoded."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data:
-        raise ValueError("empty, 0 bytes")
+        raise InputError("empty, 0 bytes")
     if (start := data[:20]).isascii() and start.decode().isprintable():
-        raise ValueError(f"{start.decode()!r}... is text instead of an image; decode base64 first")
+        raise InputError(f"{start.decode()!r}... is text instead of an image; decode base64 first")
     image = Image.open(io.BytesIO(data))
     # The resized image would take gigabytes.
     if max(image.size) > 32 * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels, but a side must be at most 32 times the other")
+        raise InputError(f"{image.width}x{image.height} pixels, but a side must be at most 32 times the other")
     # Other formats may hold a preview or further pages.
     if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:
-        raise ValueError("an animation, but must be a single picture")
+        raise InputError("an animation, but must be a single picture")
     image.load()
     icc_profile = image.info.get("icc_profile")
     try:
@@ -297,7 +309,7 @@ def read_image(source):
         values = np.asarray(image).astype(np.float64)
         highest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535
         if not (values.min() >= 0 and values.max() <= highest):
-            raise ValueError(f"its values are {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
+            raise InputError(f"its values are {values.min():g} to {values.max():g}, but must be from 0 to {highest}")
         image = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if icc_profile:
@@ -369,6 +381,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         self.dataset, self.rows, self.args = dataset, rows, args
         self.latent_shape, self.timesteps = latent_shape, timesteps
         self.has_time_ids, self.winner_only = has_time_ids, winner_only
+        self.source = args.dataset_name or args.train_data_dir
 
     def __getitem__(self, key):
         epoch, row_number, *given_timestep = key
@@ -414,7 +427,7 @@ class PreferencePairs(torch.utils.data.Dataset):
 
     def hold_out(self, num_pairs):
         """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image.
-        A `ValueError` if no pair is left to train on."""
+        A `InputError` if no pair is left to train on."""
         captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
         # Pairs that share a prompt or an image, also through other pairs, are one group.
         for row, digests in zip(self.rows, self.digests()):
@@ -429,7 +442,7 @@ class PreferencePairs(torch.utils.data.Dataset):
                 held_out |= groups[index]
         if held_out == captions.keys():
             counts = f"{len(captions)} pairs are {len(groups)} groups that share no caption and no image"
-            raise ValueError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
+            raise InputError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
         train_pairs.rows, eval_pairs.rows = sorted(captions.keys() - held_out), sorted(held_out)
         # Held-out pairs are measured with their losers, even if training reads winners only.
@@ -437,42 +450,52 @@ class PreferencePairs(torch.utils.data.Dataset):
         return train_pairs, eval_pairs
 
 
+def load_encoding(args):
+    """The encoding.json of `--encoded_data_dir`, `{}` without that flag."""
+    if args.encoded_data_dir is None:
+        return {}
+    path = Path(args.encoded_data_dir, "encoding.json")
+    if not path.is_file():
+        raise InputError(
+            f"--encoded_data_dir {args.encoded_data_dir} has no encoding.json of tools/encode_preferences.py."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 class EncodedPairs(PreferencePairs):
     """The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
     shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
-    `ValueError` names what is missing or was encoded otherwise."""
+    `InputError` names what is missing or was encoded otherwise."""
 
     def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
-        folder = Path(args.encoded_data_dir)
-        if not (folder / "encoding.json").is_file():
-            raise ValueError(f"--encoded_data_dir {folder} has no encoding.json of tools/encode_preferences.py.")
-        encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+        folder, encoding = Path(args.encoded_data_dir), load_encoding(args)
         settings = {**vars(args), "vae_scaling_factor": vae_config["scaling_factor"]}
         for name in (*ENCODING_ARGUMENTS, *ENCODING_HINTS):
             if settings[name] != encoding.get(name):
                 message = f"--{name} is {settings[name]!r}, but {folder} was encoded with {encoding.get(name)!r}."
                 if name in ENCODING_ARGUMENTS:
-                    raise ValueError(message)
+                    raise InputError(message)
                 logger.warning(message)
         if encoding["no_hflip"] and not args.no_hflip:
-            raise ValueError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
+            raise InputError(f"{folder} has no flipped images: train with --no_hflip, as it was encoded.")
         if "models" not in encoding:
             logger.warning(f"{folder} does not say which files it is made of: replaced or repeated ones go unnoticed.")
         elif all(settings[name] == encoding.get(name) for name in MODEL_ARGUMENTS):
             digests = digest_models(args)
             if changed := [part for part, digest in encoding["models"].items() if digest != digests[part]]:
                 what = f"{args.pretrained_model_name_or_path}: {', '.join(changed)}"
-                raise ValueError(f"--pretrained_model_name_or_path {what} changed since {folder} was encoded.")
+                raise InputError(f"--pretrained_model_name_or_path {what} changed since {folder} was encoded.")
         stored = {}
         for part in ("pairs", "prompts"):
             paths, count = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
             if len(paths) != count:
-                raise ValueError(f"{folder / part} holds {len(paths)} of {count} files: encode again to add them.")
+                raise InputError(f"{folder / part} holds {len(paths)} of {count} files: encode again to add them.")
             stored[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
         pairs = stored["pairs"].select(range(len(stored["pairs"]))[: args.max_train_samples])
         # The time ids are among a pair's tensors.
         super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
         self.prompts, self.stored_rows, self.images = stored["prompts"], self.rows, encoding.get("images")
+        self.source = encoding["dataset_name"] or encoding["train_data_dir"]
 
     def read(self, row_number, crop_position, flip):
         row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
@@ -493,7 +516,7 @@ class EncodedPairs(PreferencePairs):
 
 
 def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
-    """The pairs to train on, and the held-out pairs or `None`. A `ValueError` names the flag, column, file or row
+    """The pairs to train on, and the held-out pairs or `None`. A `InputError` names the flag, column, file or row
     that is wrong. The first batch is read to find it."""
     side = args.resolution // vae_config["downscaling_factor"]
     latent_shape = vae_config["latent_channels"], side, side
@@ -507,7 +530,7 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
                 for row_number, image in zip(rows, dataset.select(rows)[column][:]):
                     if image and not os.path.isfile(os.path.join(args.train_data_dir, image["path"])):
                         name = f"{column} is {image['path']!r:.100}"
-                        raise ValueError(f"Row {row_number}: {name}, which is no file in {args.train_data_dir}.")
+                        raise InputError(f"Row {row_number}: {name}, which is no file in {args.train_data_dir}.")
         pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
         pairs.images = digest_images(args, dataset)
     eval_pairs = None

@@ -14,7 +14,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a LoRA for SDXL on preference pairs, by DPO, CPO, SFT and others, in the feature space of the frozen U-Net's
+r"""Trains a LoRA for SDXL on preference pairs, by DPO, CPO, SFT and others, in the feature space of the frozen U-Net's
 encoder (Noise-Conditioned Perception, arXiv:2406.17636) or in latent space.
 
     accelerate launch train_ncp_dpo_sdxl.py \
@@ -31,6 +31,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import csv
 import ctypes
 import datetime
 import errno
@@ -67,19 +68,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import Image
-from preference_pairs import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, number_type, one_line
+from PIL import Image, ImageDraw
+from preference_pairs import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, InputError, number_type, one_line
 from tqdm.auto import tqdm
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.utils import (
-    check_min_version,
-    convert_state_dict_to_kohya,
-    convert_unet_state_dict_to_peft,
-    make_image_grid,
-)
+from diffusers.utils import check_min_version, convert_unet_state_dict_to_peft, make_image_grid
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -91,7 +87,7 @@ DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else
 PIPELINE_CLASS = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {}
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
-DEFAULTS = {"output_dir": "ncp-dpo-sdxl-lora", "tracker_name": "ncp-dpo-sdxl-lora", "resolution": 1024}
+DEFAULTS = {"output_dir": "ncp-dpo-sdxl-lora", "tracker_name": "ncp-dpo-sdxl-lora"}
 ADDITION_EMBED_TYPE = "text_time"  # the U-Net's `addition_embed_type`, which tells SDXL from other models
 HAS_TIME_IDS = True  # whether the U-Net takes SDXL's micro-conditioning
 VAE_OVERFLOWS = True  # whether the base model's own VAE overflows in fp16 and must run in fp32
@@ -139,7 +135,7 @@ def create_parser():
     def auto_or_positive(text):
         return text if text == "auto" else POSITIVE(text)
 
-    formatter = argparse.RawDescriptionHelpFormatter
+    formatter = preference_pairs.HelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     preference_pairs.add_model_arguments(parser)
     preference_pairs.add_data_arguments(parser)
@@ -156,8 +152,8 @@ def create_parser():
     add("--lora_alpha", type=COUNT, help="The LoRA is scaled by alpha / rank. Default: the rank.")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="The loss. Default: dpo.")
-    add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Where errors are measured. Default: ncp.")
+    add("--loss_type", choices=ncp_loss.LOSSES, default="dpo", help="The loss; dpo is the paper's.")
+    add("--loss_space", choices=["ncp", "latent"], default="ncp", help="Space of the errors; ncp is the paper's.")
     betas = [f"{name} {BETAS.get(name, loss.beta):g}" for name, loss in ncp_loss.LOSSES.items() if loss.beta != 5000]
     beta = f"Beta; in most losses the larger, the closer to the reference. Default: 5000, {', '.join(betas)}."
     add("--beta_dpo", type=POSITIVE, help=beta)
@@ -185,17 +181,17 @@ def create_parser():
     add("--compile", action="store_true", help="Compile the U-Net's transformer blocks; the first steps take minutes.")
     add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
-    add("--learning_rate", type=NOT_NEGATIVE, default=5e-4, help="Default: 5e-4, as in diffusers. Start with 1e-5.")
+    add("--learning_rate", type=NOT_NEGATIVE, default=5e-4, help="Start with 1e-5. The default is diffusers'.")
     add("--scale_lr", action="store_true", help="Multiply the learning rate by the number of pairs per step.")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=INDEX, default=500, help="Steps of warm-up, for schedules that have one.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of polynomial.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    add("--adam_beta1", type=BELOW_1, default=0.9)
-    add("--adam_beta2", type=BELOW_1, default=0.999)
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2)
-    add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8)
+    add("--adam_beta1", type=BELOW_1, default=0.9, help="Decay of the gradient's mean.")
+    add("--adam_beta2", type=BELOW_1, default=0.999, help="Decay of the gradient's mean square.")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay of the LoRA.")
+    add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8, help="Is added to the root of the mean square.")
     add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="A gradient of a larger norm is scaled down; 0: none.")
     add("--ddp_timeout", type=COUNT, default=1800, help="Seconds after which a process that does not answer is lost.")
 
@@ -207,12 +203,12 @@ def create_parser():
     add("--max_skipped_steps", type=INDEX, default=0, help="Steps in a row that may be skipped if not finite.")
 
     add = parser.add_argument_group("reports").add_argument
-    add("--report_to", choices=["none", *map(str, LoggerType)], default="tensorboard")
+    add("--report_to", choices=["none", *map(str, LoggerType)], default="tensorboard", help="The tracker.")
     add("--tracker_name", help="Name of the project in the tracker.")
     add("--logging_dir", default="logs", help="Folder within --output_dir for the tracker.")
     add("--run_validation", action="store_true", help="Draw images before, during and after training.")
     add("--validation_prompt", help="Prompt of these images.")
-    add("--num_validation_images", type=COUNT, default=4)
+    add("--num_validation_images", type=COUNT, default=4, help="Number of these images.")
     add("--validation_steps", type=COUNT, default=200, help="Steps between validations and held-out measurements.")
     add("--push_to_hub", action="store_true", help="Upload the LoRA, its card, pictures and logs.")
     add("--hub_token", help="Default: that of `hf auth login`.")
@@ -225,23 +221,23 @@ def create_parser():
 
 # Copied from train_ncp_dpo_sd15.check_arguments
 def check_arguments(args):
-    """Raises a `ValueError` for flags that exclude each other or lack a partner."""
+    """Raises a `InputError` for flags that exclude each other or lack a partner."""
     if [args.dataset_name, args.train_data_dir, args.encoded_data_dir].count(None) != 2:
-        raise ValueError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
+        raise InputError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
-        raise ValueError("--random_crop does not go with --encoded_data_dir, which holds one crop of every image.")
+        raise InputError("--random_crop does not go with --encoded_data_dir, which holds one crop of every image.")
     if args.timesteps is not None and (args.min_timestep, args.max_timestep) != (0, None):
-        raise ValueError("Give either --timesteps or --min_timestep and --max_timestep.")
+        raise InputError("Give either --timesteps or --min_timestep and --max_timestep.")
     if args.label_smoothing and not ncp_loss.LOSSES[args.loss_type].has_label_smoothing:
-        raise ValueError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
+        raise InputError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
     if args.sft_weight is not None and args.loss_type == "sft":
-        raise ValueError("--sft_weight does not go with --loss_type sft.")
+        raise InputError("--sft_weight does not go with --loss_type sft.")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("--mixed_precision fp16 needs a GPU; bf16 does not.")
+        raise InputError("--mixed_precision fp16 needs a GPU; bf16 does not.")
     if args.run_validation and args.validation_prompt is None:
-        raise ValueError("--run_validation needs a --validation_prompt.")
+        raise InputError("--run_validation needs a --validation_prompt.")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        raise ValueError("--hub_token would show up in the logs of wandb. Use `hf auth login` instead.")
+        raise InputError("--hub_token would show up in the logs of wandb. Use `hf auth login` instead.")
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise ImportError(f"--report_to {args.report_to} needs `pip install {args.report_to}`.")
 
@@ -264,46 +260,52 @@ def parse_args(input_args=None):
 
 # Copied from train_ncp_dpo_sd15.check_checkpoint
 def check_checkpoint(args):
-    """The noise scheduler, the VAE's configuration and the timesteps to train on. A `ValueError` says why the base
+    """The noise scheduler, the VAE's configuration and the timesteps to train on. A `InputError` says why the base
     model cannot be trained, from its configuration alone."""
     name, own_vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     base = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_file():
-        raise ValueError(f"{base} is a file. {PIPELINE_CLASS.__name__}.from_single_file converts it to a folder.")
-    unet, vae = load_config(args, "unet"), load_config(args, "vae")
+        raise InputError(f"{base} is a file. {PIPELINE_CLASS.__name__}.from_single_file converts it to a folder.")
+    unet, vae, encoding = load_config(args, "unet"), load_config(args, "vae"), preference_pairs.load_encoding(args)
     vae_base = base if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"{vae_base}: the VAE is of class {vae_class}, but must be an AutoencoderKL.")
+        raise InputError(f"{vae_base}: the VAE is of class {vae_class}, but must be an AutoencoderKL.")
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
-            raise ValueError(f"{vae_base}: the VAE has a {option}, which is not supported.")
+            raise InputError(f"{vae_base}: the VAE has a {option}, which is not supported.")
     vae.setdefault("scaling_factor", 0.18215)  # the value of old configurations, which do not have it
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    if args.resolution is None:
+        args.resolution = encoding.get("resolution") or unet["sample_size"] * factor
+        logger.info(f"Training at --resolution {args.resolution}")
     if args.resolution % factor:
-        raise ValueError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, as the VAE needs.")
+        raise InputError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, as the VAE needs.")
     if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(embed_type, "no script")
-        raise ValueError(f"{base} has another architecture: {script} trains it.")
+        raise InputError(f"{base} has another architecture: {script} trains it.")
     if extra := [name for name in OTHER_INPUTS if unet.get(name) not in (None, "default")]:
-        raise ValueError(f"{base}: the U-Net has a {extra[0]}, an input that training does not give.")
+        raise InputError(f"{base}: the U-Net has a {extra[0]}, an input that training does not give.")
     width = sum(load_config(args, encoder)["hidden_size"] for encoder in TEXT_ENCODERS)
     if (wanted := unet["cross_attention_dim"]) != width:
-        raise ValueError(f"{base}: the U-Net takes embeddings of width {wanted}, but the text encoders give {width}.")
+        raise InputError(f"{base}: the U-Net takes embeddings of width {wanted}, but the text encoders give {width}.")
     if (taken := unet["in_channels"]) != (given := vae["latent_channels"]):
-        raise ValueError(f"{base}: the U-Net takes {taken} channels, as for inpainting, but the VAE gives {given}.")
+        raise InputError(f"{base}: the U-Net takes {taken} channels, as for inpainting, but the VAE gives {given}.")
     if args.loss_space == "ncp" and args.ncp_layer == "mid" and unet.get("mid_block_type", "default") is None:
-        raise ValueError(f"{base} has no mid block: give --ncp_layer down.")
+        raise InputError(f"{base} has no mid block: give --ncp_layer down.")
     config = load_config(args, "scheduler", DDPMScheduler)
     if not {"beta_schedule", "trained_betas"} & config.keys():
-        raise ValueError(f"{base}: its {config['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
+        raise InputError(f"{base}: its {config['_class_name']} has no betas of DDPM, as in EDM and flow matching.")
     noise_scheduler = DDPMScheduler.from_config(config)
     if args.loss_space == "ncp" or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample", None):
-        ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)  # raises where the step is unknown
+        try:
+            ncp_loss.StepTable.from_scheduler(noise_scheduler, args.ncp_timestep)
+        except ValueError as error:
+            raise InputError(f"{base}: {error}") from error
     last = noise_scheduler.config.num_train_timesteps - 1
     first, end = args.min_timestep, last if args.max_timestep is None else args.max_timestep
     timesteps = sorted(set(args.timesteps or range(first, end + 1)))
     if not timesteps or timesteps[-1] > last:
-        raise ValueError(f"--timesteps or --min_timestep {first} to --max_timestep {end} must be within 0 and {last}.")
+        raise InputError(f"--timesteps or --min_timestep {first} to --max_timestep {end} must be within 0 and {last}.")
     return noise_scheduler, vae, torch.tensor(timesteps)
 
 
@@ -315,7 +317,7 @@ def load_config(args, component, config_class=UNet2DConditionModel):
     try:
         return config_class.load_config(getattr(args, flag), **source)
     except OSError as error:
-        raise ValueError(f"--{flag} {getattr(args, flag)} has no {component}: {one_line(error)}") from error
+        raise InputError(f"--{flag} {getattr(args, flag)} has no {component}: {one_line(error)}") from error
 
 
 # Copied from train_ncp_dpo_sd15.load_pipeline
@@ -336,7 +338,7 @@ def load_pipeline(args, accelerator, **components):
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         advice = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
         reason = preference_pairs.find_fault(own_vae, name) or advice
-        raise ValueError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+        raise InputError(f"--pretrained_model_name_or_path {name}: {reason}") from error
     for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         # Some tokenizers do not know how many tokens the text encoder takes.
@@ -365,7 +367,7 @@ def find_alphas(ranks, alphas, config):
 # Copied from train_ncp_dpo_sd15.load_pretrained_lora
 def load_pretrained_lora(args):
     """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: its weights by name as in PEFT,
-    and a `LoraConfig` with the rank and alpha of each layer. A `ValueError` if it cannot be read or flags contradict it."""
+    and a `LoraConfig` with the rank and alpha of each layer. A `InputError` if it cannot be read or flags contradict it."""
     if (path := args.pretrained_lora_path) is None:
         return None
     # Translates the block names of some SDXL files.
@@ -379,9 +381,9 @@ def load_pretrained_lora(args):
         tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(file.parent, **options)
     except Exception as error:  # the converters raise many kinds
         reason = preference_pairs.find_fault(path) or one_line(error)
-        raise ValueError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {reason}") from error
+        raise InputError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {reason}") from error
     if (lost := num_weights - len(tensors)) > 0:  # such as the scales of a DoRA in kohya's format
-        raise ValueError(f"--pretrained_lora_path {path}: diffusers drops {lost} of its weights. Give a plain LoRA.")
+        raise InputError(f"--pretrained_lora_path {path}: diffusers drops {lost} of its weights. Give a plain LoRA.")
     # diffusers names these alphas after weights.
     kohya_alphas = {
         re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name.removeprefix("unet.")): alpha
@@ -390,16 +392,16 @@ def load_pretrained_lora(args):
     weights = {}
     for name, weight in convert_unet_state_dict_to_peft(tensors).items():
         if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
-            raise ValueError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
+            raise InputError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
         weights[name.removeprefix("unet.")] = weight
     suffix = ".lora_A.weight"
     ranks = {name.removesuffix(suffix): len(weights[name]) for name in weights if name.endswith(suffix)}
     if not weights or weights.keys() != {f"{layer}.lora_{side}.weight" for layer in ranks for side in "AB"}:
-        raise ValueError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
+        raise InputError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
     alphas = find_alphas(ranks, kohya_alphas, metadata or {})
     for flag, given, found in (("rank", args.rank, ranks), ("lora_alpha", args.lora_alpha, alphas)):
         if given is not None and (values := {*found.values()}) != {given}:
-            raise ValueError(f"--{flag} is {given}, but --pretrained_lora_path {path} has {sorted(values)}.")
+            raise InputError(f"--{flag} is {given}, but --pretrained_lora_path {path} has {sorted(values)}.")
     (rank, alpha), _ = collections.Counter(zip(ranks.values(), alphas.values())).most_common(1)[0]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(ranks))
     config.rank_pattern = {layer: value for layer, value in ranks.items() if value != rank}
@@ -439,9 +441,9 @@ def create_policy(args, unet, pretrained_lora):
                     parameter.data = parameter.float()
             result = set_peft_model_state_dict(unet, dict(weights), adapter_name=adapter)
             if result.unexpected_keys:
-                raise ValueError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
+                raise InputError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"--pretrained_lora_path {args.pretrained_lora_path} does not fit: {one_line(error)}"
             ) from error
     for layer in unet.modules():
@@ -583,8 +585,7 @@ def summarize(args, table):
 def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler):
     """Warns if the reference predicts worse than zero, as with another `prediction_type` than the model's."""
     timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # Types differ most at large ones.
-    stream = preference_pairs.PairStream(pairs.rows, args.seed, 0, 2)
-    batch = preference_pairs.collate_fn([pairs[(*key, timestep)] for key in stream])
+    batch = preference_pairs.collate_fn([pairs[0, row, timestep] for row in pairs.rows[:2]])
     denoising = noise_batch(args, send_to_device(batch, accelerator.device), pipeline, noise_scheduler)
     with ncp_loss.reference_model(policy):
         ref_pred = denoising.predict(policy)
@@ -613,7 +614,8 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
     timesteps = pairs.timesteps[pairs.timesteps > 0] if len(pairs.timesteps) > 1 else pairs.timesteps
     generator, measured, start = torch.Generator().manual_seed(args.seed), [], time.monotonic()
     offset = torch.rand((), generator=generator).item()
-    bar = tqdm(desc="Error scale", unit=" pairs", disable=not accelerator.is_local_main_process)
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(desc="Error scale", unit=" pairs", total=MAX_SCALE_PAIRS, disable=quiet)
     with ncp_loss.perturbed_policy(policy, generator), bar:
         for first in range(0, MAX_SCALE_PAIRS, SCALE_BLOCK_SIZE):
             stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
@@ -634,6 +636,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
             except ValueError as error:
                 raise RuntimeError(f"Give --ncp_error_scale, it cannot be measured: {error}") from error
             if standard_error <= SCALE_STANDARD_ERROR:
+                bar.total = bar.n
                 break
     seconds, percent = time.monotonic() - start, 100 * standard_error
     logger.info(f"Measured the error scale to {percent:.0f} % on {first + SCALE_BLOCK_SIZE} pairs in {seconds:.0f} s")
@@ -674,9 +677,10 @@ def create_accelerator(args):
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
-        raise ValueError(f"{flag}, but accelerate's configuration or environment says {steps}.")
+        raise InputError(f"{flag}, but accelerate's configuration or environment says {steps}.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # It logs five lines per checkpoint.
     logger.info(accelerator.state, main_process_only=False)
     if not accelerator.is_local_main_process:
         preference_pairs.logger.setLevel(logging.ERROR)
@@ -717,6 +721,7 @@ def create_state(args, accelerator, pairs, saved):
         "next_pair": saved["next_pair"] if saved else 0,  # its number in the stream
         "pairs_per_step": pairs_per_step,
         "validated_step": saved.get("validated_step") if saved else None,
+        "dataset": pairs.source,
         "error_scale": None,
         "num_processes": accelerator.num_processes,
         "arguments": {name: value for name, value in vars(args).items() if name != "hub_token"},
@@ -760,13 +765,13 @@ def find_changes(args, saved, names):
 
 # Copied from train_ncp_dpo_sd15.read_state
 def read_state(checkpoint):
-    """A checkpoint's training_state.json. A `ValueError` for one of an older version."""
+    """A checkpoint's training_state.json. A `InputError` for one of an older version."""
     state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     if "format" not in state:
         names = ("timestep_weighting", "sdpo_safeguard", "pretrained_lora_path")
         used = [f"--{name}" for name in names if state["arguments"].get(name) not in (None, False, "none")]
         version = f"an older version with {', '.join(used)}" if used else "an older version"
-        raise ValueError(f"{checkpoint} is of {version}: finish its run with that version.")
+        raise InputError(f"{checkpoint} is of {version}: finish its run with that version.")
     return state
 
 
@@ -783,7 +788,7 @@ class Checkpoints:
             try:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout as error:
-                raise ValueError(f"--output_dir {self.folder}: another run writes to it now.") from error
+                raise InputError(f"--output_dir {self.folder}: another run writes to it now.") from error
         # Machines need not share the folder, but must have the checkpoint that the main process chooses.
         checkpoint = self.choose() if accelerator.is_main_process else None
         choice = broadcast_object_list([checkpoint, checkpoint and read_state(checkpoint)])
@@ -791,7 +796,7 @@ class Checkpoints:
         has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and read_state(checkpoint) == saved
         if missing := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
             advice = "copy it to their machines, or share --output_dir"
-            raise ValueError(f"Process 0 resumes from {checkpoint}, which processes {missing} do not have: {advice}.")
+            raise InputError(f"Process 0 resumes from {checkpoint}, which processes {missing} do not have: {advice}.")
 
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
@@ -807,35 +812,35 @@ class Checkpoints:
             if checkpoints or finished:
                 name = checkpoints[-1].name if checkpoints else "the LoRA"
                 advice = "Give another folder, or go on with --resume_from_checkpoint latest."
-                raise ValueError(f"--output_dir {self.folder} holds {name} of another run. {advice}")
+                raise InputError(f"--output_dir {self.folder} holds {name} of another run. {advice}")
             return None
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
                 logger.warning(f"{path} is no complete checkpoint and is passed over")
             if not checkpoints and finished:
-                raise ValueError(f"--output_dir {self.folder} holds a LoRA and no checkpoint. Give another folder.")
+                raise InputError(f"--output_dir {self.folder} holds a LoRA and no checkpoint. Give another folder.")
             if not checkpoints:
                 logger.info(f"There is no checkpoint in {self.folder} yet: starting anew")
             return checkpoints[-1] if checkpoints else None
         candidates = [Path(wanted), self.folder / wanted]
         found = next((folder for folder in candidates if (folder / STATE_NAME).is_file()), None)
         if found is None:
-            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint {candidates[0]}, nor {candidates[1]}.")
+            raise InputError(f"--resume_from_checkpoint: there is no checkpoint {candidates[0]}, nor {candidates[1]}.")
         own = [folder.resolve() for folder in checkpoints]
         # The run would write checkpoints over later ones, or over all if it resumes from another folder.
         in_the_way = own[own.index(found.resolve()) + 1 :] if found.resolve() in own else own
         if in_the_way or finished and not own:
             names = ", ".join(folder.name for folder in in_the_way) or "the LoRA"
-            raise ValueError(f"--output_dir {self.folder} holds {names}, beyond {found}. Move them elsewhere first.")
+            raise InputError(f"--output_dir {self.folder} holds {names}, beyond {found}. Move them elsewhere first.")
         return found
 
     def check(self, state):
-        """Raises a `ValueError` for differences between the run, with this `state`, and its checkpoint."""
+        """Raises a `InputError` for differences between the run, with this `state`, and its checkpoint."""
         args, checkpoint, saved = self.args, self.checkpoint, self.saved
         if checkpoint is None:
             return
         if args.max_train_steps < saved["global_step"]:
-            raise ValueError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is further on.")
+            raise InputError(f"--max_train_steps is {args.max_train_steps}, but {checkpoint} is further on.")
         # Schedules other than the constant ones depend on the last step.
         names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
         if args.ncp_error_scale in ("auto", saved["error_scale"]):
@@ -857,7 +862,7 @@ class Checkpoints:
             changes.append(f"the data are {data['num_pairs']} pairs, but were {data_before['num_pairs']} others")
         if changes and not args.allow_resume_changes:
             advice = "Give the same values, or --allow_resume_changes."
-            raise ValueError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
+            raise InputError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
         for change in changes:
             logger.warning(f"{change} in {checkpoint}")
 
@@ -877,7 +882,7 @@ class Checkpoints:
         result = set_peft_model_state_dict(policy, lora)
         missing = [name for name in result.missing_keys if ".lora_" in name and ".reference." not in name]
         if wrong := missing + result.unexpected_keys:
-            raise ValueError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
+            raise InputError(f"The LoRA in {self.checkpoint} does not fit: {wrong}.")
         logger.info(f"Resumed from {self.checkpoint}")
 
     def save(self, state, signals):
@@ -952,6 +957,8 @@ class Monitor:
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
+        self.recent = collections.deque(maxlen=50)  # metrics of steps, for the progress bar
+        self.start = time.monotonic()
 
     @property
     def is_validation_step(self):
@@ -992,8 +999,10 @@ class Monitor:
             copied.synchronize()
         metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
         self.check_finite(step, metrics, table["rows"].int().tolist())
+        self.recent.append(metrics)
         shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
-        self.progress_bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
+        means = {name: np.mean([step[name] for step in self.recent]) for name in shown}
+        self.progress_bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()}, refresh=False)
         self.progress_bar.update()
         self.track(self.accelerator.log, metrics, step=step)
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
@@ -1013,6 +1022,28 @@ class Monitor:
             limit = f"--max_skipped_steps {self.args.max_skipped_steps} allows no more; checkpoints are intact"
             raise RuntimeError(f"Step {step} is not finite: {problem}. {limit}.")
         logger.warning(f"Step {step} is not finite: {problem}. It is skipped.")
+
+    def report_end(self):
+        """Says how the run went, where the LoRA is and what to do next."""
+        args, hours = self.args, (time.monotonic() - self.start) / 3600
+        self.progress_bar.close()
+        memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+        logger.info(f"Trained for {hours:.2f} hours{memory}")
+        if args.num_eval_pairs is not None:
+            rows = read_held_out(args)
+            best = min(rows, key=lambda row: float(row["loss"]))["step"]
+            checkpoint = Path(args.output_dir, f"checkpoint-{best}")
+            kept = checkpoint if checkpoint.is_dir() else "no checkpoint of it is kept"
+            logger.info(f"The loss of held-out pairs was lowest at step {best}: {kept}")
+            error, drift = float(rows[-1]["error_w"]), float(rows[-1]["drift_w"])
+            logger.info(f"The winners' error has drifted by {drift / (error - drift):.1%} of the reference's")
+        flags = [
+            "--pretrained_model_name_or_path",
+            args.pretrained_model_name_or_path,
+            "--lora_weights",
+            args.output_dir,
+        ]
+        logger.info(f"To compare the LoRA with the base: python tools/eval_win_rate.py {shlex.join(flags)}")
 
 
 # Copied from train_ncp_dpo_sd15.measure_held_out
@@ -1062,6 +1093,13 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
         path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
 
 
+# Copied from train_ncp_dpo_sd15.read_held_out
+def read_held_out(args):
+    """The rows of `eval.csv` in the space of training, at all timesteps together."""
+    with open(Path(args.output_dir, "eval.csv"), encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if (row["space"], row["timesteps"]) == (args.loss_space, "all")]
+
+
 # Copied from train_ncp_dpo_sd15.log_validation
 @torch.no_grad()
 def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
@@ -1095,6 +1133,10 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
+    for image, title in zip(before_after, ("before training", f"after {global_step} steps")):
+        ImageDraw.Draw(image).text(
+            (4, 4), title, "white", font_size=image.height / 16, stroke_width=1, stroke_fill="black"
+        )
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
@@ -1128,7 +1170,7 @@ def public_name(name):
 def describe_run(state):
     """Metadata of the LoRA's files and lines of the model card, from a run's `training_state.json`."""
     arguments = state["arguments"]
-    source = arguments["dataset_name"] or arguments["train_data_dir"] or arguments["encoded_data_dir"]
+    source = state.get("dataset") or arguments["dataset_name"] or arguments["train_data_dir"]
     return {
         "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
         "ss_steps": str(state["global_step"]),
@@ -1143,19 +1185,19 @@ def describe_run(state):
 # Copied from train_ncp_dpo_sd15.save_kohya_lora
 def save_kohya_lora(path, lora, alphas, description):
     """Writes a U-Net's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata. `lora` has
-    PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer, by default the ranks; `description` is more metadata."""
-    kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
-    alphas = {f"lora_unet_{layer.replace('.', '_')}.alpha": alpha for layer, alpha in alphas.items()}
-    for name in [name for name in kohya if name.endswith(".alpha")]:
-        kohya[name] = torch.tensor(float(alphas.get(name, kohya[name])))
-    values = {
-        "dim": {len(value) for name, value in kohya.items() if "lora_down" in name},
-        "alpha": {value.item() for name, value in kohya.items() if name.endswith(".alpha")},
-    }
+    PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer; `description` is more metadata."""
+    kohya, ranks, width = {}, set(), None
+    for layer, alpha in alphas.items():
+        down, up = (lora[f"unet.{layer}.lora_{side}.weight"].cpu().contiguous() for side in "AB")
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        kohya[f"{name}.alpha"] = torch.tensor(float(alpha))
+        ranks.add(len(down))
+        width = down.shape[1] if layer.endswith("attn2.to_k") else width
+    values = {"dim": ranks, "alpha": {*alphas.values()}}
     network = {f"ss_network_{name}": f"{min(all):g}" if len(all) == 1 else "Dynamic" for name, all in values.items()}
-    widths = [value.shape[1] for name, value in kohya.items() if name.endswith("attn2_to_k.lora_down.weight")]
     # AUTOMATIC1111 takes a LoRA without a version for SD 1.x's, and hides those of other models.
-    version = KOHYA_VERSIONS.get(max(widths, default=None), "unknown")
+    version = KOHYA_VERSIONS.get(width, "unknown")
     network |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     metadata = {"format": "pt", "ss_network_module": "networks.lora", **network, **description}
     safetensors.torch.save_file(kohya, path, metadata)
@@ -1188,9 +1230,8 @@ def save_model_card(args, accelerator, state):
     if (output_dir / "validation" / "before_after.png").is_file():
         picture = f"![{args.validation_prompt}, before and after](validation/before_after.png)\n\n"
     if args.num_eval_pairs is not None:
-        rows = [line.split(",") for line in (output_dir / "eval.csv").read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row[1:3] in (["space", "timesteps"], [args.loss_space, "all"])]
-        held_out = f"On held-out pairs:\n\n{table(*rows)}\n\n"
+        rows = [[row["step"], *(f"{float(row[name]):.3g}" for name in EVAL_METRICS)] for row in read_held_out(args)]
+        held_out = f"On held-out pairs:\n\n{table(('step', *EVAL_METRICS), *rows)}\n\n"
     base_model = public_name(args.pretrained_model_name_or_path)
     repo_id = args.hub_model_id or output_dir.resolve().name
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
@@ -1214,13 +1255,14 @@ A LoRA for `{base_model}`, trained by {about["ncp_loss"]} on the preference pair
 
 
 # Copied from train_ncp_dpo_sd15.finish
-def finish(args, accelerator, policy, state):
+def finish(args, accelerator, policy, state, monitor):
     """Writes the LoRA for other programs and the model card, and uploads all."""
     lora = {f"unet.{name}": value for name, value in get_peft_model_state_dict(policy).items()}
     layers = policy.named_modules()
     alphas = {name: layer.lora_alpha["default"] for name, layer in layers if isinstance(layer, BaseTunerLayer)}
     save_kohya_lora(Path(args.output_dir, KOHYA_WEIGHTS_NAME), lora, alphas, describe_run(state))
     save_model_card(args, accelerator, state)
+    monitor.report_end()
     if args.push_to_hub:
         files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "eval.csv", "validation/*.png"]
         files.append(f"{args.logging_dir}/**/events*")
@@ -1383,9 +1425,13 @@ def main(args):
     if accelerator.is_main_process:
         checkpoints.save_lora(args.output_dir)
         log_validation(args, accelerator, pipeline, args.max_train_steps, monitor, signals)
-        finish(args, accelerator, policy, state)
+        finish(args, accelerator, policy, state, monitor)
     monitor.track(accelerator.end_training)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (InputError, ImportError, OSError) as error:
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        sys.exit(2)

@@ -28,6 +28,20 @@ from huggingface_hub.errors import HFValidationError
 from train_ncp_dpo_sd15 import launch_command, parse_args
 
 
+def test_help_shows_each_flag_with_its_default():
+    parser = train_ncp_dpo_sd15.create_parser()
+    flags = re.split(r"\n  (?=--)", parser.format_help())[1:]
+    assert len(flags) == len(vars(parser.parse_args(["--pretrained_model_name_or_path", ""])))
+    for flag in flags:
+        assert len(flag.split()) > 3, flag
+    for name in ("learning_rate", "caption_column", "ncp_error_scale"):
+        assert f"(default: {parser.get_default(name)})" in " ".join(
+            next(f for f in flags if f.startswith(f"--{name} ")).split()
+        )
+    assert "None)" not in "".join(flags)
+    assert "accelerate launch train_ncp_dpo_sd15.py \\\n" in parser.format_help()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

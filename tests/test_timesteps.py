@@ -184,9 +184,10 @@ def test_no_prompt_of_a_held_out_pair_is_trained_on(run_sd15, pairs_of_prompts, 
 
 
 @pytest.mark.parametrize("loss_space, loss_type", [("ncp", "dpo"), ("latent", "cpo"), ("ncp", "sft")])
-def test_held_out_pairs_are_measured(run_sd15, loss_space, loss_type):
+def test_held_out_pairs_are_measured(run_sd15, caplog, loss_space, loss_type):
+    caplog.set_level("INFO")
     options = {"loss_space": loss_space, "loss_type": loss_type, "num_eval_pairs": 5, "validation_steps": 2}
-    run_sd15(max_train_steps=5, **options)
+    run_sd15(max_train_steps=5, checkpointing_steps=2, **options)
     rows = read_csv(run_sd15.output_dir / "eval.csv")
     assert list(rows[0])[:4] == ["step", "space", "timesteps", "pairs"]
     assert {int(row["step"]) for row in rows} == {0, 2, 4, 5}
@@ -206,7 +207,16 @@ def test_held_out_pairs_are_measured(run_sd15, loss_space, loss_type):
         mean = sum(int(row["pairs"]) * float(row["error_w"]) for row in buckets) / 5
         assert mean == pytest.approx(float(whole["error_w"]), rel=1e-5)
     card = (run_sd15.output_dir / "README.md").read_text()
-    assert all(f"| {' | '.join(row.values())} |" in card for row in of_all)
+    metrics = list(rows[0])[4:]
+    assert all(
+        f"| {row['step']} | {' | '.join(f'{float(row[name]):.3g}' for name in metrics)} |" in card for row in of_all
+    )
+    best, last = min(of_all, key=lambda row: float(row["loss"])), of_all[-1]
+    kept = run_sd15.output_dir / f"checkpoint-{best['step']}" if best["step"] != "0" else "no checkpoint"
+    assert f"lowest at step {best['step']}: {kept}" in caplog.text
+    share = float(last["drift_w"]) / (float(last["error_w"]) - float(last["drift_w"]))
+    assert f"by {share:.1%} of the reference's" in caplog.text
+    assert f"--lora_weights {run_sd15.output_dir}" in caplog.text
 
 
 def test_measuring_held_out_pairs_changes_no_training_and_resumes_exactly(run_sd15):

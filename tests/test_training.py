@@ -30,7 +30,7 @@ import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
 from accelerate.tracking import TensorBoardTracker
-from conftest import Run
+from conftest import Run, start_script
 from huggingface_hub.utils import filter_repo_objects
 from ncp_loss import LOSSES, Denoising
 from PIL import Image
@@ -237,8 +237,36 @@ def test_validation_images_share_their_noise(run):
     assert images[0].shape == (32, 64, 3)
     assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
     assert not np.array_equal(images[0][:, :32], images[0][:, 32:])
-    assert Image.open(run.output_dir / "validation/before_after.png").size == (64, 64)
+    before_after = np.asarray(Image.open(run.output_dir / "validation/before_after.png"))
+    assert before_after.shape == (64, 64, 3)
+    # Both rows have a title at their top.
+    assert np.array_equal(before_after[16:32], images[0][16:]) and np.array_equal(before_after[48:], images[0][16:])
+    assert not np.array_equal(before_after[:16], images[0][:16]) and not np.array_equal(
+        before_after[:32], before_after[32:]
+    )
     assert "validation/before_after.png" in (run.output_dir / "README.md").read_text()
+
+
+def test_the_resolution_is_by_default_that_of_the_unet(run, caplog):
+    caplog.set_level("INFO")
+    run(loss_space="latent", resolution=None, max_train_steps=1)
+    assert run.state("checkpoint-1")["arguments"]["resolution"] == 32 and "--resolution 32" in caplog.text
+
+
+def test_the_progress_bar_shows_means(run_sd15, capsys):
+    run_sd15(loss_space="latent", max_train_steps=4)
+    shown = float(re.findall(r"loss=([\d.e+-]+)", capsys.readouterr().err)[-1])
+    assert shown == pytest.approx(np.mean(run_sd15.scalars("loss")), rel=1e-3)
+
+
+@pytest.mark.bad_input
+def test_a_mistake_is_answered_in_one_line(run_sd15, tmp_path):
+    log = tmp_path / "log"
+    process = start_script("train_ncp_dpo_sd15.py", run_sd15.command([], {"--dataset_name": tmp_path / "none"}), log)
+    process.join(120)
+    lines = log.read_text().splitlines()
+    assert process.exitcode == 2 and [line for line in lines if "--dataset_name" in line] == lines[-1:]
+    assert lines[-1].startswith("error: ") and "Traceback" not in log.read_text()
 
 
 def test_validation_shows_the_policy(run_sd15):

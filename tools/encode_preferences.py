@@ -459,7 +459,6 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
 
 def main(args):
     trainer, folder = choose_trainer(args), Path(args.output_dir)
-    args.resolution = args.resolution or trainer.DEFAULTS["resolution"]
     accelerator = create_accelerator(args)
     _, vae_config, _ = trainer.check_checkpoint(args)
     check_folder(folder)
