@@ -1372,5 +1372,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (InputError, ImportError, OSError) as error:
-        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error, 1000)}", file=sys.stderr)
         sys.exit(2)

@@ -341,7 +341,7 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
     message = (
         r"Process 0 resumes from output/checkpoint-2, which processes \[1\] do not have: copy it to their machines"
     )
-    assert len(re.findall(f"ValueError: {message}", log)) == 2
+    assert len(re.findall(f"InputError: {message}", log)) == 2
     shutil.copytree(folders[0] / "output/checkpoint-2", folders[1] / "output/checkpoint-2")
     codes, log = launch(max_train_steps=3, resume_from_checkpoint="latest")
     assert codes == [0, 0], log

@@ -266,7 +266,7 @@ def test_a_mistake_is_answered_in_one_line(run_sd15, tmp_path):
     process.join(120)
     lines = log.read_text().splitlines()
     assert process.exitcode == 2 and [line for line in lines if "--dataset_name" in line] == lines[-1:]
-    assert lines[-1].startswith("error: ") and "Traceback" not in log.read_text()
+    assert lines[-1].startswith("train_ncp_dpo_sd15.py: error: ") and "Traceback" not in log.read_text()
 
 
 def test_validation_shows_the_policy(run_sd15):
