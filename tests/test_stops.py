@@ -49,7 +49,7 @@ def launch(module, words, log, **environment):
 
 
 def wait_for_steps(log, number=3):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(int(step) >= number for step in re.findall(r" (\d+)/4000", log.read_text())):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
