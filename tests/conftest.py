@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,8 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = {"sd15": "train_ncp_dpo_sd15", "sdxl": "train_ncp_dpo_sdxl"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Shells ignore it in what they run in the background. Then scripts of ours would go on ignoring it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Offline, diffusers before 0.40 loads no LoRA from a folder unless the file's name is given.
 lora_base.HF_HUB_OFFLINE = False
 # Forks processes that have imported what scripts do, which takes longer than a short run.
@@ -91,6 +94,7 @@ def reset_accelerate():
 def run_script(script, words, log, environment):
     """What `python script` does, and one thread, in a process that leads a group; its output is appended to `log`."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it.
     os.chdir(ROOT)
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -575,7 +575,7 @@ def test_another_number_of_processes_goes_on_alike(scene_run, tmp_path, loss_spa
     scene_run(**options, **batches, max_train_steps=3, resume_from_checkpoint="latest")
     run_on_two(steps=6)
     assert scene_run.scalars("lr") == rates
-    assert scene_run.scalars("loss") == pytest.approx(losses, abs=2e-5 if loss_space == "latent" else 1e-3)
+    assert scene_run.scalars("loss") == pytest.approx(losses, abs=1e-4 if loss_space == "latent" else 1e-3)
     assert min(losses) < 0.69, "the policy left the reference"
     assert deviation(scene_run.lora(), one) < 1e-3
 
