@@ -585,7 +585,7 @@ def test_any_folder_any_code_page(evaluate, checkpoints, tmp_path):
     script = ROOT / "tools" / "eval_win_rate.py"
     result = subprocess.run([sys.executable, script, *words], capture_output=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr.decode(errors="replace")
-    assert b"/?? | " in result.stdout
+    assert rb"/\u6771\u4eac | " in result.stdout
     folder = tmp_path / "evaluation"
     for name in ("scores.csv", "index.html"):
         assert "a cat in \u6771\u4eac" in (folder / name).read_text(encoding="utf-8")
