@@ -23,6 +23,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import re
 import sys
@@ -151,6 +152,9 @@ def run(main, parse_args):
     """Runs a tool as a command and exits."""
     # Characters that the console's code page lacks are escaped.
     sys.stdout.reconfigure(errors="backslashreplace")
+    # These warn that there is no torchvision, and that a U-Net's LoRA has nothing for text encoders.
+    for name in ("transformers.utils.import_utils", "diffusers.loaders.lora_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(exit_code(lambda: main(parse_args())))
 
 

@@ -293,6 +293,8 @@ def load_pipeline(args, source):
 
     import diffusers
 
+    # One bar for each component, in the midst of that of the pictures.
+    diffusers.logging.disable_progress_bar()
     dtype_name = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
     dtype = {dtype_name: {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)}
     components = {}

@@ -497,7 +497,12 @@ def read_comparisons(args):
     tables = list(rows.iter(METADATA_BATCH_SIZE))
     if not tables:
         raise ValueError("the dataset has no rows")
-    table = pa.concat_tables(tables, promote_options="permissive")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"--dataset_name {args.dataset_name}: columns of its files differ in type: {error}"
+        ) from error
 
     for flag, name in names.items():
         if pa.types.is_nested(table[name].type):
@@ -787,7 +792,10 @@ def metadata_features(features, args):
 
 def read_kept_rows(args, skipped):
     """`convert rows`: the rows that `filter` kept, with their images."""
-    kept = pq.read_table(args.rows_file)
+    try:
+        kept = pq.read_table(args.rows_file)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"--rows_file {args.rows_file} cannot be read as a parquet file: {error}") from error
     columns = flags_of(args, "label_column", "caption_column")
     require_columns({"--rows_file": "row", **columns}, kept.column_names, args.rows_file)
     kept = kept.sort_by("row")

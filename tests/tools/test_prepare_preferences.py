@@ -581,6 +581,15 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
     ]
     cases += [(["filter", *flags, "--output_file", full / "x"], message) for flags, message in filter_cases]
     cases.append((["filter", "--dataset_name", folder, "--output_file", a_file], f"--output_file {a_file}"))
+    for file in (tmp_path / "nowhere", damaged / "train-1.parquet"):
+        cases.append(
+            (["convert", "rows", "--dataset_name", folder, "--rows_file", file, *new], f"--rows_file {file} ")
+        )
+    mixed = write_parquet(tmp_path / "mixed", pair_columns(4))
+    Dataset.from_dict(pair_columns(4, label_0=["1"] * 4)).to_parquet(str(mixed / "train-1.parquet"))
+    cases.append(
+        (["filter", "--dataset_name", mixed, "--output_file", full / "x"], "mixed: columns of its files differ in")
+    )
     for arguments, message in cases:
         assert run(*arguments) == 2, arguments
         error = capsys.readouterr().err.splitlines()[-1]
