@@ -19,6 +19,7 @@ import argparse
 import bisect
 import contextlib
 import copy
+import ctypes
 import functools
 import importlib.metadata
 import itertools
@@ -26,6 +27,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -156,6 +158,16 @@ def run(main, parse_args):
     for name in ("transformers.utils.import_utils", "diffusers.loaders.lora_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(exit_code(lambda: main(parse_args())))
+
+
+def end_with_parent(if_launched=False):
+    """
+    Has the operating system end this process when the process that started it ends, however that happens. Only Linux can. With
+    `if_launched` only a process that `accelerate launch` has started.
+    """
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    if sys.platform == "linux" and (launched or not if_launched):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 # Reading

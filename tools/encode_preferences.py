@@ -47,7 +47,17 @@ import datasets
 import pyarrow as pa
 import safetensors.torch
 import torch
-from common import LOCK_NAME, ArgumentParser, locked_folder, map_ahead, open_files, read_files, run, whole_file
+from common import (
+    LOCK_NAME,
+    ArgumentParser,
+    end_with_parent,
+    locked_folder,
+    map_ahead,
+    open_files,
+    read_files,
+    run,
+    whole_file,
+)
 from datasets import Dataset, Features, Value
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -505,4 +515,5 @@ def encode(args, accelerator, trainer, vae_config, folder):
 
 
 if __name__ == "__main__":
+    end_with_parent(if_launched=True)
     run(main, parse_args)

@@ -19,7 +19,7 @@ import csv
 import itertools
 import json
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,7 +285,7 @@ def choose_precision(args, accelerator):
 
 
 def load_pipeline(args, source):
-    """A source's pipeline on the CPU. A `ValueError` says that it, its U-Net or its LoRA cannot be loaded whole."""
+    """A source's pipeline without its LoRA, on the CPU. A `ValueError` says that it or its U-Net cannot be loaded whole."""
     import torch
     from packaging.version import Version
     from preference_pairs import find_fault, one_line
@@ -320,9 +320,26 @@ def load_pipeline(args, source):
         pipeline.safety_checker = None
     if args.scheduler is not None:
         pipeline.scheduler = getattr(diffusers, source.scheduler).from_config(pipeline.scheduler.config)
-    if source.lora is not None:
-        load_lora(pipeline, f"--{source.flags.lora} {source.lora}", source.lora, "lora")
     return pipeline
+
+
+def load_pipelines(args, sources, device="cpu"):
+    """
+    Yields each source and its pipeline. Sources in a row that differ in their LoRA alone share a model. A `ValueError` says what
+    cannot be loaded whole.
+    """
+    pipeline = loaded = None
+    for source in sources:
+        if (model := (source.model, source.variant, source.revision, source.unet)) != loaded:
+            # Frees its memory before the next is loaded.
+            pipeline = None
+            pipeline, loaded = load_pipeline(args, source).to(device), model
+            pipeline.set_progress_bar_config(disable=True)
+        else:
+            pipeline.unload_lora_weights()
+        if source.lora is not None:
+            load_lora(pipeline, f"--{source.flags.lora} {source.lora}", source.lora, "lora")
+        yield source, pipeline
 
 
 def load_lora(pipeline, named, file, adapter_name):
@@ -478,20 +495,19 @@ def draw_pictures(args, accelerator, pictures):
     missing = missing[accelerator.process_index :: accelerator.num_processes]
     if not missing:
         return
-    sources = dict.fromkeys(batch[0].source for batch in missing)
-    if len(sources) > 1:
-        # A model that cannot be loaded is reported before any draws. One at a time saves memory.
-        for source in sources:
-            load_pipeline(args, source)
+    by_source = defaultdict(list)
+    for batch in missing:
+        by_source[batch[0].source].append(batch)
+    if len(by_source) > 1:
+        # What cannot be loaded is reported before any draws.
+        deque(load_pipelines(args, by_source), maxlen=0)
     num_pictures = sum(map(len, missing))
     with tqdm(total=num_pictures, desc="Drawing", disable=not accelerator.is_local_main_process) as progress:
-        for source, of_source in itertools.groupby(missing, lambda batch: batch[0].source):
-            pipeline = load_pipeline(args, source).to(accelerator.device)
-            pipeline.set_progress_bar_config(disable=True)
-            for batch in of_source:
+        for source, pipeline in load_pipelines(args, by_source, accelerator.device):
+            for batch in by_source[source]:
                 draw_batch(args, pipeline, batch)
                 progress.update(len(batch))
-            # Frees its memory before the next is loaded.
+            # Another reference would keep its memory.
             del pipeline
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 
 import collect_preferences
+import compare_methods
 import convert_lora
 import encode_preferences
 import eval_win_rate
@@ -31,7 +32,8 @@ from conftest import ROOT, reset_accelerate, run_tool
 
 
 # encode_preferences is the last: its flags are those of the trainers, in a module that imports torch.
-TOOLS = [collect_preferences, convert_lora, eval_win_rate, plot_run, prepare_preferences, encode_preferences]
+TOOLS = [collect_preferences, compare_methods, convert_lora, eval_win_rate, plot_run, prepare_preferences]
+TOOLS.append(encode_preferences)
 # Values out of range that have the right type. It is 0 for the other flags.
 BEYOND = {
     "--seed": 2**63,
@@ -110,6 +112,7 @@ for name in sys.argv[1:]:
 MISTAKES = {
     "collect_preferences draw": ("--prompts x --pretrained_model_name_or_path ./nowhere", "./nowhere is no hub id"),
     "collect_preferences judge": ("--input_dir nowhere", "--input_dir nowhere has no metadata.jsonl"),
+    "compare_methods": ("nowhere.toml", "No such file or directory: 'nowhere.toml'"),
     "convert_lora": ("--lora_weights nowhere", "--lora_weights: there is no file nowhere"),
     "encode_preferences": ("--pretrained_model_name_or_path m", "exactly one of --dataset_name and --train_data_dir"),
     "eval_win_rate": ("--pretrained_model_name_or_path m", "Give one of --prompts, --prompts_file and --dataset_name"),
