@@ -20,11 +20,11 @@
 
 The file is written in TOML:
 
-    [common]                 flags of the training script, for all rows; `seed` may be a list: one training for each
-    [rows.NAME]              more flags, for one row each
-    [evaluation]             flags of eval_win_rate.py for prompts, pictures and scorers, and `steps`: which checkpoints
-                             may be chosen, the last one of them is the end of training
-    [launch]                 flags of `accelerate launch`
+    [common]        flags of the training script, for all rows; seed may be a list, with one training for each
+    [rows.NAME]     more flags, for one row
+    [evaluation]    flags of eval_win_rate.py for prompts, pictures and scorers; and steps, a list: training ends after the
+                    last of them, and each may be chosen
+    [launch]        flags of `accelerate launch`
 
 The pairs are encoded once. Every row is trained with every seed. The base model and every LoRA draw the prompts from the same
 noise. The steps of a row are chosen by the mean of the first scorer on every other prompt, and reported on the prompts between
@@ -392,8 +392,8 @@ def launch(launcher, script, words, log, show_progress):
 
 def wait_for_earlier(words):
     """Waits for the same script of an earlier run, which was killed. A training may still be saving a checkpoint."""
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [])[-len(words) :] == words:
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if (process.info["cmdline"] or [])[-len(words) :] == words and process.info["cwd"] == os.getcwd():
             tqdm.write(f"Waiting for process {process.pid} of an earlier run to end", file=sys.stderr)
             process.wait()
 

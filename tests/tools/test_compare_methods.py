@@ -19,6 +19,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -362,3 +364,14 @@ def test_children_end_with_the_tool(tmp_path, number):
     tool.join(30)
     assert tool.exitcode == (128 + number if number == signal.SIGTERM else -number)
     assert not psutil.wait_procs(children, 30)[1]
+
+
+def test_a_child_of_a_killed_run_is_waited_for(tmp_path, capsys):
+    words = ["--output_dir", str(tmp_path)]
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)", *words])
+    elsewhere = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words], cwd=tmp_path)
+    compare_methods.wait_for_earlier(words)
+    assert child.poll() == 0 and elsewhere.poll() is None
+    assert f"Waiting for process {child.pid}" in capsys.readouterr().err
+    elsewhere.kill()
+    elsewhere.wait()
