@@ -55,6 +55,8 @@ from unittest import mock
 import step_cost_tables
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -186,6 +188,10 @@ class Variant(NamedTuple):
     second_unet: bool = False  # the authors' way
     use_8bit_adam: bool = True  # where there is one
     flags: tuple = ()  # more of the training script
+    lora_layer: str = "fused"  # the scripts', or PEFT's: "cast" with its cast of the input, or "no cast"
+    both_sides: bool = False  # the gradient is taken at both sides of a central difference
+    measures_scale: bool = False  # no step, but a measurement of both errors for the error scale
+    up_blocks_checkpointed: bool = True
 
 
 VARIANTS = {
@@ -197,12 +203,39 @@ VARIANTS = {
     "NCP-CPO": Variant(loss_type="cpo"),
     "NCP-SFT": Variant(loss_type="sft"),
     "NCP-DPO, the authors' way": Variant(probe_rms=0, encoded=False, second_unet=True),
+    "NCP-DPO, PEFT's layers and both sides": Variant(lora_layer="cast", both_sides=True),
+    "measuring the error scale": Variant(measures_scale=True),
 }
-# Which change nothing that can be counted.
+# The policy alone, counted with the kernels of a CPU.
+LAYERS = {
+    name: Variant(loss_space="latent", loss_type="cpo", lora_layer=lora_layer)
+    for name, lora_layer in {
+        "PEFT's layers": "cast",
+        "PEFT's layers, without the cast": "no cast",
+        "the scripts' layers": "fused",
+    }.items()
+}
+# What decides on flags, and what the last changes save: timed first, with SDXL and 8 pairs. Neighbours share a policy.
+CHOICES = {
+    "latent DPO": VARIANTS["latent DPO"],
+    "NCP-DPO": VARIANTS["NCP-DPO"],
+    "NCP-DPO, both sides": Variant(both_sides=True),
+    "latent DPO, PEFT's layers": Variant(loss_space="latent", lora_layer="cast"),
+    "NCP-DPO, PEFT's layers and both sides": VARIANTS["NCP-DPO, PEFT's layers and both sides"],
+    **{
+        f"{name}, {title}": VARIANTS[name]._replace(**options)
+        for title, options in {
+            "--channels_last": {"flags": ("--channels_last",)},
+            "up blocks not checkpointed": {"up_blocks_checkpointed": False},
+            "--compile": {"flags": ("--compile",)},
+            "--channels_last --compile": {"flags": ("--channels_last", "--compile")},
+        }.items()
+        for name in ("latent DPO", "NCP-DPO")
+    },
+}
 TIMED_VARIANTS = {
-    **VARIANTS,
-    "NCP-DPO, --channels_last": Variant(flags=("--channels_last",)),
-    "NCP-DPO, --compile": Variant(flags=("--compile",)),
+    **CHOICES,
+    **{name: variant for name, variant in VARIANTS.items() if not variant.measures_scale},
     "NCP-DPO, AdamW in 32 bits": Variant(use_8bit_adam=False),
 }
 WARM_UP_STEPS = 2
@@ -213,6 +246,23 @@ class Tokenizer:
 
     def __call__(self, captions, **options):
         return SimpleNamespace(input_ids=torch.zeros(len(captions), 77, dtype=torch.long))
+
+
+class BothSides(NoiseConditionedPerception):
+    """Takes the gradient of central differences at both sides, as was done before."""
+
+    def _error_and_gradient(self, model_pred, anchor, needs_gradient):
+        delta = anchor.k * (model_pred.detach().float() - anchor.center_pred)
+        probe, inverse_size = self._probe(delta, self._probe_rms)
+        points = torch.cat([anchor.center + probe, anchor.center - probe])
+        with self._frozen_encoder(), torch.enable_grad():
+            features = self._features(points.requires_grad_(), *anchor.conditioning)
+            ahead, behind = features.detach().float().chunk(2)
+            change = (ahead - behind) * inverse_size
+            slope = anchor.ref_change + change
+            torch.autograd.backward(features, slope.repeat(2, 1, 1, 1).to(features.dtype), inputs=points)
+        errors = anchor.ref_errors + (change * (anchor.ref_change + slope)).mean(dim=(1, 2, 3))
+        return errors, 2 / slope[0].numel() * anchor.k * sum(points.grad.chunk(2)) / 2
 
 
 class Step:
@@ -238,7 +288,7 @@ class Step:
         flags += ["--encoded_data_dir" if variant.encoded else "--dataset_name", "random", *variant.flags]
         self.args = self.script.parse_args(flags)
 
-        self.policy = policy or self.script.create_policy(self.args, self.create_unet(variant.dtype), None)
+        self.policy = policy or self.create_policy()
         self.policy.train()
         self.second_unet = None
         if variant.second_unet:
@@ -252,6 +302,17 @@ class Step:
         with torch.device(self.device):
             return UNet2DConditionModel(**self.model.unet).to(dtype)
 
+    def create_policy(self):
+        policy = self.script.create_policy(self.args, self.create_unet(self.variant.dtype), None)
+        for layer in policy.modules():
+            if isinstance(layer, self.script.FusedLoraLinear) and self.variant.lora_layer != "fused":
+                layer.__class__ = LoraLinear
+                layer.cast_input_dtype_enabled = self.variant.lora_layer == "cast"
+        if not self.variant.up_blocks_checkpointed:
+            for block in policy.up_blocks:
+                block.gradient_checkpointing = False
+        return policy
+
     def create_scheduler(self):
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -259,7 +320,8 @@ class Step:
         if self.variant.loss_space == "latent":
             return LatentSpace
         options = {"target_timestep": self.variant.target_timestep, "probe_rms": self.variant.probe_rms}
-        return NoiseConditionedPerception(self.second_unet or self.policy, self.create_scheduler(), **options)
+        perception = BothSides if self.variant.both_sides else NoiseConditionedPerception
+        return perception(self.second_unet or self.policy, self.create_scheduler(), **options)
 
     def create_components(self):
         """VAE and text encoders, these in the precision of the U-Net, as peers have them."""
@@ -306,6 +368,12 @@ class Step:
         return self.script.noise_batch(self.args, self.batch, self.pipeline, self.scheduler)
 
     def loss(self, denoising):
+        if self.variant.measures_scale:
+            with torch.no_grad():
+                predictions = self.script.predict(denoising, self.policy, self.policy, needs_reference=True)
+                for space in (LatentSpace, self.perception):
+                    space.errors(denoising, *predictions)
+            return None
         if self.second_unet is None:
             needs_reference = LOSSES[self.args.loss_type].needs_reference
             model_pred, ref_pred = self.script.predict(denoising, self.policy, self.policy, needs_reference)
@@ -490,22 +558,24 @@ def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 
 @contextlib.contextmanager
-def metered(step, meter):
-    """Lets the meter see the parts of a step, with the U-Net in autocast as accelerate wraps it."""
+def metered(step, meter, device="cuda"):
+    """Lets the meter see the parts of a step, with the U-Net in autocast as accelerate wraps it, with the kernels of `device`."""
+    lora = next(module for module in step.policy.modules() if isinstance(module, BaseTunerLayer))
     forward = torch.autocast("cpu", step.variant.dtype, enabled=step.variant.dtype != torch.float32)(
         step.policy.forward
     )
 
     def metered_forward(*args, **kwargs):
-        with meter.part("policy" if torch.is_grad_enabled() else "reference"):
+        with meter.part("reference" if lora.disable_adapters else "policy"):
             return forward(*args, **kwargs)
 
-    patches = [
-        mock.patch.object(step.policy, "forward", metered_forward),
-        mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
-        mock.patch.object(F, "group_norm", in_float32(F.group_norm)),
-        mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)),
-    ]
+    patches = [mock.patch.object(step.policy, "forward", metered_forward)]
+    if device == "cuda":
+        patches += [
+            mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
+            mock.patch.object(F, "group_norm", in_float32(F.group_norm)),
+            mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)),
+        ]
     for owner, name, part in [
         (step.script, "encode_images", "VAE"),
         (step.script, "encode_prompt", "text"),
@@ -520,9 +590,9 @@ def metered(step, meter):
         yield
 
 
-def create_fake_policy(model, dtype, gradient_checkpointing):
+def create_fake_policy(model, variant, gradient_checkpointing):
     """The policy of a [`Step`], of fake tensors."""
-    variant = Variant(loss_space="latent", dtype=dtype)
+    variant = Variant(loss_space="latent", dtype=variant.dtype, lora_layer=variant.lora_layer)
     policy = Step(model, variant, "meta", gradient_checkpointing=gradient_checkpointing).policy
     with FAKE:
         return policy.to_empty(device="cpu")
@@ -530,7 +600,7 @@ def create_fake_policy(model, dtype, gradient_checkpointing):
 
 def create_fake_step(model, variant, batch_size=1, gradient_checkpointing=False, policy=None):
     """A [`Step`] of fake tensors; `policy` is of `create_fake_policy`."""
-    policy = policy or create_fake_policy(model, variant.dtype, gradient_checkpointing)
+    policy = policy or create_fake_policy(model, variant, gradient_checkpointing)
     step = Step(model, variant, "meta", batch_size, gradient_checkpointing, policy)
     with FAKE:
         for module in [step.second_unet, *vars(step.pipeline).values()]:
@@ -541,9 +611,10 @@ def create_fake_step(model, variant, batch_size=1, gradient_checkpointing=False,
     return step
 
 
-def count(model, variant, batch_size=1, gradient_checkpointing=False, policy=None):
+def count(model, variant, batch_size=1, gradient_checkpointing=False, policy=None, device="cuda"):
     """
-    Makes a step of fake tensors and counts what it costs.
+    Makes a step of fake tensors and counts what it costs, with the kernels that `device` has. A CPU's autocast leaves
+    normalizations in bf16, and the FLOPs of its attention are not known.
 
     Returns:
         A dictionary of "num_images", "num_parameters" by model, "vae_itemsize" (bytes of a parameter) and "parts", which
@@ -552,11 +623,12 @@ def count(model, variant, batch_size=1, gradient_checkpointing=False, policy=Non
     """
     step, meter = create_fake_step(model, variant, batch_size, gradient_checkpointing, policy), Meter()
     step.policy.zero_grad()
-    with FAKE, metered(step, meter):
+    with FAKE, metered(step, meter, device):
         denoising = step.denoising()
         loss = step.loss(denoising)
-        with meter.part("backward"):
-            loss.backward()
+        if loss is not None:
+            with meter.part("backward"):
+                loss.backward()
     return {
         "num_images": len(denoising.timesteps),
         "num_parameters": step.num_parameters(),
@@ -565,20 +637,22 @@ def count(model, variant, batch_size=1, gradient_checkpointing=False, policy=Non
     }
 
 
-# Variants that are counted. The other one costs what "NCP-DPO, one-sided" costs.
-COUNTED_VARIANTS = [name for name in VARIANTS if name != "NCP-DPO, one-sided, current timestep"]
-
-
 @functools.cache
-def cached_fake_policy(model):
-    return create_fake_policy(MODELS[model], torch.bfloat16, gradient_checkpointing=True)
+def cached_fake_policy(model, lora_layer):
+    return create_fake_policy(MODELS[model], Variant(lora_layer=lora_layer), gradient_checkpointing=True)
 
 
-def count_variant(model, batch_size, name):
+def count_variant(model, batch_size, name, device):
     """One step with gradient checkpointing, by names, as a line of the results."""
-    policy = cached_fake_policy(model)
-    step = count(MODELS[model], VARIANTS[name], batch_size, gradient_checkpointing=True, policy=policy)
-    return {"model": model, "batch_size": batch_size, "name": name, **step}
+    variant = (VARIANTS if device == "cuda" else LAYERS)[name]
+    policy = cached_fake_policy(model, variant.lora_layer)
+    step = count(MODELS[model], variant, batch_size, gradient_checkpointing=True, policy=policy, device=device)
+    return {"model": model, "batch_size": batch_size, "name": name, "device": device, **step}
+
+
+def is_counted(model, variant):
+    """Whether a variant is counted: not if it costs what "NCP-DPO, one-sided" costs, and PEFT's layers for SDXL only."""
+    return variant.target_timestep == "previous" and (variant.lora_layer == "fused" or model == "sdxl")
 
 
 def main_count(args):
@@ -590,11 +664,13 @@ def main_count(args):
         "launch_seconds": LAUNCH_SECONDS,
     }
     jobs = [
-        (model, batch_size, name)
+        (model, batch_size, name, "cuda")
         for model in step_cost_tables.TITLES
         for batch_size in sorted({1, *MODELS[model].batch_sizes})
-        for name in COUNTED_VARIANTS
+        for name, variant in VARIANTS.items()
+        if is_counted(model, variant)
     ]
+    jobs += [("sdxl", 8, name, "cpu") for name in LAYERS]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         mp_context=context, initializer=logging.set_verbosity_error
@@ -673,34 +749,46 @@ def time_models(device, args):
     if device != "cuda":
         variants = {}
         for name, variant in TIMED_VARIANTS.items():
-            # Where every difference is one-sided, and AdamW has 32 bits.
+            # Where every difference is one-sided, LoRA layers are PEFT's, and AdamW has 32 bits.
             variant = variant._replace(dtype=torch.float32, probe_rms=None, use_8bit_adam=False)
+            variant = variant._replace(lora_layer="fused", both_sides=False)
+            if not args.gradient_checkpointing:
+                variant = variant._replace(up_blocks_checkpointed=True)
             if variant not in variants.values():
                 variants[name] = variant
         for model in args.model:
             for batch_size in MODELS[model].batch_sizes:
                 yield model, batch_size, time_together(variants, MODELS[model], batch_size, device, args)
         return
-    # Flags need a U-Net of their own, and what takes longest to begin comes last for all models.
-    for flagged in (False, True):
-        for model in args.model:
-            policy = None
-            for name, variant in TIMED_VARIANTS.items():
-                if bool(variant.flags) is not flagged:
-                    continue
-                if "--compile" in variant.flags and importlib.util.find_spec("triton") is None:
-                    yield model, MODELS[model].batch_sizes[0], {name: {"skipped": "triton is not installed"}}
-                    continue
-                if policy is None or flagged:
-                    policy = Step(MODELS[model], variant, device, 1, args.gradient_checkpointing).policy
-                for batch_size in MODELS[model].batch_sizes:
-                    try:
-                        results = time_together({name: variant}, MODELS[model], batch_size, device, args, policy)
-                    except torch.cuda.OutOfMemoryError:
-                        results = {name: {"skipped": "out of memory"}}
-                    yield model, batch_size, results
-                    gc.collect()
-                    torch.cuda.empty_cache()
+    # What takes longest to begin comes last.
+    others = [name for name in TIMED_VARIANTS if name not in CHOICES]
+    jobs = [("sdxl", [8], name) for name in CHOICES] if "sdxl" in args.model else []
+    names = ["latent DPO", "NCP-DPO", *others, "NCP-DPO, --compile"]
+    jobs += [(model, MODELS[model].batch_sizes, name) for model in args.model for name in names]
+    previous = policy = None
+    for model, batch_sizes, name in jobs:
+        variant = TIMED_VARIANTS[name]
+        if "--compile" in variant.flags and importlib.util.find_spec("triton") is None:
+            yield model, batch_sizes[0], {name: {"skipped": "triton is not installed"}}
+            continue
+        made_of = model, variant.flags, variant.lora_layer, variant.up_blocks_checkpointed
+        if made_of != previous:
+            previous, policy = made_of, None
+            torch._dynamo.reset()
+            free_memory()
+            policy = Step(MODELS[model], variant, device, 1, args.gradient_checkpointing).policy
+        for batch_size in batch_sizes:
+            try:
+                results = time_together({name: variant}, MODELS[model], batch_size, device, args, policy)
+            except torch.cuda.OutOfMemoryError:
+                results = {name: {"skipped": "out of memory"}}
+            yield model, batch_size, results
+            free_memory()
+
+
+def free_memory():
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # Of dense bf16 matrix products, by what is in the device's name; the first that fits.
@@ -736,8 +824,9 @@ def add_mfu(models, peak):
     for part in models.values():
         for name, result in part["results"].items():
             if "skipped" not in result:
-                # Without what changes nothing that is counted.
-                variant = TIMED_VARIANTS[name]._replace(flags=(), use_8bit_adam=True)
+                # Without what changes no FLOPs.
+                variant = TIMED_VARIANTS[name]._replace(flags=(), use_8bit_adam=True, lora_layer="fused")
+                variant = variant._replace(up_blocks_checkpointed=True)
                 counted.append((result, part["model"], variant))
     distinct = list(dict.fromkeys((name, variant) for _, name, variant in counted))
     jobs = [MODELS[name] for name, _ in distinct], [variant for _, variant in distinct]

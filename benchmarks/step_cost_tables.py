@@ -31,6 +31,13 @@ COUNTS, COUNT_PAGE, TIMINGS = (
     RESULTS / name for name in ("step_cost_count.jsonl", "step_cost_count.md", "gpu_time.json")
 )
 TITLES = {"sdxl": "SDXL, 1024²", "sd15": "SD 1.5, 512²"}
+# Steps that a table compares, and what it calls them.
+SAVED = {
+    "NCP-DPO, PEFT's layers and both sides": "NCP-DPO, before",
+    "NCP-DPO": "NCP-DPO",
+    "NCP-CPO": "NCP-CPO",
+    "measuring the error scale": "measuring the error scale",
+}
 PARTS = ("VAE", "text", "reference", "anchor", "policy", "error", "backward", "rest")
 # The rows of README's table, and what it calls them.
 SUMMARY = {
@@ -45,7 +52,16 @@ TIMED = {
     "latent DPO": "latent DPO",
     "latent DPO, VAE in the loop": "latent DPO, VAE in the loop",
     "NCP-DPO": "NCP-DPO",
-    "NCP-DPO, --compile": "NCP-DPO, `--compile`",
+    **{
+        f"{name}, {flags}": f"{name}, `{flags}`"
+        for flags in ("--channels_last", "--compile", "--channels_last --compile")
+        for name in ("latent DPO", "NCP-DPO")
+    },
+    "latent DPO, up blocks not checkpointed": "latent DPO, up blocks not checkpointed",
+    "NCP-DPO, up blocks not checkpointed": "NCP-DPO, up blocks not checkpointed",
+    "latent DPO, PEFT's layers": "latent DPO, PEFT's layers",
+    "NCP-DPO, both sides": "NCP-DPO, both sides",
+    "NCP-DPO, PEFT's layers and both sides": "NCP-DPO, PEFT's layers and both sides",
     "NCP-DPO, AdamW in 32 bits": "NCP-DPO, AdamW in 32 bits",
     "NCP-DPO, one-sided": "NCP-DPO, one-sided",
     "NCP-CPO": "NCP-CPO",
@@ -57,9 +73,13 @@ MARKS = {"": "", "another machine": "\\*", "a third machine": "\\*\\*"}
 
 
 def load_counts(path=COUNTS):
-    """The settings of the count, and its steps by (model, pairs per step, name)."""
+    """The settings of the count, and its steps by (model, pairs per step, name), with "model on a CPU" for a CPU's kernels."""
     settings, *steps = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return settings, {(step["model"], step["batch_size"], step["name"]): step for step in steps}
+    counts = {}
+    for step in steps:
+        model = step["model"] + (" on a CPU" if step["device"] == "cpu" else "")
+        counts[model, step["batch_size"], step["name"]] = step
+    return settings, counts
 
 
 def load_timings(path=TIMINGS):
@@ -212,6 +232,32 @@ def floors_table(counts, timings, model, batch_size):
     return with_notes(text, machine_notes(timings, model, batch_size, steps_of(counts, model, batch_size)))
 
 
+def saved_table(counts):
+    """What SDXL's steps cost before and after the LoRA layers and the gradient's side were changed."""
+    rows = []
+    for name, title in SAVED.items():
+        one, eight = (counts["sdxl", size, name] for size in (1, 8))
+        flops = step_flops(one)[0] / one["num_images"] / forward_flops(counts, "sdxl")
+        _, *cells = floor_cells(eight["parts"].values())
+        rows.append([title, f"{flops:.2f}", f"{peak_memory(one) / 1e9:.1f}", *cells])
+    return table([TITLES["sdxl"], "F per image", "peak GB, 1 pair", "GB moved, 8 pairs", "kernels", "floor, s"], rows)
+
+
+def layers_table(counts):
+    """Kernels and bytes of SDXL's policy with three kinds of LoRA layers, with the kernels of a CPU and of a GPU."""
+    steps = steps_of(counts, "sdxl on a CPU", 8)
+    for name, title in {
+        "NCP-DPO, PEFT's layers and both sides": "PEFT's layers",
+        "NCP-DPO": "the scripts' layers",
+    }.items():
+        steps[f"{title}, a GPU's kernels"] = counts["sdxl", 8, name]
+    rows = []
+    for name, step in steps.items():
+        _, num_bytes, kernels, _ = floor_cells([step["parts"][part] for part in ("policy", "backward")])
+        rows.append([name, kernels, num_bytes])
+    return table(["SDXL's policy, forward and backward, 16 images, a CPU's kernels", "kernels", "GB moved"], rows)
+
+
 def describe_pairs(batch_size):
     return "1 pair" if batch_size == 1 else f"{batch_size} pairs"
 
@@ -306,7 +352,8 @@ Written by `{command}`, with {versions}. The models have their full size and con
 fake tensors, so the count needs no weights and no GPU. bf16 and a LoRA of rank {rank} on the attention projections; a pair is two
 images, and for SFT one. FLOPs are those of `torch.utils.flop_counter`: matrix products,
 convolutions and attention (its backward pass with what flash attention computes again). Differences are central, or one-sided
-where it says so (`--ncp_probe_rms 0`; fp32 takes them by default). "Checkpointed" is with gradient checkpointing, and
+where it says so (`--ncp_probe_rms 0`; fp32 takes them by default). "PEFT's layers and both sides" is a step as it was before LoRA layers were fused
+and before the gradient was taken at one side; measuring the error scale has no gradient. "Checkpointed" is with gradient checkpointing, and
 "× latent DPO" compares whole steps. With the current timestep (`target_timestep="current"`) a step costs the same.
 
 Parts: VAE and text encoders; *reference*, the U-Net without its LoRA; *anchor*, the encoder on the target and the
@@ -359,6 +406,7 @@ def document_tables(settings, counts, timings):
             [timing_table(timings, "sdxl", (1, 8)), timing_table(timings, "sd15", (8, 32))]
         ),
         (page, "step-cost-floor"): "\n\n".join([floor_text(settings), *floors]),
+        (page, "step-cost-saved"): "\n\n".join([saved_table(counts), layers_table(counts)]),
     }
 
 

@@ -15,6 +15,8 @@
 import functools
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import step_cost
@@ -28,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = step_cost.MODELS["small"]
 TINY_UNET = {**SMALL.unet, "block_out_channels": (8, 16, 16), "sample_size": 8, "transformer_layers_per_block": 1}
+TINY_UNET["layers_per_block"] = 1
 TINY = SMALL._replace(unet=TINY_UNET, resolution=64, rank=2)
 SETTINGS, COUNTS = step_cost_tables.load_counts()
 TIMINGS = step_cost_tables.load_timings()
@@ -85,6 +88,37 @@ def test_the_page_of_counts_is_of_the_results():
 def test_cost_relative_to_latent_dpo(model, variant, limit):
     ours, latent = (step_cost_tables.step_flops(COUNTS[model, 1, name])[0] for name in (variant, "latent DPO"))
     assert 1.2 < ours / latent <= limit
+
+
+def test_sdxl_costs_no_more_than_aimed_at():
+    forward = step_cost_tables.forward_flops(COUNTS, "sdxl")
+    for name, limit in {"NCP-DPO": 5.46, "NCP-CPO": 3.60, "measuring the error scale": 3.9}.items():
+        step = COUNTS["sdxl", 1, name]
+        assert step_cost_tables.step_flops(step)[0] / step["num_images"] / forward <= limit, name
+    before, now = (
+        step_cost_tables.peak_memory(COUNTS["sdxl", 1, name])
+        for name in ("NCP-DPO, PEFT's layers and both sides", "NCP-DPO")
+    )
+    assert now < before < 8e9
+    parts = COUNTS["sdxl on a CPU", 8, "the scripts' layers"]["parts"]
+    policy = [parts["policy"], parts["backward"]]
+    assert sum(part["kernels"] for part in policy) <= 14300 and sum(part["bytes"] for part in policy) <= 1310e9
+
+
+def test_both_sides_have_nearly_the_gradient_of_one():
+    torch.manual_seed(0)
+    step = step_cost.Step(TINY, step_cost.Variant(), "cpu")
+    both = step_cost.Step(TINY, step_cost.Variant(both_sides=True), "cpu", policy=step.policy).perception
+    step.batch["timesteps"][:] = 500
+    denoising = step.denoising()
+    model_pred, ref_pred = (torch.randn(step.batch["latents"].shape) for _ in range(2))
+    gradients = []
+    for perception in (step.perception, both):
+        pred = model_pred.clone().requires_grad_()
+        perception.errors(denoising, pred, ref_pred).policy.sum().backward()
+        gradients.append(pred.grad)
+    assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.95
+    assert gradients[1].norm() == pytest.approx(gradients[0].norm(), rel=0.25)
 
 
 def test_sdxl_fits_into_12_gb():
@@ -233,7 +267,14 @@ def test_machines_have_marks():
 def test_timing_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step_cost.MODELS, "small", TINY)
     monkeypatch.setattr(step_cost, "WARM_UP_STEPS", 0)
-    monkeypatch.delitem(step_cost.TIMED_VARIANTS, "NCP-DPO, --compile")
+    variants = {**step_cost.VARIANTS, "NCP-DPO, --channels_last": step_cost.TIMED_VARIANTS["NCP-DPO, --channels_last"]}
+    names = ["latent DPO, VAE in the loop", "NCP-DPO", "NCP-DPO, one-sided", "NCP-DPO, the authors' way"]
+    names += ["NCP-DPO, --channels_last", "NCP-DPO, PEFT's layers and both sides"]
+    monkeypatch.setattr(step_cost, "TIMED_VARIANTS", {name: variants[name] for name in names})
+    # Processes of their own would import everything, and count the larger model.
+    monkeypatch.setattr(
+        step_cost.concurrent.futures, "ProcessPoolExecutor", lambda mp_context: ThreadPoolExecutor(max_workers=1)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "results" / "cost.json"
     step_cost.main_time(step_cost.parse_args(["time", "--model", "small", "--steps", "1", "--json", str(file)]))
@@ -241,7 +282,9 @@ def test_timing_report(tmp_path, monkeypatch, capsys):
     report = json.loads(file.read_text())
     assert report["device"].startswith("CPU") and report["versions"]["torch"] == torch.__version__
     results = report["models"]["small × 1"]["results"]
+    assert "NCP-DPO, --channels_last" in results
     assert "NCP-DPO, one-sided" not in results, "in float32 this is what NCP-DPO is"
+    assert "NCP-DPO, PEFT's layers and both sides" not in results
     output = capsys.readouterr().out
     for name, result in results.items():
         assert result["pairs_per_second"] > 0 and 0 < result["mfu"] < 1
@@ -254,3 +297,28 @@ def test_a_full_size_model_is_not_timed_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="GPU"):
         step_cost.main_time(step_cost.parse_args(["time", "--model", "sdxl", "sd15"]))
+
+
+def test_choices_are_timed_first_with_as_few_policies_as_possible(monkeypatch):
+    timed, policies = [], []
+
+    def create_step(model, variant, device, batch_size, gradient_checkpointing):
+        policies.append(variant)
+        return SimpleNamespace(policy=variant)
+
+    def time_together(variants, model, batch_size, device, args, policy):
+        ((name, variant),) = variants.items()
+        for key in ("flags", "lora_layer", "up_blocks_checkpointed"):
+            assert getattr(policy, key) == getattr(variant, key)
+        timed.append((model, batch_size, name))
+        return {name: {}}
+
+    monkeypatch.setattr(step_cost, "Step", create_step)
+    monkeypatch.setattr(step_cost, "time_together", time_together)
+    monkeypatch.setattr(step_cost.importlib.util, "find_spec", lambda name: True)
+    args = step_cost.parse_args(["time", "--model", "sdxl", "sd15"])
+    yielded = [(model, size, *results) for model, size, results in step_cost.time_models("cuda", args)]
+    assert yielded[: len(step_cost.CHOICES)] == [("sdxl", 8, name) for name in step_cost.CHOICES]
+    assert {name for _, _, name in yielded} == set(step_cost.TIMED_VARIANTS) and len(timed) == len(yielded)
+    # Six for the choices, and for each model a plain one and a compiled one.
+    assert len(policies) == 6 + 2 * 2
