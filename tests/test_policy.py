@@ -28,9 +28,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_unets import UNETS, conditioning, lora_parameters
 
 
-def create_policy(kind, dtype, pretrained_lora=None, learnt=True, **options):
+def create_policy(kind, dtype, pretrained_lora=None, learnt=True, seed=0, **options):
     """The script's policy over a tiny U-Net, and a function that predicts with it in autocast."""
-    unet = UNETS[kind]()
+    unet = UNETS[kind](seed)
     latents = torch.randn(2, 4, 8, 8)
     encoder_hidden_states, added_cond_kwargs = conditioning(unet, 2)
 
@@ -70,18 +70,20 @@ def predict_and_differentiate(policy, predict):
     "dtype, tolerance", [(torch.float32, 0), (torch.float16, 1.5), (torch.bfloat16, 1.5)], ids=["fp32", "fp16", "bf16"]
 )
 def test_layers_predict_as_those_of_peft(kind, dtype, tolerance, checkpointing):
-    policy, predict = create_policy(kind, dtype, gradient_checkpointing=checkpointing)
-    peft = with_layers_of_peft(policy)
-    assert type(policy.mid_block.attentions[0].transformer_blocks[0].attn1.to_q) is not LoraLinear
-    assert policy.state_dict().keys() == peft.state_dict().keys()
-    exact, exact_gradient = predict_and_differentiate(with_layers_of_peft(policy).double(), predict)
-    (prediction, gradient), (peft_prediction, peft_gradient) = (
-        predict_and_differentiate(model, predict) for model in (policy, peft)
-    )
-    # Rounded once instead of twice, they are no further from the exact values.
-    assert (prediction - exact).norm() <= tolerance * (peft_prediction - exact).norm() + 1e-5 * exact.norm()
-    error, peft_error = ((value - exact_gradient).norm() for value in (gradient, peft_gradient))
-    assert error <= tolerance * peft_error + 1e-5 * exact_gradient.norm()
+    # Of our layers and PEFT's, in predictions and gradients. One draw of weights may favour either.
+    errors, sizes = torch.zeros(2, 2), torch.zeros(2)
+    for seed in range(4):
+        policy, predict = create_policy(kind, dtype, seed=seed, gradient_checkpointing=checkpointing)
+        peft = with_layers_of_peft(policy)
+        assert type(policy.mid_block.attentions[0].transformer_blocks[0].attn1.to_q) is not LoraLinear
+        assert policy.state_dict().keys() == peft.state_dict().keys()
+        exact = predict_and_differentiate(with_layers_of_peft(policy).double(), predict)
+        sizes += torch.stack([value.norm() for value in exact])
+        for row, model in enumerate((policy, peft)):
+            found = predict_and_differentiate(model, predict)
+            errors[row] += torch.stack([(value - wanted).norm() for value, wanted in zip(found, exact)])
+    # Rounded once instead of twice, ours are no further from the exact values.
+    assert (errors[0] <= tolerance * errors[1] + 1e-5 * sizes).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -179,7 +179,7 @@ def test_layers_of_all_kinds_are_trained(other_lora, checkpoints):
 @pytest.mark.parametrize(
     "what, faults",
     [
-        ("dora", ["holds unet.*lora_magnitude_vector", "diffusers drops 20 of its weights"]),
+        ("dora", ["holds unet.*lora_magnitude_vector", "diffusers drops 14 of its weights"]),
         ("text_encoder", ["holds text_encoder", "holds text_encoder"]),
     ],
 )

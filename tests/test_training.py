@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The scripts end to end: launched for real for every loss, called in this process for the rest."""
+"""The scripts end to end: launched for real once each, called in this process for the rest."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def equal(a, b):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_trains_a_lora(run, checkpoints, loss_type, loss_space):
     options = {"loss_type": loss_type, "loss_space": loss_space}
-    if loss_type == "dpo":
+    if options == {"loss_type": "dpo", "loss_space": "ncp"}:
         result = run.launch("--use_8bit_adam", **options)
         assert result.returncode == 0, result.stderr
     else:
@@ -66,6 +66,8 @@ def test_every_loss_trains_a_lora(run, checkpoints, loss_type, loss_space):
     lora = run.lora()
     assert all(name.startswith("unet.") and name.endswith((".lora.down.weight", ".lora.up.weight")) for name in lora)
     assert all(weight.any() for weight in run.up_weights().values())
+    if loss_type != "dpo":
+        return
 
     pipeline = DiffusionPipeline.from_pretrained(checkpoints[run.kind], safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

@@ -27,17 +27,17 @@ CONVOLUTIONS = ["conv_in", "conv1", "conv2"]
 
 
 def sd15_unet(seed=0, **overrides):
-    """Blocks as in Stable Diffusion 1.5: three with cross-attention, then one without."""
+    """Blocks as in Stable Diffusion 1.5, one fewer: with cross-attention, and then one without."""
     torch.manual_seed(seed)
     config = {
         "sample_size": 8,
-        "block_out_channels": (8, 16, 16, 16),
+        "block_out_channels": (8, 16, 16),
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "attention_head_dim": 2,
         "cross_attention_dim": TEXT_DIM,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
     }
     return UNet2DConditionModel(**{**config, **overrides})
 
@@ -54,7 +54,7 @@ def sdxl_unet(seed=0, **overrides):
         "cross_attention_dim": TEXT_DIM,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 3),
+        "transformer_layers_per_block": (1, 1, 2),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
