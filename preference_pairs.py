@@ -147,7 +147,7 @@ def pair_features(args):
 
 
 def check_columns(args, schema):
-    """Raises a `InputError` if an Arrow schema lacks a column, or has a type that cannot hold its kind of value."""
+    """Raises an `InputError` if an Arrow schema lacks a column, or has a type that cannot hold its kind of value."""
     for flag, (kind, _, arrow_types) in COLUMNS.items():
         if (column := getattr(args, flag)) is None:
             continue
@@ -198,7 +198,7 @@ def load_dataset(args):
 
 
 def load_image_folder(args):
-    """The dataset of a folder with a metadata.jsonl. A `InputError` names the line that cannot be read."""
+    """The dataset of a folder with a metadata.jsonl. An `InputError` names the line that cannot be read."""
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise InputError(f"--train_data_dir: there is no file {path}.")
@@ -222,7 +222,7 @@ def load_image_folder(args):
 
 
 def find_rows(args, dataset):
-    """The numbers of the rows with a winner. A `InputError` names the first row that cannot be trained on."""
+    """The numbers of the rows with a winner. An `InputError` names the first row that cannot be trained on."""
     names = [args.label_column, args.caption_column, args.preference_probability_column]
     columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
     for row_number, values in enumerate(zip(*columns)):
@@ -265,7 +265,7 @@ def read_images(args, row_number, row, winner_only=False):
 
 
 def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path. A `InputError` if it has neither, or if the path
+    """The bytes of a dataset's `{"bytes", "path"}`, or its path. An `InputError` if it has neither, or if the path
     leads out of the data's folder or, for a dataset of the hub, out of the caches."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise InputError("null instead of an image")
@@ -284,7 +284,7 @@ def locate_image(args, value):
 
 
 def read_image(source):
-    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises a `InputError` for what is
+    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises an `InputError` for what is
     not a single picture of known values, and PIL's own errors for what cannot be decoded."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data:
@@ -427,7 +427,7 @@ class PreferencePairs(torch.utils.data.Dataset):
 
     def hold_out(self, num_pairs):
         """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image.
-        A `InputError` if no pair is left to train on."""
+        An `InputError` if no pair is left to train on."""
         captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
         # Pairs that share a prompt or an image, also through other pairs, are one group.
         for row, digests in zip(self.rows, self.digests()):
@@ -516,7 +516,7 @@ class EncodedPairs(PreferencePairs):
 
 
 def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
-    """The pairs to train on, and the held-out pairs or `None`. A `InputError` names the flag, column, file or row
+    """The pairs to train on, and the held-out pairs or `None`. An `InputError` names the flag, column, file or row
     that is wrong. The first batch is read to find it."""
     side = args.resolution // vae_config["downscaling_factor"]
     latent_shape = vae_config["latent_channels"], side, side

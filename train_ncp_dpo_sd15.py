@@ -219,7 +219,7 @@ def create_parser():
 
 
 def check_arguments(args):
-    """Raises a `InputError` for flags that exclude each other or lack a partner."""
+    """Raises an `InputError` for flags that exclude each other or lack a partner."""
     if [args.dataset_name, args.train_data_dir, args.encoded_data_dir].count(None) != 2:
         raise InputError("Give exactly one of --dataset_name, --train_data_dir and --encoded_data_dir.")
     if args.encoded_data_dir is not None and args.random_crop:
@@ -256,7 +256,7 @@ def parse_args(input_args=None):
 
 
 def check_checkpoint(args):
-    """The noise scheduler, the VAE's configuration and the timesteps to train on. A `InputError` says why the base
+    """The noise scheduler, the VAE's configuration and the timesteps to train on. An `InputError` says why the base
     model cannot be trained, from its configuration alone."""
     name, own_vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     base = f"--pretrained_model_name_or_path {name}"
@@ -359,7 +359,7 @@ def find_alphas(ranks, alphas, config):
 
 def load_pretrained_lora(args):
     """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: its weights by name as in PEFT,
-    and a `LoraConfig` with the rank and alpha of each layer. A `InputError` if it cannot be read or flags contradict it."""
+    and a `LoraConfig` with the rank and alpha of each layer. An `InputError` if it cannot be read or flags contradict it."""
     if (path := args.pretrained_lora_path) is None:
         return None
     # Translates the block names of some SDXL files.
@@ -433,9 +433,8 @@ def create_policy(args, unet, pretrained_lora):
             if result.unexpected_keys:
                 raise InputError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
         except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"--pretrained_lora_path {args.pretrained_lora_path} does not fit: {one_line(error)}"
-            ) from error
+            name = f"--pretrained_lora_path {args.pretrained_lora_path}"
+            raise InputError(f"{name} does not fit: {one_line(error)}") from error
     for layer in unet.modules():
         if type(layer) is LoraLinear:
             layer.__class__ = FusedLoraLinear
@@ -549,7 +548,8 @@ def summarize(args, table):
 def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler):
     """Warns if the reference predicts worse than zero, as with another `prediction_type` than the model's."""
     timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # Types differ most at large ones.
-    batch = preference_pairs.collate_fn([pairs[0, row, timestep] for row in pairs.rows[:2]])
+    stream = preference_pairs.PairStream(pairs.rows, args.seed, 0, 2)
+    batch = preference_pairs.collate_fn([pairs[(*key, timestep)] for key in stream])
     denoising = noise_batch(args, send_to_device(batch, accelerator.device), pipeline, noise_scheduler)
     with ncp_loss.reference_model(policy):
         ref_pred = denoising.predict(policy)
@@ -720,7 +720,7 @@ def find_changes(args, saved, names):
 
 
 def read_state(checkpoint):
-    """A checkpoint's training_state.json. A `InputError` for one of an older version."""
+    """A checkpoint's training_state.json. An `InputError` for one of an older version."""
     state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     if "format" not in state:
         names = ("timestep_weighting", "sdpo_safeguard", "pretrained_lora_path")
@@ -789,7 +789,7 @@ class Checkpoints:
         return found
 
     def check(self, state):
-        """Raises a `InputError` for differences between the run, with this `state`, and its checkpoint."""
+        """Raises an `InputError` for differences between the run, with this `state`, and its checkpoint."""
         args, checkpoint, saved = self.args, self.checkpoint, self.saved
         if checkpoint is None:
             return

@@ -785,7 +785,7 @@ def test_a_run_that_fails_leaves_no_workers_waiting(run_sd15, tmp_path):
     log = tmp_path / "log"
     process = start_script("train_ncp_dpo_sd15.py", [*words, "--dataloader_num_workers", "2"], log)
     process.join(300)
-    assert process.exitcode == 1 and f"Row {bad} " in log.read_text()
+    assert process.exitcode == 2 and f"Row {bad} " in log.read_text()
 
 
 @pytest.mark.bad_input
@@ -1041,6 +1041,7 @@ def test_the_same_pairs_of_encoded_data_are_held_out(tmp_path, with_digests, cap
     settings = {name: getattr(args, name, None) for name in preference_pairs.ENCODING_ARGUMENTS}
     settings |= {name: getattr(args, name) for name in preference_pairs.ENCODING_HINTS}
     settings |= {"vae_scaling_factor": 1, "no_hflip": False, "num_pairs_shards": 1, "num_prompts_shards": 1}
+    settings |= {"dataset_name": "pairs", "train_data_dir": None}
     settings |= {"models": {}} if with_digests else {}
     (tmp_path / "encoding.json").write_text(json.dumps(settings))
     write_stream(tmp_path / "prompts", {"caption": ["x"]})

@@ -134,7 +134,7 @@ def test_a_folder_that_another_run_writes_to(run_sd15, tmp_path):
     process, log = start(run_sd15, max_train_steps=2000)
     wait_for(lambda: re.search(r" \d+/2000", log.read_text()), process)
     other = start_script("train_ncp_dpo_sd15.py", run_sd15.command([], {"--seed": 1}), tmp_path / "other")
-    assert exit_code(other) == 1
+    assert exit_code(other) == 2
     assert f"--output_dir {run_sd15.output_dir}" in (tmp_path / "other").read_text()
     os.kill(process.pid, signal.SIGTERM)
     assert exit_code(process) == 143
