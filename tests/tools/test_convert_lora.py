@@ -104,7 +104,8 @@ def test_every_layer_of_a_real_unet_is_one_that_comfyui_maps(model, tmp_path):
         unet = UNet2DConditionModel(**REAL[model]["config"])
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=LORA_TARGETS))
     lora = {f"unet.{name}": torch.zeros(weight.shape) for name, weight in get_peft_model_state_dict(unet).items()}
-    metadata = save_kohya_lora(tmp_path / KOHYA_WEIGHTS_NAME, lora, {}, {})
+    alphas = {name.removeprefix("unet.").removesuffix(".lora_A.weight"): 4 for name in lora if "lora_A" in name}
+    metadata = save_kohya_lora(tmp_path / KOHYA_WEIGHTS_NAME, lora, alphas, {})
     kohya = safetensors.torch.load_file(tmp_path / KOHYA_WEIGHTS_NAME)
     parts = {}
     for name, value in kohya.items():
