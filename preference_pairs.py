@@ -248,6 +248,10 @@ def find_problem(label=1, caption="", probability=1):
 class UnreadableImage(InputError):
     """Names the row, its caption, the column and what is wrong with the image."""
 
+    def __init__(self, message):
+        # torch puts the traceback of a data worker's error into its message.
+        super().__init__(message.rpartition("UnreadableImage: ")[2].strip())
+
 
 def read_images(args, row_number, row, winner_only=False):
     """The images of a row as `read_image` returns them, the winner first. Raises `UnreadableImage`."""
