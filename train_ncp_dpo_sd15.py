@@ -976,10 +976,10 @@ class Monitor:
 
     def report_end(self):
         """Says how the run went, where the LoRA is and what to do next."""
-        args, hours = self.args, (time.monotonic() - self.start) / 3600
+        args, duration = self.args, datetime.timedelta(seconds=round(time.monotonic() - self.start))
         self.progress_bar.close()
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        logger.info(f"Trained for {hours:.2f} hours{memory}")
+        logger.info(f"Trained for {duration}{memory}")
         if args.num_eval_pairs is not None:
             rows = read_held_out(args)
             best = min(rows, key=lambda row: float(row["loss"]))["step"]
@@ -988,13 +988,9 @@ class Monitor:
             logger.info(f"The loss of held-out pairs was lowest at step {best}: {kept}")
             error, drift = float(rows[-1]["error_w"]), float(rows[-1]["drift_w"])
             logger.info(f"The winners' error has drifted by {drift / (error - drift):.1%} of the reference's")
-        flags = [
-            "--pretrained_model_name_or_path",
-            args.pretrained_model_name_or_path,
-            "--lora_weights",
-            args.output_dir,
-        ]
-        logger.info(f"To compare the LoRA with the base: python tools/eval_win_rate.py {shlex.join(flags)}")
+        names = shlex.join([args.pretrained_model_name_or_path, "--lora_weights", args.output_dir])
+        command = f"python tools/eval_win_rate.py --prompts_file prompts.txt --pretrained_model_name_or_path {names}"
+        logger.info(f"The LoRA is in {args.output_dir}. To compare it with the base:\n{command}")
 
 
 @torch.no_grad()
