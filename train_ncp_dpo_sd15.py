@@ -576,8 +576,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
     timesteps = pairs.timesteps[pairs.timesteps > 0] if len(pairs.timesteps) > 1 else pairs.timesteps
     generator, measured, start = torch.Generator().manual_seed(args.seed), [], time.monotonic()
     offset = torch.rand((), generator=generator).item()
-    quiet = not accelerator.is_local_main_process
-    bar = tqdm(desc="Error scale", unit=" pairs", total=MAX_SCALE_PAIRS, disable=quiet)
+    bar = tqdm(desc="Error scale", total=MAX_SCALE_PAIRS, disable=not accelerator.is_local_main_process)
     with ncp_loss.perturbed_policy(policy, generator), bar:
         for first in range(0, MAX_SCALE_PAIRS, SCALE_BLOCK_SIZE):
             stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
@@ -908,8 +907,7 @@ class Monitor:
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
-        self.recent = collections.deque(maxlen=50)  # metrics of steps, for the progress bar
-        self.start = time.monotonic()
+        self.start, self.recent = time.monotonic(), collections.deque(maxlen=50)  # of steps, for the progress bar
 
     @property
     def is_validation_step(self):
@@ -983,9 +981,8 @@ class Monitor:
         if args.num_eval_pairs is not None:
             rows = read_held_out(args)
             best = min(rows, key=lambda row: float(row["loss"]))["step"]
-            checkpoint = Path(args.output_dir, f"checkpoint-{best}")
-            kept = checkpoint if checkpoint.is_dir() else "no checkpoint of it is kept"
-            logger.info(f"The loss of held-out pairs was lowest at step {best}: {kept}")
+            kept = Path(args.output_dir, f"checkpoint-{best}").is_dir()
+            logger.info(f"Held-out pairs had the lowest loss at step {best}, {'a' if kept else 'no'} checkpoint")
             error, drift = float(rows[-1]["error_w"]), float(rows[-1]["drift_w"])
             logger.info(f"The winners' error has drifted by {drift / (error - drift):.1%} of the reference's")
         names = shlex.join([args.pretrained_model_name_or_path, "--lora_weights", args.output_dir])

@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 import train_ncp_dpo_sd15
 import train_ncp_dpo_sdxl
+from accelerate import PartialState
 from accelerate.tracking import TensorBoardTracker
 from conftest import Run, start_script
 from huggingface_hub.utils import filter_repo_objects
@@ -253,6 +254,15 @@ def test_the_resolution_is_by_default_that_of_the_unet(run, caplog):
     caplog.set_level("INFO")
     run(loss_space="latent", resolution=None, max_train_steps=1)
     assert run.state("checkpoint-1")["arguments"]["resolution"] == 32 and "--resolution 32" in caplog.text
+
+
+def test_encoded_pairs_have_a_resolution(run_sd15, tmp_path):
+    (tmp_path / "encoding.json").write_text('{"resolution": 24}')
+    options = {"--resolution": None, "--dataset_name": None, "--encoded_data_dir": tmp_path}
+    args = train_ncp_dpo_sd15.parse_args(run_sd15.command([], options))
+    PartialState()  # what the scripts log through
+    train_ncp_dpo_sd15.check_checkpoint(args)
+    assert args.resolution == 24
 
 
 def test_the_progress_bar_shows_means(run_sd15, capsys):
