@@ -45,7 +45,6 @@ from pathlib import Path
 import numpy as np
 from common import (
     COUNT,
-    LOCK_NAME,
     NOT_NEGATIVE,
     ArgumentParser,
     add_command,
@@ -53,6 +52,7 @@ from common import (
     locked_folder,
     number_type,
     read_metadata,
+    require_empty,
     require_package,
     run,
     whole_file,
@@ -277,8 +277,7 @@ def judge_pictures(args, accelerator):
     from judging import choose_pairs
 
     folder = Path(args.output_dir)
-    if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
-        raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
+    require_empty(folder)
     with locked_folder(folder, accelerator.is_main_process):
         prompts = read_pictures(args.input_dir)
         pictures = [picture for rows in prompts.values() for picture in rows]

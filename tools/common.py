@@ -290,7 +290,9 @@ def open_files(args, files, pool, ahead, other_features={}):
         num_pairs += sum(label != 0.5 for label in table[args.label_column].to_pylist())
         if args.max_train_samples is not None and num_pairs >= args.max_train_samples:
             break
-    return opened, Dataset(pa.concat_tables(tables))
+    dataset = Dataset(pa.concat_tables(tables))
+    dataset.info.download_checksums = dict.fromkeys(files)  # for `preference_pairs.digest_images`
+    return opened, dataset
 
 
 def read_files(files, rows):
@@ -422,6 +424,12 @@ def whole_file(path):
         os.replace(incomplete, path)
     finally:
         incomplete.unlink(missing_ok=True)
+
+
+def require_empty(folder):
+    """Raises a `ValueError` if there is something else than a lock in the folder of `--output_dir`."""
+    if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
+        raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
 
 
 def write_shards(pairs, features, output_dir, max_shard_bytes, replaced=()):

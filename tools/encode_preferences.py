@@ -213,7 +213,6 @@ class Source(NamedTuple):
 def open_source(args, pool):
     if urls := find_remote_files(args):
         files, dataset = open_files(args, urls, pool, args.num_workers)
-        dataset.info.download_checksums = dict.fromkeys(urls)
         read = functools.partial(read_files, files)
     else:
         dataset = preference_pairs.load_dataset(args)

@@ -154,7 +154,7 @@ def write_csv(args, pictures, scores):
             writer.writerow([number // args.num_images_per_prompt, picture.prompt, picture.seed, *values])
 
 
-def summarize(args, prompts, pictures, scores, settings, scorers):
+def summarize(prompts, pictures, comparisons, settings, scorers):
     """Markdown tables: each scorer's `Comparison`, where the scorers come from, and both sides' settings."""
     import torch
     import transformers
@@ -163,8 +163,7 @@ def summarize(args, prompts, pictures, scores, settings, scorers):
         f"| {len(prompts)} prompts | median, model | median, baseline | win rate | 95 % | sign test, p |",
         "|---|---|---|---|---|---|",
     ]
-    for name, values in scores.items():
-        c = compare(*(np.reshape(values[side], (len(prompts), -1)) for side in SIDES))
+    for name, c in comparisons.items():
         lines.append(
             f"| {name} | {c.median:.4g} | {c.baseline_median:.4g} | {c.win_rate:.1%} | {c.low:.1%} – {c.high:.1%} |"
             f" {c.p_value:.2g} |"
@@ -180,17 +179,13 @@ def summarize(args, prompts, pictures, scores, settings, scorers):
     return "\n".join(lines) + "\n"
 
 
-def write_page(args, prompts, pictures, scores):
+def write_page(args, pictures, scores, comparisons):
     """Writes `index.html`."""
     replaced = {
         side: [value for value in (getattr(args, flags.unet), getattr(args, flags.lora)) if value is not None]
         for side, flags in SIDES.items()
     }
     sides = {side: name_source(pictures[side][0].source.model, " and ".join(replaced[side])) for side in SIDES}
-    comparisons = {
-        name: compare(*(np.reshape(values[side], (len(prompts), -1)) for side in SIDES))
-        for name, values in scores.items()
-    }
     rows = [
         (
             picture.prompt,
@@ -242,8 +237,12 @@ def evaluate(args, accelerator, prompts, sources, scorers):
     scores = {name: {side: by_side[side][name] for side in SIDES} for name in scorers}
     if accelerator.is_main_process:
         write_csv(args, pictures["model"], scores)
-        write_page(args, prompts, pictures, scores)
-        summary = summarize(args, prompts, pictures, scores, settings, scorers)
+        comparisons = {
+            name: compare(*(np.reshape(values[side], (len(prompts), -1)) for side in SIDES))
+            for name, values in scores.items()
+        }
+        write_page(args, pictures, scores, comparisons)
+        summary = summarize(prompts, pictures, comparisons, settings, scorers)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
         print(summary)
 

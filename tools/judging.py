@@ -31,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from common import (
-    LOCK_NAME,
     SCHEMA,
     ParquetFiles,
     locked_folder,
@@ -40,6 +39,7 @@ from common import (
     pair_ranks,
     read_files,
     read_metadata,
+    require_empty,
     row_groups,
     source_warning,
     whole_file,
@@ -147,9 +147,8 @@ def open_pairs(args, pool):
     if isinstance(found, ParquetFiles):
         files, dataset = open_files(args, found.files, pool, ahead=4, other_features=others)
         read = functools.partial(read_files, files)
-        # Addresses on the hub name a commit.
         is_local = os.path.exists(args.dataset_name)
-        images = digest_files(found.files) if is_local else hashlib.sha256(repr(found.files).encode()).hexdigest()
+        images = digest_files(found.files) if is_local else digest_images(args, dataset)
     else:
         dataset = load_dataset(args)
         images = digest_images(args, dataset)
@@ -197,8 +196,7 @@ def judge_pairs(args, accelerator):
     """Judges the pairs of `--dataset_name` or `--train_data_dir` and writes those that are kept to `--output_dir`."""
     folder = Path(args.output_dir)
     if not (folder / SETTINGS_NAME).is_file():
-        if others := [path.name for path in folder.glob("*") if path.name != LOCK_NAME]:
-            raise ValueError(f"--output_dir {folder} is not empty: it holds {others[0]}. Give a new folder.")
+        require_empty(folder)
     with locked_folder(folder, accelerator.is_main_process), ThreadPoolExecutor() as pool:
         scorers = load_scorers(args)
         with accelerator.main_process_first():
