@@ -53,6 +53,9 @@ from tqdm.auto import tqdm
 
 
 logger = logging.getLogger(__name__)
+# Importing diffusers later warns of an uninstalled torchvision and of 4-bit kernels: nothing here uses them.
+for name in ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 # A kind of value: its name in messages, its type in `datasets`, and a pattern of the Arrow types that can hold it.
 IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
@@ -73,6 +76,8 @@ ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or
 # The flags that name a base model, and the parts of one.
 MODEL_ARGUMENTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
 MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+STOP_NAMES = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2".split()  # Windows has two of them.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in STOP_NAMES]
 # PIL refuses a PNG with more than 1 MB of text. Drawing programs store a whole workflow there.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
@@ -557,8 +562,8 @@ def collate_fn(examples):
 
 def ignore_stop_signals(worker):
     # Terminals, Slurm and launchers signal the whole process group. The trainer needs workers to finish its batch.
-    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(stop_signal, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def create_dataloader(args, pairs, start, stop):

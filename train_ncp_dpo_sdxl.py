@@ -75,7 +75,8 @@ from tqdm.auto import tqdm
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.utils import check_min_version, convert_unet_state_dict_to_peft, make_image_grid
+from diffusers.utils import check_min_version, make_image_grid
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -248,8 +249,7 @@ def parse_args(input_args=None):
     check_arguments(args)
     if args.rank is None and args.pretrained_lora_path is None:
         args.rank = 4
-    if args.beta_dpo is None:
-        args.beta_dpo = BETAS.get(args.loss_type, ncp_loss.LOSSES[args.loss_type].beta)
+    args.beta_dpo = args.beta_dpo or BETAS.get(args.loss_type, ncp_loss.LOSSES[args.loss_type].beta)
     if args.sft_weight is None:
         args.sft_weight = ncp_loss.LOSSES[args.loss_type].sft_weight
     return args
@@ -277,7 +277,6 @@ def check_checkpoint(args):
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution is None:
         args.resolution = encoding.get("resolution") or unet["sample_size"] * factor
-        logger.info(f"Training at --resolution {args.resolution}")
     if args.resolution % factor:
         raise InputError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, as the VAE needs.")
     if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
@@ -420,8 +419,8 @@ class FusedLoraLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         x = x.to(torch.get_autocast_dtype(x.device.type))
         output, down, up = self.base_layer(x), self.lora_A[adapter](x), self.lora_B[adapter].weight
-        options = {"alpha": self.scaling[adapter]}
-        return torch.addmm(output.flatten(0, -2), down.flatten(0, -2), up.T, **options).view_as(output)
+        sum_of_both = torch.addmm(output.flatten(0, -2), down.flatten(0, -2), up.T, alpha=self.scaling[adapter])
+        return sum_of_both.view_as(output)
 
 
 # Copied from train_ncp_dpo_sd15.create_policy
@@ -523,7 +522,7 @@ def noise_batch(args, batch, pipeline, noise_scheduler):
         latents = encode_images(pipeline.vae, batch["pixel_values"], args.vae_encode_batch_size)
         prompt = encode_prompt(pipeline, batch["caption"])
     images_per_pair = len(latents) // len(batch["noise"])
-    encoder_hidden_states, added_cond_kwargs = prompt_conditioning(prompt, batch, images_per_pair)
+    conditioning = prompt_conditioning(prompt, batch, images_per_pair)
     timesteps = batch["timesteps"].repeat(images_per_pair)
     noise, variance_noise = (batch[name].repeat(images_per_pair, 1, 1, 1) for name in ("noise", "variance_noise"))
     if noise_scheduler.config.prediction_type == "v_prediction":
@@ -531,9 +530,7 @@ def noise_batch(args, batch, pipeline, noise_scheduler):
     else:
         target = {"epsilon": noise, "sample": latents}[noise_scheduler.config.prediction_type]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    return ncp_loss.Denoising(
-        noisy_latents, timesteps, target, encoder_hidden_states, added_cond_kwargs, variance_noise
-    )
+    return ncp_loss.Denoising(noisy_latents, timesteps, target, *conditioning, variance_noise)
 
 
 # Copied from train_ncp_dpo_sd15.predict
@@ -805,32 +802,29 @@ class Checkpoints:
 
     def choose(self):
         """The checkpoint of `--resume_from_checkpoint`; `None` for a new run."""
-        checkpoints, finished = self.find(), (self.folder / WEIGHTS_NAME).is_file()
-        wanted = self.args.resume_from_checkpoint
-        if wanted is None:
-            if checkpoints or finished:
-                name = checkpoints[-1].name if checkpoints else "the LoRA"
-                advice = "Give another folder, or go on with --resume_from_checkpoint latest."
-                raise InputError(f"--output_dir {self.folder} holds {name} of another run. {advice}")
-            return None
+        checkpoints, wanted = self.find(), self.args.resume_from_checkpoint
+        if wanted in (None, "latest"):
+            found = checkpoints[-1] if checkpoints and wanted else None
+        else:
+            places = [Path(wanted), self.folder / wanted]
+            found = next((folder for folder in places if (folder / STATE_NAME).is_file()), None)
+            if found is None:
+                raise InputError(f"--resume_from_checkpoint: there is no checkpoint {places[0]}, nor {places[1]}.")
+        # The run writes over later checkpoints; over all if it is new or resumes from another folder.
+        own = [folder.resolve() for folder in checkpoints]
+        num_kept = own.index(found.resolve()) + 1 if found and found.resolve() in own else 0
+        in_the_way = [folder.name for folder in own[num_kept:]]
+        if not own and (self.folder / WEIGHTS_NAME).is_file():
+            in_the_way.append("the LoRA")
+        if in_the_way:
+            names = f"{', '.join(in_the_way)} of another run or of later steps"
+            advice = "Move them or give another folder" + (", or --resume_from_checkpoint latest" if own else "")
+            raise InputError(f"--output_dir {self.folder} holds {names}. {advice}.")
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
                 logger.warning(f"{path} is no complete checkpoint and is passed over")
-            if not checkpoints and finished:
-                raise InputError(f"--output_dir {self.folder} holds a LoRA and no checkpoint. Give another folder.")
-            if not checkpoints:
+            if found is None:
                 logger.info(f"There is no checkpoint in {self.folder} yet: starting anew")
-            return checkpoints[-1] if checkpoints else None
-        candidates = [Path(wanted), self.folder / wanted]
-        found = next((folder for folder in candidates if (folder / STATE_NAME).is_file()), None)
-        if found is None:
-            raise InputError(f"--resume_from_checkpoint: there is no checkpoint {candidates[0]}, nor {candidates[1]}.")
-        own = [folder.resolve() for folder in checkpoints]
-        # The run would write checkpoints over later ones, or over all if it resumes from another folder.
-        in_the_way = own[own.index(found.resolve()) + 1 :] if found.resolve() in own else own
-        if in_the_way or finished and not own:
-            names = ", ".join(folder.name for folder in in_the_way) or "the LoRA"
-            raise InputError(f"--output_dir {self.folder} holds {names}, beyond {found}. Move them elsewhere first.")
         return found
 
     def check(self, state):
@@ -915,14 +909,9 @@ class Checkpoints:
         lora = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in lora}
         metadata = self.policy.peft_config["default"].to_dict()
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
-        make_readable(Path(folder, WEIGHTS_NAME))
-
-
-# Copied from train_ncp_dpo_sd15.make_readable
-def make_readable(path):
-    """Gives a file the permissions of new files. safetensors 0.8 leaves it to its owner."""
-    os.umask(umask := os.umask(0))
-    path.chmod(0o666 & ~umask)
+        # safetensors 0.8 lets the owner alone read it. New files have the permissions of `umask`.
+        os.umask(umask := os.umask(0))
+        Path(folder, WEIGHTS_NAME).chmod(0o666 & ~umask)
 
 
 # Copied from train_ncp_dpo_sd15.synchronize
@@ -952,7 +941,7 @@ class Monitor:
         # TensorBoard leaves out what a stopped run logged of the steps that come again.
         options = {"tensorboard": {"purge_step": state["global_step"] + 1}}
         accelerator.init_trackers(args.tracker_name, settings, options)
-        logger.info(f"Training for {args.max_train_steps} steps")
+        logger.info(f"Training for {args.max_train_steps} steps at --resolution {args.resolution}")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
         self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
@@ -998,9 +987,9 @@ class Monitor:
         metrics = {**summarize(self.args, table), "grad_norm": table["grad_norm"][0].item(), "lr": learning_rate}
         self.check_finite(step, metrics, table["rows"].int().tolist())
         self.recent.append(metrics)
-        shown = sorted(metrics.keys() & {"loss", "implicit_accuracy", "margin"})
+        shown = metrics.keys() & {"loss", "implicit_accuracy", "margin"}
         means = {name: np.mean([step[name] for step in self.recent]) for name in shown}
-        self.progress_bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()}, refresh=False)
+        self.progress_bar.set_postfix(**means, refresh=False)
         self.progress_bar.update()
         self.track(self.accelerator.log, metrics, step=step)
         self.flat_steps = self.flat_steps + 1 if metrics.get("logit_spread", math.inf) < 0.01 else 0
@@ -1126,10 +1115,9 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
+    style = {"fill": "white", "stroke_fill": "black", "stroke_width": 1, "font_size": args.resolution / 16}
     for image, title in zip(before_after, ("before training", f"after {global_step} steps")):
-        ImageDraw.Draw(image).text(
-            (4, 4), title, "white", font_size=image.height / 16, stroke_width=1, stroke_fill="black"
-        )
+        ImageDraw.Draw(image).text((4, 4), title, **style)
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
@@ -1163,14 +1151,13 @@ def public_name(name):
 def describe_run(state):
     """Metadata of the LoRA's files and lines of the model card, from a run's `training_state.json`."""
     arguments = state["arguments"]
-    source = state.get("dataset") or arguments["dataset_name"] or arguments["train_data_dir"]
     return {
         "ss_sd_model_name": public_name(arguments["pretrained_model_name_or_path"]),
         "ss_steps": str(state["global_step"]),
         "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
         "ncp_error_scale": str(state["error_scale"]),
         "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
-        "ncp_dataset": public_name(source),
+        "ncp_dataset": public_name(state["dataset"]),
         "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
     }
 
@@ -1179,22 +1166,18 @@ def describe_run(state):
 def save_kohya_lora(path, lora, alphas, description):
     """Writes a U-Net's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata. `lora` has
     PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer; `description` is more metadata."""
-    kohya, ranks, width = {}, set(), None
-    for layer, alpha in alphas.items():
-        down, up = (lora[f"unet.{layer}.lora_{side}.weight"].cpu().contiguous() for side in "AB")
-        name = f"lora_unet_{layer.replace('.', '_')}"
-        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        kohya[f"{name}.alpha"] = torch.tensor(float(alpha))
-        ranks.add(len(down))
-        width = down.shape[1] if layer.endswith("attn2.to_k") else width
+    kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
+    # It takes every alpha to be the rank.
+    kohya |= {f"lora_unet_{layer.replace('.', '_')}.alpha": torch.tensor(float(alphas[layer])) for layer in alphas}
+    ranks = {len(value) for name, value in kohya.items() if name.endswith(".lora_down.weight")}
+    width = next((value.shape[1] for name, value in kohya.items() if name.endswith("attn2_to_k.lora_down.weight")), 0)
     values = {"dim": ranks, "alpha": {*alphas.values()}}
     network = {f"ss_network_{name}": f"{min(all):g}" if len(all) == 1 else "Dynamic" for name, all in values.items()}
     # AUTOMATIC1111 takes a LoRA without a version for SD 1.x's, and hides those of other models.
     version = KOHYA_VERSIONS.get(width, "unknown")
     network |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     metadata = {"format": "pt", "ss_network_module": "networks.lora", **network, **description}
-    safetensors.torch.save_file(kohya, path, metadata)
-    make_readable(path)
+    path.write_bytes(safetensors.torch.save(kohya, metadata))
     return metadata
 
 
@@ -1283,10 +1266,9 @@ class StopSignals:
             # Without the device, which would have to finish its work first.
             timeout = datetime.timedelta(seconds=args.ddp_timeout)
             self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"} & vars(signal).keys()  # Windows has two.
-        numbers = (getattr(signal, name) for name in names)
         # `nohup` has SIGHUP ignored.
-        self.handlers = {n: signal.signal(n, self.receive) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        handled = (number for number in preference_pairs.STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
+        self.handlers = {number: signal.signal(number, self.receive) for number in handled}
         if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
             ctypes.CDLL(None).prctl(1, signal.SIGUSR2)  # PR_SET_PDEATHSIG
             if os.getppid() != LAUNCHER:

@@ -206,8 +206,6 @@ def read_rows(file, common, rows, seeds):
         try:
             trainer.check_arguments(encoded)
             encoded.encoded_data_dir = flags.get("encoded_data_dir")
-            # By default the script finds the model's own, which needs no check.
-            encoded.resolution = encoded.resolution or 1024
             trainer.check_checkpoint(encoded)
         except ValueError as error:
             raise ValueError(f"{file}, [rows.{name}]: {error}") from error

@@ -363,7 +363,8 @@ def report(folder, encoding, seconds):
         size += sum(path.stat().st_size for path in paths)
     duration = timedelta(seconds=round(seconds))
     logger.info(
-        f"{folder} holds {counts['pairs']} pairs and {counts['prompts']} prompts, {size / 1e9:.3g} GB, after {duration}"
+        f"{folder} holds {counts['pairs']} pairs at --resolution {encoding['resolution']} and {counts['prompts']} prompts, "
+        f"{size / 1e9:.3g} GB, after {duration}"
     )
     # Earlier runs may have left pairs out too. Their files lack them.
     skipped = encoding["num_pairs"] - counts["pairs"]
