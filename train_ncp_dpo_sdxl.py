@@ -393,8 +393,7 @@ def load_pretrained_lora(args):
         if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
             raise InputError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
         weights[name.removeprefix("unet.")] = weight
-    suffix = ".lora_A.weight"
-    ranks = {name.removesuffix(suffix): len(weights[name]) for name in weights if name.endswith(suffix)}
+    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in weights.items() if ".lora_A." in name}
     if not weights or weights.keys() != {f"{layer}.lora_{side}.weight" for layer in ranks for side in "AB"}:
         raise InputError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
     alphas = find_alphas(ranks, kohya_alphas, metadata or {})
@@ -672,8 +671,8 @@ def create_accelerator(args):
         step_scheduler_with_optimizer=False,
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
-        flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
-        raise InputError(f"{flag}, but accelerate's configuration or environment says {steps}.")
+        flag = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        raise InputError(f"{flag}: accelerate's configuration or environment says {steps}.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # It logs five lines per checkpoint.
@@ -734,10 +733,9 @@ def create_optimizer(args, policy, pairs_per_step):
         import bitsandbytes
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = {"lr": args.learning_rate * (pairs_per_step if args.scale_lr else 1), "eps": args.adam_epsilon}
     options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
-    optimizer = optimizer_class(trained, **options)
+    optimizer = optimizer_class([weight for weight in policy.parameters() if weight.requires_grad], **options)
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
         logger.warning("--lr_scheduler constant ignores --lr_warmup_steps; constant_with_warmup does not")
     elif args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
@@ -773,8 +771,7 @@ def read_state(checkpoint):
 
 # Copied from train_ncp_dpo_sd15.Checkpoints
 class Checkpoints:
-    """The folders `checkpoint-N` in `--output_dir`. The run resumes from `checkpoint`, whose state is `saved`; both are
-    `None` for a new run."""
+    """The folders `checkpoint-N` in `--output_dir`. A new run has no `checkpoint` and no `saved` state of one."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
@@ -786,13 +783,12 @@ class Checkpoints:
             except filelock.Timeout as error:
                 raise InputError(f"--output_dir {self.folder}: another run writes to it now.") from error
         # Machines need not share the folder, but must have the checkpoint that the main process chooses.
-        checkpoint = self.choose() if accelerator.is_main_process else None
-        choice = broadcast_object_list([checkpoint, checkpoint and read_state(checkpoint)])
-        checkpoint, saved = self.checkpoint, self.saved = choice
-        has_it = checkpoint is None or (checkpoint / STATE_NAME).is_file() and read_state(checkpoint) == saved
+        chosen = self.choose() if accelerator.is_main_process else None
+        chosen, saved = self.checkpoint, self.saved = broadcast_object_list([chosen, chosen and read_state(chosen)])
+        has_it = chosen is None or (chosen / STATE_NAME).is_file() and read_state(chosen) == saved
         if missing := [rank for rank, has in enumerate(gather_object([has_it])) if not has]:
             advice = "copy it to their machines, or share --output_dir"
-            raise InputError(f"Process 0 resumes from {checkpoint}, which processes {missing} do not have: {advice}.")
+            raise InputError(f"Process 0 resumes from {chosen}, which processes {missing} do not have: {advice}.")
 
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
@@ -813,13 +809,12 @@ class Checkpoints:
         # The run writes over later checkpoints; over all if it is new or resumes from another folder.
         own = [folder.resolve() for folder in checkpoints]
         num_kept = own.index(found.resolve()) + 1 if found and found.resolve() in own else 0
-        in_the_way = [folder.name for folder in own[num_kept:]]
+        others = [folder.name for folder in own[num_kept:]]
         if not own and (self.folder / WEIGHTS_NAME).is_file():
-            in_the_way.append("the LoRA")
-        if in_the_way:
-            names = f"{', '.join(in_the_way)} of another run or of later steps"
-            advice = "Move them or give another folder" + (", or --resume_from_checkpoint latest" if own else "")
-            raise InputError(f"--output_dir {self.folder} holds {names}. {advice}.")
+            others.append("the LoRA")
+        if others:
+            advice = "move them, or give another folder" + (" or --resume_from_checkpoint latest" if own else "")
+            raise InputError(f"--output_dir {self.folder} holds {', '.join(others)}, which would be lost: {advice}.")
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
                 logger.warning(f"{path} is no complete checkpoint and is passed over")
@@ -853,11 +848,11 @@ class Checkpoints:
         data, data_before = state["data"], saved.get("data", {})
         if {**data, **data_before} != {**data_before, **data}:
             changes.append(f"the data are {data['num_pairs']} pairs, but were {data_before['num_pairs']} others")
-        if changes and not args.allow_resume_changes:
-            advice = "Give the same values, or --allow_resume_changes."
-            raise InputError(f"{'; '.join(changes)} in {checkpoint}. {advice}")
-        for change in changes:
-            logger.warning(f"{change} in {checkpoint}")
+        if changes:
+            differences = f"{'; '.join(changes)} in {checkpoint}"
+            if not args.allow_resume_changes:
+                raise InputError(f"{differences}. Give the same values, or --allow_resume_changes.")
+            logger.warning(differences)
 
     def load(self, policy):
         """Resumes, if there is a checkpoint. Of `policy`, checkpoints hold the LoRA alone, in diffusers' format."""
@@ -944,7 +939,7 @@ class Monitor:
         logger.info(f"Training for {args.max_train_steps} steps at --resolution {args.resolution}")
         quiet = not accelerator.is_local_main_process
         self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
-        self.num_skipped_pairs, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
+        self.num_skipped, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
         self.start, self.recent = time.monotonic(), collections.deque(maxlen=50)  # of steps, for the progress bar
 
     @property
@@ -955,9 +950,8 @@ class Monitor:
 
     def report_skipped_pairs(self, reasons):
         for reason in reasons:
-            self.num_skipped_pairs += 1
-            message = f"{reason}. The next pair takes its place, {self.num_skipped_pairs} were skipped so far"
-            logger.warning(message, main_process_only=False)
+            self.num_skipped += 1
+            logger.warning(f"{reason}. The next pair is taken ({self.num_skipped} so far)", main_process_only=False)
 
     def track(self, function, *values, **options):
         """Calls a function of the trackers. If it fails, the run goes on."""
@@ -1257,8 +1251,7 @@ def finish(args, accelerator, policy, state, monitor):
 
 # Copied from train_ncp_dpo_sd15.StopSignals
 class StopSignals:
-    """Lets SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the launcher's death stop the run before its next batch. A second signal
-    ends it at once."""
+    """Lets signals and the launcher's death stop the run before its next batch. A second signal ends it at once."""
 
     def __init__(self, args, accelerator):
         self.stop, self.number, self.time, self.group = False, signal.SIGTERM, None, None
@@ -1288,9 +1281,8 @@ class StopSignals:
         flags = torch.tensor([self.stop, works], dtype=torch.int)
         if self.group is not None:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, self.group)
-        stop, works = flags.tolist()
-        self.stop = stop > 0
-        return works > 0
+        self.stop, works = map(bool, flags.tolist())
+        return works
 
     def agreed(self):
         """Whether a process was told to stop. Waits for all processes, and all get the same answer."""

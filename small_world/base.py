@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from scenes import RESOLUTION, SCENES, render
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -210,6 +211,13 @@ def train_base(folder, size):
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(folder)
     save_vocabulary(Path(folder) / "tokenizer")
+    name_as_older_versions(Path(folder) / "text_encoder" / "model.safetensors")
+
+
+def name_as_older_versions(path):
+    """Gives the text encoder's weights the names of SD 1.5's files. transformers 5.0 knows no others, and would load none."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -895,7 +895,7 @@ def test_bad_images_are_skipped_and_named(run_sd15, tmp_path, caplog, workers, f
     for row, column in [(2, "jpg_1"), (4, "jpg_0")]:
         caption = re.escape(repr(columns["caption"][row]))
         assert re.search(rf"Row {row} \({caption}\): {column} cannot be read as an image", caplog.text)
-    assert re.search(r"The next pair takes its place, \d were skipped so far", caplog.text)
+    assert re.search(r"The next pair is taken \(\d so far\)", caplog.text)
     assert all(weight.any() for weight in run_sd15.up_weights().values())
 
 

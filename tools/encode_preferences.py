@@ -363,7 +363,7 @@ def report(folder, encoding, seconds):
         size += sum(path.stat().st_size for path in paths)
     duration = timedelta(seconds=round(seconds))
     logger.info(
-        f"{folder} holds {counts['pairs']} pairs at --resolution {encoding['resolution']} and {counts['prompts']} prompts, "
+        f"{folder} holds {counts['pairs']} pairs and {counts['prompts']} prompts at --resolution {encoding['resolution']}, "
         f"{size / 1e9:.3g} GB, after {duration}"
     )
     # Earlier runs may have left pairs out too. Their files lack them.

@@ -398,9 +398,13 @@ def load_tokenizer(args):
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    tokenizer = CLIPTokenizer.from_pretrained(**model, subfolder="tokenizer")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(**model, subfolder="tokenizer")
+        limit = CLIPTextConfig.from_pretrained(**model, subfolder="text_encoder").max_position_embeddings
+    except (OSError, ValueError) as error:
+        name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        raise ValueError(f"{name} has no CLIP tokenizer and text encoder: {error}") from error
     # Some tokenizers have no limit of their own.
-    limit = CLIPTextConfig.from_pretrained(**model, subfolder="text_encoder").max_position_embeddings
     return tokenizer, min(limit, tokenizer.model_max_length)
 
 
