@@ -239,6 +239,7 @@ TIMED_VARIANTS = {
     "NCP-DPO, AdamW in 32 bits": Variant(use_8bit_adam=False),
 }
 WARM_UP_STEPS = 2
+COUNTED_BATCH_SIZES = (1, 8)  # pairs
 
 
 class Tokenizer:
@@ -666,7 +667,7 @@ def main_count(args):
     jobs = [
         (model, batch_size, name, "cuda")
         for model in step_cost_tables.TITLES
-        for batch_size in sorted({1, *MODELS[model].batch_sizes})
+        for batch_size in COUNTED_BATCH_SIZES
         for name, variant in VARIANTS.items()
         if is_counted(model, variant)
     ]
