@@ -54,8 +54,8 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 # Importing diffusers later warns of an uninstalled torchvision and of 4-bit kernels: nothing here uses them.
-for name in ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # A kind of value: its name in messages, its type in `datasets`, and a pattern of the Arrow types that can hold it.
 IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
@@ -572,7 +572,8 @@ def create_dataloader(args, pairs, start, stop):
     @atexit.register
     def end_workers():
         # After an error workers still run. They ignore the SIGTERM of Python, which would wait for them for ever.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error for each of them.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error for each of them.
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 

@@ -671,8 +671,7 @@ def create_accelerator(args):
         step_scheduler_with_optimizer=False,
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
-        flag = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
-        raise InputError(f"{flag}: accelerate's configuration or environment says {steps}.")
+        raise InputError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: accelerate has {steps}.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # It logs five lines per checkpoint.
@@ -806,15 +805,16 @@ class Checkpoints:
             found = next((folder for folder in places if (folder / STATE_NAME).is_file()), None)
             if found is None:
                 raise InputError(f"--resume_from_checkpoint: there is no checkpoint {places[0]}, nor {places[1]}.")
-        # The run writes over later checkpoints; over all if it is new or resumes from another folder.
+        # Later checkpoints are in the way; all are if the run is new or resumes from another folder.
         own = [folder.resolve() for folder in checkpoints]
         num_kept = own.index(found.resolve()) + 1 if found and found.resolve() in own else 0
         others = [folder.name for folder in own[num_kept:]]
         if not own and (self.folder / WEIGHTS_NAME).is_file():
             others.append("the LoRA")
         if others:
-            advice = "move them, or give another folder" + (" or --resume_from_checkpoint latest" if own else "")
-            raise InputError(f"--output_dir {self.folder} holds {', '.join(others)}, which would be lost: {advice}.")
+            names = " to ".join(dict.fromkeys((others[0], others[-1])))
+            advice = "give another folder, or --resume_from_checkpoint latest" if wanted is None else "move them first"
+            raise InputError(f"--output_dir {self.folder} holds {names} of another run or later steps: {advice}.")
         if wanted == "latest":
             for path in set(self.folder.glob("*checkpoint-*")) - set(checkpoints):
                 logger.warning(f"{path} is no complete checkpoint and is passed over")
@@ -1151,7 +1151,7 @@ def describe_run(state):
         "ncp_loss": f"{arguments['loss_type']} in {arguments['loss_space']} space",
         "ncp_error_scale": str(state["error_scale"]),
         "ncp_beta_dpo": f"{arguments['beta_dpo']:g}",
-        "ncp_dataset": public_name(state["dataset"]),
+        "ncp_dataset": public_name(state.get("dataset") or arguments["dataset_name"] or arguments["train_data_dir"]),
         "ncp_pretrained_lora": public_name(arguments.get("pretrained_lora_path") or "none"),
     }
 
@@ -1171,7 +1171,9 @@ def save_kohya_lora(path, lora, alphas, description):
     version = KOHYA_VERSIONS.get(width, "unknown")
     network |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
     metadata = {"format": "pt", "ss_network_module": "networks.lora", **network, **description}
-    path.write_bytes(safetensors.torch.save(kohya, metadata))
+    incomplete = path.with_name(f"incomplete-{path.name}")
+    incomplete.write_bytes(safetensors.torch.save(kohya, metadata))
+    incomplete.replace(path)
     return metadata
 
 

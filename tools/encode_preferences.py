@@ -363,8 +363,7 @@ def report(folder, encoding, seconds):
         size += sum(path.stat().st_size for path in paths)
     duration = timedelta(seconds=round(seconds))
     logger.info(
-        f"{folder} holds {counts['pairs']} pairs and {counts['prompts']} prompts at --resolution {encoding['resolution']}, "
-        f"{size / 1e9:.3g} GB, after {duration}"
+        f"{folder} holds {counts['pairs']} pairs and {counts['prompts']} prompts, {size / 1e9:.3g} GB, after {duration}"
     )
     # Earlier runs may have left pairs out too. Their files lack them.
     skipped = encoding["num_pairs"] - counts["pairs"]
@@ -471,6 +470,7 @@ def main(args):
     trainer, folder = choose_trainer(args), Path(args.output_dir)
     accelerator = create_accelerator(args)
     _, vae_config, _ = trainer.check_checkpoint(args)
+    logger.info(f"Encoding at --resolution {args.resolution}")
     check_folder(folder)
     with locked_folder(folder, accelerator.is_main_process):
         encode(args, accelerator, trainer, vae_config, folder)

@@ -397,13 +397,17 @@ def load_tokenizer(args):
         return None, None
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    model = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    name = args.pretrained_model_name_or_path
+    model = {"pretrained_model_name_or_path": name, "revision": args.revision}
     try:
+        if os.path.isdir(name):
+            # transformers makes up what a folder lacks.
+            for file in ("tokenizer/tokenizer_config.json", "text_encoder/config.json"):
+                os.stat(os.path.join(name, file))
         tokenizer = CLIPTokenizer.from_pretrained(**model, subfolder="tokenizer")
         limit = CLIPTextConfig.from_pretrained(**model, subfolder="text_encoder").max_position_embeddings
     except (OSError, ValueError) as error:
-        name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-        raise ValueError(f"{name} has no CLIP tokenizer and text encoder: {error}") from error
+        raise ValueError(f"--pretrained_model_name_or_path {name}, its tokenizer and text encoder: {error}") from error
     # Some tokenizers have no limit of their own.
     return tokenizer, min(limit, tokenizer.model_max_length)
 

@@ -561,6 +561,7 @@ def test_errors_name_the_flag_column_file_or_row(tmp_path, capsys):
         (["check"], "--dataset_name or --train_data_dir"),
         (["check", "--dataset_name", folder, "--train_data_dir", images], "--dataset_name or --train_data_dir"),
         (["check", "--dataset_name", folder, "--pretrained_model_name_or_path", "./none"], "none"),
+        (["check", "--dataset_name", folder, "--pretrained_model_name_or_path", images], "tokenizer_config.json"),
         (["check", "--dataset_name", folder, "--image_1_column", "b"], "'b' (--image_1_column)"),
         (["check", "--train_data_dir", images, "--image_0_column", "a"], "'a_file_name'"),
         (["check", "--train_data_dir", images, "--label_column", "win"], "'win'"),
