@@ -118,8 +118,23 @@ SUMMARY = {
     "simpo-latent-filtered": "latent SimPO, filtered pairs",
     "simpo-ncp-filtered": "NCP-SimPO, filtered pairs",
 }
+# What pages call the other rows of studies.
+TITLES = {
+    **SUMMARY,
+    "dpo-ncp-zero-filtered": "NCP-DPO, filtered pairs, clean predictions",
+    "simpo-ncp-zero-filtered": "NCP-SimPO, filtered pairs, clean predictions",
+    "dpo-latent-filtered:agreed": "latent DPO, agreed pairs",
+    "dpo-latent-filtered:matched": "latent DPO, matched pairs",
+    "simpo-latent-filtered:agreed": "latent SimPO, agreed pairs",
+    "simpo-latent-filtered:matched": "latent SimPO, matched pairs",
+    "dpo-latent-32": "latent DPO, 32 pairs per step",
+    "dpo-ncp-32": "NCP-DPO, 32 pairs per step",
+}
 PARTS = ("quality", "match", "style")
 SETTINGS = ("trainings", "learning rate", "β", "steps")
+FRESH_COLUMNS = ("method", *SETTINGS, "reward", *PARTS, "over the base")
+COMPARED = ("", "against", "reward", "corrected p", "says")
+SECOND_JUDGE = "over the base, second judge"
 AT_THE_BEST = ("reward", *PARTS, "over the base", "over latent DPO", "beats latent DPO")
 COLUMNS = ("method", *SETTINGS, *AT_THE_BEST, "at equal steps", "at equal time")
 # A difference whose interval is within these bounds is called level.
@@ -425,39 +440,75 @@ def score_of(run):
     return np.mean([by_caption(measured["total"]).mean(axis=0) for measured in run["test"].values()], axis=0)
 
 
-def study_tables(study, runs):
+def study_scores(study, row, seeds, runs):
+    """Returns the scores of the trainings of a study's row with some seeds `(trainings, captions)`."""
+    return np.array([score_of(runs[studies.run_name(study, row, seed)]) for seed in seeds])
+
+
+def study_rows(study, runs):
     """
-    Returns the tables of a study's rows and of its comparisons.
+    Returns the cells of a study's rows by column.
 
     Args:
         study (`str`): one of `studies.STUDIES`, all of whose trainings are there.
         runs (`dict`): lines of `fresh_runs.jsonl` by name.
     """
-    rows, seeds, comparisons = studies.STUDIES[study]
-
-    def scores(study, row):
-        return np.array([score_of(runs[studies.run_name(study, row, seed)]) for seed in seeds])
-
+    rows, seeds, _ = studies.STUDIES[study]
     lines = []
     for name, row in rows.items():
         trainings = [runs[studies.run_name(study, name, seed)] for seed in seeds]
         bases = [by_caption(runs[studies.base_name(row.judge, seed)]["total"]).mean(axis=0) for seed in seeds]
-        parts = [
-            np.mean([measured[part] for training in trainings for measured in training["test"].values()])
-            for part in PARTS
-        ]
+        scores, steps = study_scores(study, name, seeds, runs), ", ".join(trainings[0]["test"])
         settings = settings_cells(trainings[0]["learning_rate"], trainings[0]["beta"])
-        steps = ", ".join(trainings[0]["test"])
-        line = [name, len(seeds), *settings, steps, interval_text(scores(study, name))]
-        lines.append([*line, *(f"{part:.3f}" for part in parts), interval_text(scores(study, name) - bases, "+")])
-    columns = ["row", *SETTINGS, "reward", *PARTS, "over the base"]
-    differences = {pair: scores(*pair[0]) - scores(*pair[1]) for pair in comparisons}
-    p_values = adjusted_p_values(differences)
-    compared = [
-        [*(row for _, row in pair), interval_text(table, "+"), f"{p_values[pair]:.3f}", verdict(table, p_values[pair])]
-        for pair, table in differences.items()
+        cells = {"method": TITLES.get(name, name), **dict(zip(SETTINGS, [len(seeds), *settings, steps]))}
+        cells |= {"reward": interval_text(scores), "over the base": interval_text(scores - bases, "+")}
+        cells |= {part: f"{part_of(trainings, part):.3f}" for part in PARTS}
+        lines.append(cells)
+    return lines
+
+
+def part_of(trainings, part):
+    """Returns the mean of a part of the reward over fresh trainings and their checkpoints."""
+    return np.mean([measured[part] for training in trainings for measured in training["test"].values()])
+
+
+def study_comparisons(study, runs):
+    """Returns lines of a table of a study's comparisons, corrected for their number."""
+    _, seeds, comparisons = studies.STUDIES[study]
+    tables = {
+        (ours, theirs): study_scores(*ours, seeds, runs) - study_scores(*theirs, seeds, runs)
+        for ours, theirs in comparisons
+    }
+    p_values = adjusted_p_values(tables)
+    return [
+        [
+            *(TITLES.get(row, row) for _, row in pair),
+            interval_text(differences, "+"),
+            f"{p_values[pair]:.3f}",
+            verdict(differences, p_values[pair]),
+        ]
+        for pair, differences in tables.items()
     ]
-    return markdown(columns, lines), markdown(["", "against", "reward", "corrected p", "says"], compared)
+
+
+def complete_studies(runs):
+    return [study for study in studies.STUDIES if studies.is_complete(study, runs)]
+
+
+def fresh_conclusions(runs_of_bases):
+    """
+    Returns a table of the comparisons of all complete studies.
+
+    Args:
+        runs_of_bases (`dict`): lines of `fresh_runs.jsonl` by name, by the name of their base.
+    """
+    lines = []
+    for base, runs in runs_of_bases.items():
+        for study in complete_studies(runs):
+            compared = study_comparisons(study, runs)
+            title = f"`{study}`{base}, 1 of {len(compared)}"
+            lines += [[title, *line] for line in compared]
+    return markdown(["study", *COMPARED], lines)
 
 
 def conclusions_table(small, strong):
@@ -746,25 +797,27 @@ written from them.
 """
 
 
-def describe_trade_off(results):
-    """Returns sentences on the base's reward, and on what SimPO on filtered pairs gains and loses."""
-    base, latent = results.cells["base"], results.rows[BASELINE]
+def describe_trade_off(runs):
+    """Returns sentences on the base's reward in `six`, and on what SimPO on filtered pairs gains and loses."""
+    seeds = studies.STUDIES["six"].seeds
+    bases = [runs[studies.base_name("first", seed)] for seed in seeds]
+    rewards = [np.mean(base["total"]) for base in bases]
 
-    def changes(method):
-        return ", ".join(f"{part} {results.rows[method].part(part) - latent.part(part):+.3f}" for part in PARTS)
+    def changes(row):
+        ours, theirs = ([runs[studies.run_name("six", name, seed)] for seed in seeds] for name in (row, BASELINE))
+        return ", ".join(f"{part} {part_of(ours, part) - part_of(theirs, part):+.3f}" for part in PARTS)
 
-    return f"""The base's own reward is {base["reward"]}: {", ".join(f"{part} {base[part]}" for part in PARTS)}.
+    return f"""The base's own reward is {np.mean(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f} by noise): {", ".join(f"{part} {np.mean([base[part] for base in bases]):.3f}" for part in PARTS)}.
 Compared with latent DPO, SimPO on filtered pairs changes {changes("simpo-latent-filtered")} in latent space, and
 {changes("simpo-ncp-filtered")} in NCP's space."""
 
 
 def describe_fresh(runs):
     """Returns the report of the complete studies of `fresh.py`."""
-    complete = [study for study in studies.STUDIES if studies.is_complete(study, runs)]
     sections = [
-        f"\n## {study}\n\n{rows}\n\n{compared}\n"
-        for study in complete
-        for rows, compared in [study_tables(study, runs)]
+        f"\n## {study}\n\n{table(FRESH_COLUMNS, study_rows(study, runs))}\n\n"
+        f"{markdown(COMPARED, study_comparisons(study, runs))}\n"
+        for study in complete_studies(runs)
     ]
     return f"""# Fresh seeds in the small world
 
@@ -776,21 +829,28 @@ studies that are complete. [analysis.md](../analysis.md) says what they are and 
 def document_tables():
     """Returns the tables of the Markdown files outside this folder, by file and name."""
     small, strong = load_results(protocol.RESULTS), load_results(STRONG_RESULTS)
-    summary = [{**small.cells[name], "method": title} for name, title in SUMMARY.items()]
-    summary = f"{table(['method', *AT_THE_BEST], summary)}\n\n{describe_trade_off(small)}"
+    fresh, fresh_strong = (
+        protocol.load_runs(folder / studies.RUNS_NAME) for folder in (protocol.RESULTS, STRONG_RESULTS)
+    )
+    six, second = study_rows("six", fresh), study_rows("judge", fresh)
+    summary = [{**row, SECOND_JUDGE: other["over the base"]} for row, other in zip(six, second)]
+    columns = ["method", "reward", *PARTS, "over the base", SECOND_JUDGE]
+    summary = f"{table(columns, summary)}\n\n{describe_trade_off(fresh)}"
     page, older = (ROOT / "docs" / name for name in ("results.md", "results_older.md"))
     others = [method for method in small.rows if method not in SUMMARY]
 
-    def six_rows(results):
+    def first_six(results):
         return method_table(results, COLUMNS, ("best", "base", *(name for name in SUMMARY if name in results.rows)))
 
     return {
         (ROOT / "README.md", "small-world"): summary,
         (ROOT / "docs" / "upstream_README.md", "small-world"): summary,
-        (page, "small-world-conclusions"): conclusions_table(small, strong),
-        (page, "small-world-table"): six_rows(small),
-        (page, "small-world-strong"): six_rows(strong),
+        (page, "small-world-conclusions"): fresh_conclusions({"": fresh, ", stronger base": fresh_strong}),
+        (page, "small-world-six"): table(FRESH_COLUMNS, six),
+        (page, "small-world-strong"): first_six(strong),
         (page, "small-world-rounds"): rounds_table(load_rounds(protocol.RESULTS)),
+        (older, "small-world-first-conclusions"): conclusions_table(small, strong),
+        (older, "small-world-first-six"): first_six(small),
         (older, "small-world-others"): method_table(small, COLUMNS, others),
         (older, "small-world-duels"): duels_table(small.rows, withdrawn=False),
         (older, "small-world-labels"): labels_table(small.labelled, small.references),

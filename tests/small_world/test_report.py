@@ -175,7 +175,9 @@ def test_rounds(one_caption):
 def test_a_study_is_reported_when_it_is_complete(one_caption, monkeypatch):
     rows = {name: studies.Row(f"dpo-{name}", judge="second") for name in ("latent", "ncp")}
     study = studies.Study(rows, range(10, 13), [(("tiny", "ncp"), ("tiny", "latent"))])
-    monkeypatch.setattr(studies, "STUDIES", {"tiny": study})
+    # Fewer seeds, and a comparison with the other study.
+    few = studies.Study({"ncp": rows["ncp"]}, range(10, 12), [(("few", "ncp"), ("tiny", "latent"))])
+    monkeypatch.setattr(studies, "STUDIES", {"tiny": study, "few": few})
     parts, runs = {"quality": 0.1, "match": 0.2, "style": 0.3}, {}
     for seed in study.seeds:
         runs[studies.base_name("second", seed)] = {"total": [seed / 100, seed / 100]}
@@ -187,14 +189,17 @@ def test_a_study_is_reported_when_it_is_complete(one_caption, monkeypatch):
             test = {str(step): {"total": [reward, reward], **parts} for step, reward in zip((125, 150, 175), rewards)}
             run = {"learning_rate": 1e-3, "beta": 200, "test": test}
             runs[studies.run_name("tiny", name, seed)] = run
+            if name == "ncp" and seed in few.seeds:
+                runs[studies.run_name("few", name, seed)] = run
     text = report.describe_fresh(runs)
     assert (
         "| latent | 3 | 0.001 | 200 | 125, 150, 175 | 0.210 (0.185 to 0.235) | 0.100 | 0.200 | 0.300 | +0.100 ("
         in text
     )
     assert "| ncp | latent | +0.100 (+0.098 to +0.102) | 0.000 | ahead |" in text
+    assert "## few" in text and "| ncp | latent | +0.099 (" in text
     del runs["tiny-ncp-12"]
-    assert "## tiny" not in report.describe_fresh(runs)
+    assert "## tiny" not in report.describe_fresh(runs) and "## few" in report.describe_fresh(runs)
 
 
 @pytest.fixture(scope="module")
