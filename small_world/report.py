@@ -506,7 +506,7 @@ def fresh_conclusions(runs_of_bases):
     for base, runs in runs_of_bases.items():
         for study in complete_studies(runs):
             compared = study_comparisons(study, runs)
-            title = f"`{study}`{base}, 1 of {len(compared)}"
+            title = f"`{study}`{base}, {len(compared)} comparisons"
             lines += [[title, *line] for line in compared]
     return markdown(["study", *COMPARED], lines)
 
@@ -807,7 +807,7 @@ def describe_trade_off(runs):
         ours, theirs = ([runs[studies.run_name("six", name, seed)] for seed in seeds] for name in (row, BASELINE))
         return ", ".join(f"{part} {part_of(ours, part) - part_of(theirs, part):+.3f}" for part in PARTS)
 
-    return f"""The base's own reward is {np.mean(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f} by noise): {", ".join(f"{part} {np.mean([base[part] for base in bases]):.3f}" for part in PARTS)}.
+    return f"""The base's own reward is {np.mean(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f} with other noise): {", ".join(f"{part} {np.mean([base[part] for base in bases]):.3f}" for part in PARTS)}.
 Compared with latent DPO, SimPO on filtered pairs changes {changes("simpo-latent-filtered")} in latent space, and
 {changes("simpo-ncp-filtered")} in NCP's space."""
 
