@@ -807,9 +807,9 @@ def describe_trade_off(runs):
         ours, theirs = ([runs[studies.run_name("six", name, seed)] for seed in seeds] for name in (row, BASELINE))
         return ", ".join(f"{part} {part_of(ours, part) - part_of(theirs, part):+.3f}" for part in PARTS)
 
-    return f"""The base's own reward is {np.mean(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f} with other noise): {", ".join(f"{part} {np.mean([base[part] for base in bases]):.3f}" for part in PARTS)}.
-Compared with latent DPO, SimPO on filtered pairs changes {changes("simpo-latent-filtered")} in latent space, and
-{changes("simpo-ncp-filtered")} in NCP's space."""
+    return f"""The base's own reward is {np.mean(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f} over noise seeds): {", ".join(f"{part} {np.mean([base[part] for base in bases]):.3f}" for part in PARTS)}.
+Compared with latent DPO, latent SimPO on filtered pairs changes {changes("simpo-latent-filtered")},
+and NCP-SimPO {changes("simpo-ncp-filtered")}."""
 
 
 def describe_fresh(runs):
