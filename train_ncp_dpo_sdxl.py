@@ -671,7 +671,8 @@ def create_accelerator(args):
         step_scheduler_with_optimizer=False,
     )
     if (steps := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
-        raise InputError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: accelerate has {steps}.")
+        flag = f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}"
+        raise InputError(f"{flag}, but accelerate's configuration or environment says {steps}.")
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # It logs five lines per checkpoint.
