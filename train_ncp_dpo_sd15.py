@@ -1222,7 +1222,8 @@ class StopSignals:
 
     def exchange(self, works):
         """Whether a process still works while the others wait. `stop` becomes the same on all."""
-        flags = torch.tensor([self.stop, works], dtype=torch.int)
+        # Not `stop`: a signal may come during the exchange, whose result replaces it. The next one still tells of it.
+        flags = torch.tensor([self.time is not None, works], dtype=torch.int)
         if self.group is not None:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, self.group)
         self.stop, works = map(bool, flags.tolist())

@@ -25,6 +25,7 @@ import time
 
 import psutil
 import pytest
+import torch
 import train_ncp_dpo_sd15
 from conftest import ROOT, deviation, free_port, start_script, start_two_processes
 
@@ -100,8 +101,8 @@ def test_a_signal_to_the_launcher(run_sd15, tmp_path, num_trainers, number):
     trainers = [child for child in children if TRAINER in " ".join(child.cmdline())]
     assert len(trainers) == num_trainers
     process.send_signal(number)
-    process.wait(30)
-    _, alive = psutil.wait_procs(trainers, timeout=30)
+    # torchrun kills trainers that need more than 30 s. They would leave no checkpoint.
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *trainers], timeout=60)
     assert not alive, log.read_text()
     assert stopped_step(run_sd15) >= 3
     assert "Stopping after this batch" in log.read_text()
@@ -153,6 +154,20 @@ def test_a_process_that_draws_is_not_taken_for_lost(run_sd15, tmp_path):
 class Signals(train_ncp_dpo_sd15.StopSignals):
     def __init__(self):
         self.stop, self.number, self.time, self.group = False, signal.SIGTERM, None, None
+
+
+def test_a_signal_during_an_exchange_is_not_lost(monkeypatch):
+    signals = Signals()
+    signals.group = "a group of two, in which both are told to stop while they exchange"
+    arriving = [signal.SIGTERM]
+
+    def all_reduce(flags, operation, group):
+        if arriving:
+            signals.receive(arriving.pop())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert not signals.agreed()
+    assert signals.agreed() and signals.agreed()
 
 
 def test_a_second_signal_ends_the_run_at_once(monkeypatch):
