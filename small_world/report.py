@@ -458,7 +458,7 @@ def study_rows(study, runs):
     for name, row in rows.items():
         trainings = [runs[studies.run_name(study, name, seed)] for seed in seeds]
         bases = [by_caption(runs[studies.base_name(row.judge, seed)]["total"]).mean(axis=0) for seed in seeds]
-        scores, steps = study_scores(study, name, seeds, runs), ", ".join(trainings[0]["test"])
+        scores, steps = np.array([score_of(training) for training in trainings]), ", ".join(trainings[0]["test"])
         settings = settings_cells(trainings[0]["learning_rate"], trainings[0]["beta"])
         cells = {"method": TITLES.get(name, name), **dict(zip(SETTINGS, [len(seeds), *settings, steps]))}
         cells |= {"reward": interval_text(scores), "over the base": interval_text(scores - bases, "+")}

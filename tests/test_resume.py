@@ -263,12 +263,12 @@ def test_a_finished_run_goes_on(run_sd15):
 def test_a_finished_lora_is_not_replaced(run_sd15):
     run_sd15(loss_space="latent")
     trained = run_sd15.lora()
-    with pytest.raises(ValueError, match="holds checkpoint-2 of .*, or --resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run .*, or --resume_from_checkpoint latest"):
         run_sd15(loss_space="latent", seed=7)
     shutil.rmtree(run_sd15.output_dir / "checkpoint-2")
-    with pytest.raises(ValueError, match="holds the LoRA of"):
+    with pytest.raises(ValueError, match="holds the LoRA of another run"):
         run_sd15(loss_space="latent", seed=7)
-    with pytest.raises(ValueError, match=r"holds the LoRA of .* move them first\.$"):
+    with pytest.raises(ValueError, match=r"holds the LoRA of another run .* move them first\.$"):
         run_sd15(loss_space="latent", max_train_steps=4, resume_from_checkpoint="latest")
     assert equal(run_sd15.lora(), trained)
 
@@ -382,7 +382,7 @@ def test_resume_refuses_other_pairs_per_step(run_sd15):
 def test_going_back_refuses_to_meet_later_checkpoints(run_sd15, tmp_path):
     run_sd15(max_train_steps=3, checkpointing_steps=1, loss_space="latent")
     options = {"max_train_steps": 3, "checkpointing_steps": 1, "loss_space": "latent"}
-    with pytest.raises(ValueError, match="holds checkpoint-2 to checkpoint-3 of"):
+    with pytest.raises(ValueError, match="holds checkpoint-2 to checkpoint-3 of another run"):
         run_sd15(resume_from_checkpoint="checkpoint-1", **options)
     run_sd15(
         resume_from_checkpoint=run_sd15.output_dir / "checkpoint-1", **{**options, "output_dir": tmp_path / "other"}
@@ -390,11 +390,11 @@ def test_going_back_refuses_to_meet_later_checkpoints(run_sd15, tmp_path):
     assert sorted(path.name for path in (tmp_path / "other").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     # Nor does it meet those of another run that are not later, or its LoRA.
     named = {"resume_from_checkpoint": run_sd15.output_dir / "checkpoint-3", **options, "max_train_steps": 4}
-    with pytest.raises(ValueError, match="holds checkpoint-2 to checkpoint-3 of"):
+    with pytest.raises(ValueError, match="holds checkpoint-2 to checkpoint-3 of another run"):
         run_sd15(**{**named, "output_dir": tmp_path / "other"})
     for path in (tmp_path / "other").glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match="holds the LoRA of"):
+    with pytest.raises(ValueError, match="holds the LoRA of another run"):
         run_sd15(**{**named, "output_dir": tmp_path / "other"})
 
 

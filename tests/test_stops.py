@@ -101,8 +101,7 @@ def test_a_signal_to_the_launcher(run_sd15, tmp_path, num_trainers, number):
     trainers = [child for child in children if TRAINER in " ".join(child.cmdline())]
     assert len(trainers) == num_trainers
     process.send_signal(number)
-    # torchrun kills trainers that need more than 30 s. They would leave no checkpoint.
-    _, alive = psutil.wait_procs([psutil.Process(process.pid), *trainers], timeout=60)
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *trainers], timeout=30)
     assert not alive, log.read_text()
     assert stopped_step(run_sd15) >= 3
     assert "Stopping after this batch" in log.read_text()

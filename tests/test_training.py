@@ -225,7 +225,7 @@ def test_checkpoints_total_limit(run_sd15):
 
 def test_a_new_run_does_not_touch_another_ones_checkpoints(run_sd15):
     run_sd15(checkpointing_steps=2, loss_space="latent")
-    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-2 of"):
+    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-2 of another run"):
         run_sd15(loss_space="latent")
 
 
