@@ -357,6 +357,15 @@ def winner_probability(args, row):
     return probability if row[args.label_column] == 1 else 1 - probability
 
 
+def columns_of(args, pairs):
+    """The labels, the captions and the winners' probabilities, or `None` without their column, of a dataset's pairs."""
+    labels, captions, column = pairs[args.label_column][:], pairs[args.caption_column][:], None
+    if args.preference_probability_column is not None:
+        names = args.label_column, args.preference_probability_column
+        column = [winner_probability(args, dict(zip(names, row))) for row in zip(labels, pairs[names[1]][:])]
+    return labels, captions, column
+
+
 class PairStream(torch.utils.data.Sampler):
     """Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream."""
 
@@ -425,9 +434,8 @@ class PreferencePairs(torch.utils.data.Dataset):
         return example
 
     def columns(self):
-        """The labels and the captions, in the order of `rows`."""
-        dataset = self.dataset.select(self.rows)
-        return dataset[self.args.label_column][:], dataset[self.args.caption_column][:]
+        """The labels, the captions and the winners' probabilities or `None`, in the order of `rows`."""
+        return columns_of(self.args, self.dataset.select(self.rows))
 
     def digests(self):
         """`digest_pair` of each of `rows`."""
@@ -499,7 +507,10 @@ class EncodedPairs(PreferencePairs):
             paths, count = sorted(map(str, (folder / part).glob("*.arrow"))), encoding[f"num_{part}_shards"]
             if len(paths) != count:
                 raise InputError(f"{folder / part} holds {len(paths)} of {count} files: encode again to add them.")
-            stored[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+            try:
+                stored[part] = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
+            except pa.ArrowException as error:
+                raise InputError(f"{folder / part} cannot be read: {one_line(error)}") from error
         pairs = stored["pairs"].select(range(len(stored["pairs"]))[: args.max_train_samples])
         # The time ids are among a pair's tensors.
         super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
@@ -517,7 +528,12 @@ class EncodedPairs(PreferencePairs):
 
     def columns(self):
         dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
-        return dataset["label"][:], dataset["caption"][:]
+        has_probabilities = self.args.preference_probability_column is not None
+        return (
+            dataset["label"][:],
+            dataset["caption"][:],
+            dataset["winner_probability"][:] if has_probabilities else None,
+        )
 
     def digests(self):
         has_digests = "digest_0" in self.dataset.column_names
@@ -588,10 +604,14 @@ def same_prompt_key(caption):
     return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
-def digest_of_pairs(rows, labels, captions, images):
-    """What a resumed run recognises its data by. It is the same for images and for encoded data."""
-    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode())
-    return {"num_pairs": len(rows), "digest": digest.hexdigest(), **({"images": images} if images else {})}
+def digest_of_pairs(rows, labels, captions, probabilities=None, images=None):
+    """What a resumed run recognises its data by. It is the same for images and for encoded data. `probabilities` are
+    those of the winners, `images` is of `digest_images`."""
+    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode()).hexdigest()
+    found = {"num_pairs": len(rows), "digest": digest, "images": images}
+    if probabilities is not None:
+        found["probabilities"] = hashlib.sha256(json.dumps(probabilities).encode()).hexdigest()
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def digest_pair(args, row):

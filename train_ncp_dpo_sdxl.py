@@ -237,8 +237,8 @@ def check_arguments(args):
         raise InputError("--mixed_precision fp16 needs a GPU; bf16 does not.")
     if args.run_validation and args.validation_prompt is None:
         raise InputError("--run_validation needs a --validation_prompt.")
-    if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        raise InputError("--hub_token would show up in the logs of wandb. Use `hf auth login` instead.")
+    if args.hub_token is not None and args.report_to not in ("none", "tensorboard"):
+        raise InputError("--hub_token would show up in the logs of wandb and others. Use `hf auth login` instead.")
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise ImportError(f"--report_to {args.report_to} needs `pip install {args.report_to}`.")
 
@@ -824,8 +824,11 @@ class Checkpoints:
         return found
 
     def check(self, state):
-        """Raises an `InputError` for differences between the run, with this `state`, and its checkpoint."""
+        """Raises an `InputError` if the run, with this `state`, differs between processes or from its checkpoint."""
         args, checkpoint, saved = self.args, self.checkpoint, self.saved
+        inputs = gather_object([(state["data"], state["models"])])
+        if others := [rank for rank, other in enumerate(inputs) if other != inputs[0]]:
+            raise InputError(f"Processes {others} have other pairs or models than process 0: give all the same files.")
         if checkpoint is None:
             return
         if args.max_train_steps < saved["global_step"]:
@@ -880,7 +883,7 @@ class Checkpoints:
         incomplete = folder.with_name(f"incomplete-{folder.name}")
         with signals.others_wait():
             # The other processes have nothing that a resume needs.
-            if folder.exists() or not self.accelerator.is_main_process:
+            if (folder / STATE_NAME).is_file() or not self.accelerator.is_main_process:
                 return
             try:
                 self.accelerator.save_state(str(incomplete))
@@ -888,6 +891,8 @@ class Checkpoints:
                 (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
                 for path in incomplete.rglob("*"):
                     synchronize(path)
+                if folder.exists():  # It is not complete: the run has passed over it.
+                    folder.rename(folder.with_name(f"passed-over-{folder.name}"))
                 incomplete.rename(folder)
             except (OSError, RuntimeError, safetensors.SafetensorError) as error:
                 shutil.rmtree(incomplete, ignore_errors=True)
@@ -1067,7 +1072,9 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
         head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
         earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
         earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
-        path.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
+        incomplete = path.with_name(f"incomplete-{path.name}")
+        incomplete.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
+        incomplete.replace(path)
 
 
 # Copied from train_ncp_dpo_sd15.read_held_out
@@ -1109,15 +1116,17 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     images = pipeline.image_processor.postprocess(decoded)
     folder.mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            monitor.track(tracker.log_images, {"validation": np.stack(images)}, step=global_step, **layout)
+    if not (folder / "step-0.png").is_file():  # The reference's images were not finite.
+        return
     before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
     style = {"fill": "white", "stroke_fill": "black", "stroke_width": 1, "font_size": args.resolution / 16}
     for image, title in zip(before_after, ("before training", f"after {global_step} steps")):
         ImageDraw.Draw(image).text((4, 4), title, **style)
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
-    for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            monitor.track(tracker.log_images, {"validation": np.stack(images)}, step=global_step, **layout)
 
 
 # Copied from train_ncp_dpo_sd15.validate

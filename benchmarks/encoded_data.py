@@ -143,6 +143,7 @@ def measure_sdxl_loader(folder, num_workers):
     args = train_ncp_dpo_sdxl.parse_args(words)
     names = (*preference_pairs.ENCODING_ARGUMENTS, *preference_pairs.ENCODING_HINTS, "no_hflip")
     encoding = {**{name: getattr(args, name, 0.13) for name in names}, "num_pairs_shards": 1, "num_prompts_shards": 1}
+    encoding["dataset_name"] = "random"
     (folder / "encoding.json").write_text(json.dumps(encoding))
     pairs = preference_pairs.EncodedPairs(args, {"scaling_factor": 0.13}, (4, 128, 128), torch.arange(1000), False)
     num_pairs = len(pairs.rows)

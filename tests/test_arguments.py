@@ -97,6 +97,7 @@ def test_what_one_flag_decides(run_sd15, no_models, capfd, options, message):
         ([], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint: there is no checkpoint nowhere"),
         (["--run_validation"], {}, "--run_validation needs a --validation_prompt"),
         ([], {"report_to": "wandb", "hub_token": "secret"}, "--hub_token .*wandb"),
+        ([], {"report_to": "comet_ml", "hub_token": "secret"}, "--hub_token"),
     ],
 )
 @pytest.mark.bad_input

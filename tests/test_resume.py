@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,7 @@ from experiment import ASSETS, encode_png, to_pil
 from scenes import SCENES, render
 from tiny_checkpoints import pair_columns, write_parquet
 
+from diffusers import AutoencoderKL
 from diffusers.loaders import lora_base
 
 
@@ -160,9 +162,13 @@ def test_latest_passes_over_what_is_not_complete(run_sd15, caplog):
     run_sd15(checkpointing_steps=1, loss_space="latent")
     (run_sd15.output_dir / "incomplete-checkpoint-7").mkdir()
     (run_sd15.output_dir / "checkpoint-2/training_state.json").unlink()
-    run_sd15(max_train_steps=3, resume_from_checkpoint="latest", loss_space="latent")
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "loss_space": "latent"}
+    run_sd15(resume_from_checkpoint="latest", **options)
     assert "checkpoint-2 is no complete checkpoint and is passed over" in caplog.text
     assert "incomplete-checkpoint-7 is no complete checkpoint" in caplog.text
+    # A whole one has its name now, and nothing of it is removed.
+    assert (run_sd15.output_dir / "checkpoint-2/training_state.json").is_file()
+    assert (run_sd15.output_dir / "passed-over-checkpoint-2/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_latest_of_nothing_starts_anew(run_sd15):
@@ -347,6 +353,14 @@ def test_machines_that_share_no_folder(run_sd15, tmp_path):
     assert codes == [0, 0], log
     assert (folders[0] / "output/checkpoint-3").is_dir()
     assert [path.name for path in folders[1].glob("output/*checkpoint-*")] == ["checkpoint-2"]
+    # So would gradients of other pairs.
+    columns = pair_columns(12)
+    for folder in folders:
+        columns["label_0"] = [1 - label for label in columns["label_0"]]
+        write_parquet(folder / "data", columns)
+    codes, log = launch(dataset_name="data", output_dir="of_other_pairs")
+    assert codes == [1, 1]
+    assert len(re.findall(r"InputError: Processes \[1\] have other pairs or models than process 0", log)) == 2
 
 
 @pytest.mark.bad_input
@@ -433,6 +447,40 @@ def test_validation_of_a_resumed_run_shows_the_base_model(run_sd15, tmp_path):
     run_sd15("--run_validation", resume_from_checkpoint=run_sd15.output_dir / "checkpoint-1", **options)
     for name in ("step-0.png", "before_after.png"):
         assert folders[0].joinpath(name).read_bytes() == folders[1].joinpath(name).read_bytes()
+
+
+def test_the_reference_draws_images_that_are_not_finite(run_sd15, monkeypatch, caplog):
+    decode, calls = AutoencoderKL.decode, []  # The reference draws before and after training.
+
+    def decode_nan_twice(vae, latents, **options):
+        calls.append(latents)
+        decoded = decode(vae, latents, **options)
+        decoded.sample.mul_(math.nan if len(calls) <= 2 else 1)
+        return decoded
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode_nan_twice)
+    options = {"loss_space": "latent", "validation_prompt": "a picture", "num_validation_images": 1}
+    run_sd15("--run_validation", **options)
+    assert "gives images that are not finite at step 0" in caplog.text
+    assert [path.name for path in (run_sd15.output_dir / "validation").iterdir()] == ["step-2.png"]
+    assert (run_sd15.output_dir / "README.md").is_file()
+
+
+def test_measurements_are_kept_until_their_replacement_is_whole(run_sd15, monkeypatch):
+    options = {"loss_space": "latent", "num_eval_pairs": 2, "validation_steps": 1, "checkpointing_steps": 1}
+    run_sd15(**options)
+    before, write_text = (run_sd15.output_dir / "eval.csv").read_bytes(), Path.write_text
+
+    def fill_the_disk(path, text, **options):
+        if path.name.endswith("eval.csv"):
+            write_text(path, text[:10], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, text, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_text", fill_the_disk)
+        run_sd15(**{**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"})
+    assert (run_sd15.output_dir / "eval.csv").read_bytes() == before
 
 
 def test_resume_changes_that_are_meant(run_sd15, caplog):

@@ -370,6 +370,19 @@ def test_what_is_encoded_keeps_the_probability(run_sd15, tmp_path):
     assert stored["winner_probability"][:] == pytest.approx([0.9, 0.8, 0.6, 0.7])
     run_sd15.into("encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **options)
     assert distance(run_sd15.lora(), trained) < 1e-3
+    # Other probabilities of the same labels are other data, for encoding and for a resume.
+    words[3] = soft_labels(tmp_path / "corrected", [0.9, 0.2, 0.55, 0.7], label_0=[1, 0, 1, 1])
+    with pytest.raises(ValueError, match="probabilities is .* was encoded with"):
+        encode_preferences.main(
+            encode_preferences.parse_args([str(w) for w in [*words, "--output_dir", tmp_path / "encoded"]])
+        )
+    resume = {**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    run_sd15.into("encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **resume)
+    state = run_sd15.output_dir / "checkpoint-2/training_state.json"
+    state.write_text(re.sub('"probabilities": ".', '"probabilities": "-', state.read_text()))
+    shutil.rmtree(run_sd15.output_dir / "checkpoint-3")
+    with pytest.raises(ValueError, match="the data are 4 pairs, but were 4 others"):
+        run_sd15(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **resume)
     with pytest.raises(ValueError, match="--preference_probability_column is None, .* encoded with 'sure'"):
         run_sd15.into("refused")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", loss_space="latent")
     assert json.loads((tmp_path / "encoded/encoding.json").read_text())["preference_probability_column"] == "sure"

@@ -153,8 +153,8 @@ def read_plan(file):
     common, rows, evaluation, launch = (tables.pop(name, {}) for name in TABLES)
     if tables:
         raise ValueError(f"{file}: there is no table [{next(iter(tables))}], only {', '.join(TABLES)}.")
-    if not rows:
-        raise ValueError(f"{file} has no rows. Give each its table, [rows.NAME].")
+    if not rows or not all(isinstance(row, dict) for row in rows.values()):
+        raise ValueError(f"{file}: [rows] must hold a table for each row, [rows.NAME], and nothing else.")
     steps, seeds = evaluation.pop("steps", None), common.pop("seed", 0)
     if not isinstance(steps, list) or not steps or not all(type(step) is int and step > 0 for step in steps):
         raise ValueError(f"{file}, [evaluation]: steps must be a list of numbers of steps, for example [500, 1000].")
@@ -163,6 +163,10 @@ def read_plan(file):
     arguments = parse_table(parser, evaluation, f"{file}, [evaluation]")
     parse_table(launch_command_parser(), launch, f"{file}, [launch]", "script.py")
     seeds = seeds if isinstance(seeds, list) else [seeds]
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(
+            f"{file}, [common]: seed is {seeds}, but must be a number from 0 to 2**32 - 1, or different ones."
+        )
     script, rows, encoding = read_rows(file, common, rows, seeds)
     return Plan(script, rows, encoding, seeds, sorted(set(steps)), arguments, to_words(launch))
 
@@ -332,6 +336,23 @@ def check_trainings(comparison):
                     f"[rows.{training.row}]: {name} is {flags.get(name)!r}, but was {before.get(name)!r} for {run}. Give the "
                     f"same value or another --output_dir, or remove {run}, {run}.json and the row's pictures."
                 )
+
+
+def check_inputs(comparison, trainings):
+    """A `ValueError` if a training read other images or started from another base model than the first of them."""
+    first = None
+    for training in trainings:
+        checkpoint = comparison.lora_of(training, comparison.plan.steps[-1]).parent
+        state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
+        inputs = {**state["models"], "images": state["data"].get("images")}
+        inputs.pop("lora", None)  # Rows may start from different LoRAs.
+        first = first or inputs
+        if others := [name for name in inputs if inputs[name] != first.get(name)]:
+            run = comparison.run_of(training)
+            raise ValueError(
+                f"{run} cannot be compared with {comparison.run_of(trainings[0])}: {', '.join(others)} changed between them. "
+                f"Remove {run} and {run}.json, or give another --output_dir."
+            )
 
 
 # Child processes
@@ -545,6 +566,11 @@ def draw_and_score(plan, comparison, names):
             save_settings(folder, *describe_side(args, source, None, source.lora and str(source.lora)), prompts)
     scorers = load_scorers(args)
     pictures = {folder: list_pictures(args, folder, prompts, source) for folder, source in sources.items()}
+    if accelerator.is_main_process:
+        for folder, of_folder in pictures.items():
+            if not all(Path(picture.path).is_file() for picture in of_folder):
+                # The scores may be of pictures that were removed.
+                (folder / SCORES_NAME).unlink(missing_ok=True)
     draw_pictures(args, accelerator, [picture for of_folder in pictures.values() for picture in of_folder])
     accelerator.wait_for_everyone()
     for folder, of_folder in pictures.items():
@@ -786,6 +812,7 @@ def compare(args, comparison, prompts, versions):
         if not comparison.is_trained(training) and not train(comparison, training, progress):
             failed[training] = comparison.log_of(training.place)
     trained = [training for training in plan.trainings if training not in failed]
+    check_inputs(comparison, trained)
     if not draw(args, comparison, trained, progress):
         # Another LoRA may have failed than the one in question. The base must succeed.
         if not draw(args, comparison, [], progress):

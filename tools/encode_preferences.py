@@ -205,6 +205,7 @@ class Source(NamedTuple):
     rows: list
     labels: list
     captions: list
+    probabilities: list | None  # of the winners
     images: str | None  # a digest of the files that hold them
     num_rows: int  # with ties
     is_remote: bool  # parquet files on the hub
@@ -222,7 +223,7 @@ def open_source(args, pool):
 
     rows = preference_pairs.find_rows(args, dataset)
     pairs = dataset.select(rows)
-    columns = pairs[args.label_column][:], pairs[args.caption_column][:]
+    columns = preference_pairs.columns_of(args, pairs)
     images = preference_pairs.digest_images(args, dataset)
     return Source(read, rows, *columns, images, len(dataset), is_remote=bool(urls))
 
@@ -250,7 +251,9 @@ def describe(args, trainer, vae_config, dtype, source, num_prompts):
         "num_rows": source.num_rows,
         **counts,
         **{f"{name}_shards": math.ceil(number / SHARD_SIZE) for name, number in counts.items()},
-        **preference_pairs.digest_of_pairs(source.rows, source.labels, source.captions, source.images),
+        **preference_pairs.digest_of_pairs(
+            source.rows, source.labels, source.captions, source.probabilities, source.images
+        ),
         "models": {part: digest for part, digest in models.items() if re.match("vae|text_encoder|tokenizer", part)},
     }
 
@@ -267,8 +270,9 @@ def check_folder(folder):
 def check_encoding(folder, encoding, saved):
     """A `ValueError` if the folder has the `saved` encoding of other settings, data or models."""
     is_older = "models" not in saved
+    unknown = {"models", "images", *({"probabilities"} - saved.keys())}
     for name, value in encoding.items():
-        if name not in ("models", "images") and (is_older or name not in PLACES) and saved.get(name) != value:
+        if name not in unknown and (is_older or name not in PLACES) and saved.get(name) != value:
             flag = f"--{name}" if name in SETTINGS else name
             raise ValueError(
                 f"{flag} is {value!r}, but {folder} was encoded with {saved.get(name)!r}. Give another --output_dir."

@@ -148,7 +148,7 @@ def open_pairs(args, pool):
         files, dataset = open_files(args, found.files, pool, ahead=4, other_features=others)
         read = functools.partial(read_files, files)
         is_local = os.path.exists(args.dataset_name)
-        images = digest_files(found.files) if is_local else digest_images(args, dataset)
+        images = digest_local_files(args, found.files) if is_local else digest_images(args, dataset)
     else:
         dataset = load_dataset(args)
         images = digest_images(args, dataset)
@@ -162,7 +162,18 @@ def open_pairs(args, pool):
         rows = list(range(len(dataset) if args.max_train_samples is None else rows[-1] + 1))
     judged = dataset.select(rows)
     columns = judged[args.label_column][:], judged[args.caption_column][:]
-    return Pairs(read, rows, others, digest_of_pairs(rows, *columns, images))
+    return Pairs(read, rows, others, digest_of_pairs(rows, *columns, images=images))
+
+
+def digest_local_files(args, files):
+    """A digest of parquet files and of the images that they name. Embedded images are not read for it."""
+    named = set()
+    for file in files:
+        for column in (args.image_0_column, args.image_1_column):
+            if pa.types.is_struct(pq.read_schema(file).field(column).type):
+                (paths,) = pq.read_table(file, columns=[f"{column}.path"]).flatten().columns
+                named.update(filter(None, paths.to_pylist()))
+    return digest_files([*files, *sorted(os.path.join(args.dataset_name, path) for path in named)])
 
 
 def added_features(args, names=()):

@@ -50,7 +50,7 @@ def list_written(folder):
     written, others = [], []
     for path in sorted(folder.glob("*.parquet")):
         try:
-            is_rated = "raters" in pq.read_schema(path).names
+            is_rated = path.match("train-*-of-*") and "raters" in pq.read_schema(path).names
         except (OSError, pa.ArrowException):
             is_rated = False
         (written if is_rated else others).append(path)

@@ -746,6 +746,13 @@ def test_pairs_of_another_tool_are_not_touched(collect, tmp_path, capsys):
     pq.write_table(rated.append_column("raters", rated["caption"]), file)
     with pytest.raises(ValueError, match=file.name):
         collect_preferences.check_rated_folder(file.parent)
+    # So does `filter`, and its file may be beside the choices.
+    (file.parent / "choices.jsonl").touch()
+    collect_preferences.check_rated_folder(file.parent)
+    kept = file.with_name("kept.parquet")
+    kept.write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="kept.parquet"):
+        collect_preferences.check_rated_folder(file.parent)
 
 
 def test_a_result_without_pairs_removes_nothing(rating, tmp_path, caplog):

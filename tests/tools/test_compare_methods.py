@@ -34,7 +34,7 @@ import scorers
 from compare_methods import Outcome
 from conftest import FORK_SERVER, ROOT, reset_accelerate
 from intervals import win_rate_interval
-from tiny_checkpoints import RESOLUTION
+from tiny_checkpoints import RESOLUTION, edit_json
 from train_ncp_dpo_sd15 import Checkpoints
 
 
@@ -270,6 +270,10 @@ def test_rows_that_fail_are_named_and_the_others_go_on(compare, capsys):
         ([('"latent"', '"latent"\nseed = 4')], r"\[rows.latent\]: seed is given in \[common\]"),
         ([("[rows.latent]", "[rows.base]")], r"\[rows.base\]: a row's name"),
         ([("steps = [1, 2]", "")], r"\[evaluation\]: steps must be a list"),
+        ([("seed = [0, 1]", "seed = [0, 0]")], r"\[common\]: seed is \[0, 0\]"),
+        ([("seed = [0, 1]", "seed = [0, -1]")], r"\[common\]: seed is \[0, -1\]"),
+        ([("seed = [0, 1]", "seed = []")], r"\[common\]: seed is \[\]"),
+        ([("[rows.latent]", "[rows]")], r"\[rows\] must hold a table for each row"),
         ([("num_images_per_prompt", "num_images")], r"\[evaluation\]: there is no flag --num_images\."),
         ([("num_processes", "processes")], r"\[launch\]: there is no flag --processes"),
         ([("[launch]", "[launcher]")], r"there is no table \[launcher\]"),
@@ -305,6 +309,36 @@ def test_trainings_of_other_flags_are_not_mixed(compare, tmp_path):
         compare(("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]"))
     with pytest.raises(ValueError, match=r"\[rows.latent\]: learning_rate is 0.02, but was 0.01 for .*latent/seed-0"):
         compare(("learning_rate = 0.01", "learning_rate = 0.02"))
+
+
+def stop_before_the_report(compare, *edits):
+    def fail(*values):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(compare_methods, "report", fail)
+        compare(*edits)
+
+
+@pytest.mark.bad_input
+def test_trainings_on_other_images_are_not_compared(compare, tmp_path):
+    edits = ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]")
+    stop_before_the_report(compare, *edits)
+    (state,) = (tmp_path / "comparison/rows/latent").glob("*/checkpoint-1/training_state.json")
+    edit_json(state, data={**json.loads(state.read_text())["data"], "images": "others"})
+    with pytest.raises(ValueError, match="latent/seed-0 cannot be compared .*: images changed between them"):
+        compare(*edits)
+
+
+def test_pictures_that_are_drawn_again_are_scored_again(compare, tmp_path):
+    edits = ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]")
+    stop_before_the_report(compare, *edits)
+    (file,) = (tmp_path / "comparison/pictures/base").glob("scores.json")
+    scores = json.loads(file.read_text())
+    file.write_text(re.sub(r"\d+\.\d+", "0.5", file.read_text()))
+    next(file.parent.glob("*.png")).unlink()
+    stop_before_the_report(compare, *edits)
+    assert json.loads(file.read_text()) == scores
 
 
 FILES = sorted((ROOT / "docs" / "compare").glob("*.toml"))

@@ -181,6 +181,24 @@ def test_an_interrupted_judging_goes_on(judge, tmp_path):
     assert judge(dataset_name=dataset) == 0
 
 
+@pytest.mark.bad_input
+def test_replaced_images_beside_a_parquet_file_are_refused(judge, tmp_path, capsys):
+    columns, _ = make_columns(60)
+    files = {f"{column}-{index}.png": columns[column][index] for column in ("jpg_0", "jpg_1") for index in range(60)}
+    for column in ("jpg_0", "jpg_1"):
+        columns[column] = [{"bytes": None, "path": f"{column}-{index}.png"} for index in range(60)]
+    dataset = write_parquet(tmp_path / "data", columns)
+    for name, data in files.items():
+        (tmp_path / "data" / name).write_bytes(data)
+    (tmp_path / "stop").write_text("12")
+    with pytest.raises(RuntimeError, match="failed for"):
+        judge(dataset_name=dataset)
+    (tmp_path / "stop").unlink()
+    (tmp_path / "data/jpg_0-1.png").write_bytes(files["jpg_1-2.png"])
+    assert judge(dataset_name=dataset) == 2
+    assert "images" in capsys.readouterr().err
+
+
 def test_processes_share_the_pairs(judge, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "SHARD_SIZE", 256)
     columns, _ = make_columns(300)
