@@ -18,9 +18,11 @@ import experiment
 import judges
 import pytest
 import torch
+from conftest import fails_on_amd
 from scenes import SCENES, Explanations, gaussian_blur, render, reward
 
 
+@fails_on_amd
 def test_judges_are_the_reward_and_its_noise():
     scene = SCENES[7]
     pictures = render([scene] * 3, torch.Generator().manual_seed(0), well_drawn=1.0)
