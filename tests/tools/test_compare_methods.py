@@ -326,7 +326,9 @@ def test_trainings_on_other_images_are_not_compared(compare, tmp_path):
     stop_before_the_report(compare, *edits)
     (state,) = (tmp_path / "comparison/rows/latent").glob("*/checkpoint-1/training_state.json")
     edit_json(state, data={**json.loads(state.read_text())["data"], "images": "others"})
-    with pytest.raises(ValueError, match="ncp-simpo/seed-0 cannot be compared with .*latent/seed-0: images changed between"):
+    with pytest.raises(
+        ValueError, match="ncp-simpo/seed-0 cannot be compared with .*latent/seed-0: images changed between"
+    ):
         compare(*edits)
 
 
