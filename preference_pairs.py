@@ -359,11 +359,10 @@ def winner_probability(args, row):
 
 def columns_of(args, pairs):
     """The labels, the captions and the winners' probabilities, or `None` without their column, of a dataset's pairs."""
-    labels, captions, column = pairs[args.label_column][:], pairs[args.caption_column][:], None
-    if args.preference_probability_column is not None:
-        names = args.label_column, args.preference_probability_column
-        column = [winner_probability(args, dict(zip(names, row))) for row in zip(labels, pairs[names[1]][:])]
-    return labels, captions, column
+    names, probabilities = [args.label_column, args.preference_probability_column], None
+    if names[1] is not None:
+        probabilities = [winner_probability(args, row) for row in pairs.select_columns(names).to_list()]
+    return pairs[args.label_column][:], pairs[args.caption_column][:], probabilities
 
 
 class PairStream(torch.utils.data.Sampler):

@@ -169,8 +169,9 @@ def digest_local_files(args, files):
     """A digest of parquet files and of the images that they name. Embedded images are not read for it."""
     named = set()
     for file in files:
+        schema = pq.read_schema(file)
         for column in (args.image_0_column, args.image_1_column):
-            if pa.types.is_struct(pq.read_schema(file).field(column).type):
+            if pa.types.is_struct(schema.field(column).type):
                 (paths,) = pq.read_table(file, columns=[f"{column}.path"]).flatten().columns
                 named.update(filter(None, paths.to_pylist()))
     return digest_files([*files, *sorted(os.path.join(args.dataset_name, path) for path in named)])

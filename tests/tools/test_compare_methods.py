@@ -299,31 +299,26 @@ def test_prompts_that_are_trained_on_are_left_out(compare, capsys, monkeypatch):
     assert "1 of 6 prompts are trained on and left out, the first is 'Picture  number 3'" in capsys.readouterr().out
 
 
+def stop_before(function, compare, *edits):
+    def fail(*values):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(compare_methods, function, fail)
+        compare(*edits)
+
+
 @pytest.mark.bad_input
 def test_trainings_of_other_flags_are_not_mixed(compare, tmp_path):
-    def fail(*values):
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(compare_methods, "draw", fail)
-        compare(("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]"))
+    stop_before("draw", compare, ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]"))
     with pytest.raises(ValueError, match=r"\[rows.latent\]: learning_rate is 0.02, but was 0.01 for .*latent/seed-0"):
         compare(("learning_rate = 0.01", "learning_rate = 0.02"))
-
-
-def stop_before_the_report(compare, *edits):
-    def fail(*values):
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(compare_methods, "report", fail)
-        compare(*edits)
 
 
 @pytest.mark.bad_input
 def test_trainings_on_other_images_are_not_compared(compare, tmp_path):
     edits = ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]")
-    stop_before_the_report(compare, *edits)
+    stop_before("report", compare, *edits)
     (state,) = (tmp_path / "comparison/rows/latent").glob("*/checkpoint-1/training_state.json")
     edit_json(state, data={**json.loads(state.read_text())["data"], "images": "others"})
     with pytest.raises(
@@ -334,12 +329,12 @@ def test_trainings_on_other_images_are_not_compared(compare, tmp_path):
 
 def test_pictures_that_are_drawn_again_are_scored_again(compare, tmp_path):
     edits = ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]")
-    stop_before_the_report(compare, *edits)
+    stop_before("report", compare, *edits)
     (file,) = (tmp_path / "comparison/pictures/base").glob("scores.json")
     scores = json.loads(file.read_text())
     file.write_text(re.sub(r"\d+\.\d+", "0.5", file.read_text()))
     next(file.parent.glob("*.png")).unlink()
-    stop_before_the_report(compare, *edits)
+    stop_before("report", compare, *edits)
     assert json.loads(file.read_text()) == scores
 
 
