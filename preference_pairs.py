@@ -18,11 +18,11 @@
 A row has two images, a label that says which one won, and a caption. Training reads an endless stream of N pairs:
 number i is the pair at place i mod N of the order of epoch i div N. A pair's timestep, noise, flip and crop depend on
 the run's seed, the epoch and the row. They do not depend on the number of processes or workers, or on a resume.
+What cannot be trained on raises an `InputError`.
 """
 
 import argparse
 import atexit
-import bisect
 import contextlib
 import copy
 import hashlib
@@ -30,7 +30,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -48,7 +47,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils.sha import sha_fileobj
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 
@@ -57,49 +56,42 @@ logger = logging.getLogger(__name__)
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# A kind of value: its name in messages, its type in `datasets`, and a pattern of the Arrow types that can hold it.
+# What columns hold: a name for messages, the type in `datasets`, and a pattern of the Arrow types that can hold it.
 IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
 NUMBER = "numbers", datasets.Value("float64"), "u?int|halffloat|float|double|decimal"
 TEXT = "text", datasets.Value("string"), "string"
-# The flags that name columns, and what the columns hold.
-COLUMNS = {
-    "image_0_column": IMAGE,
-    "image_1_column": IMAGE,
-    "label_column": NUMBER,
-    "caption_column": TEXT,
-    "preference_probability_column": NUMBER,
-}
-# Training on encoded data must have the same values of these as the encoding.
+# The flags that name columns.
+COLUMNS = {"image_0_column": IMAGE, "image_1_column": IMAGE, "label_column": NUMBER, "caption_column": TEXT}
+COLUMNS["preference_probability_column"] = NUMBER
+# Training on encoded data refuses other values of these than the encoding's, and warns of other values of the hints.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
-# Training warns if these differ from the encoding's.
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
 # The flags that name a base model, and the parts of one.
 MODEL_ARGUMENTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
 MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
-STOP_NAMES = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2".split()  # Windows has two of them.
-STOP_SIGNALS = [number for number in signal.Signals if number.name in STOP_NAMES]
+STOP_SIGNALS = [number for number in signal.Signals if re.match("SIG(TERM|INT|HUP|USR)", number.name)]
 # PIL refuses a PNG with more than 1 MB of text. Drawing programs store a whole workflow there.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
 
 class InputError(ValueError):
-    """A mistake in flags, data or files. The scripts answer it in one line."""
+    """Names the flag, column, file or row in which a mistake is. The scripts answer it in one line."""
+
+    def __init__(self, message):
+        # torch puts the traceback of a data worker's error into its message.
+        super().__init__(message.rpartition("InputError: ")[2].strip())
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the defaults to the help of flags."""
-
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        has_default = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def number_type(kind, rule, accepts):
     """A `type` for argparse, which takes a finite `int` or `float` if `accepts(value)`. `rule` is that in words."""
 
     def convert(text):
-        value = kind(text)
-        if abs(value) < math.inf and accepts(value):
+        if abs(value := kind(text)) < np.inf and accepts(value):
             return value
         raise argparse.ArgumentTypeError(f"{text}, but must be {rule}")
 
@@ -113,16 +105,13 @@ POSITIVE = number_type(float, "greater than 0 and finite", lambda value: value >
 NOT_NEGATIVE = number_type(float, "at least 0 and finite", lambda value: value >= 0)
 
 
-def add_model_arguments(parser):
+def add_arguments(parser):
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base model.")
     add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE that replaces the base model's.")
     add("--revision", help="Revision of the base model on the hub.")
     add("--variant", help="Variant of the model files, e.g. fp16.")
     add("--vae_encode_batch_size", type=COUNT, default=4, help="Images or captions to encode at once.")
-
-
-def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="Hub id, or local folder of parquet files, of preference pairs.")
     add("--dataset_config_name", help="Configuration of the dataset.")
@@ -164,8 +153,7 @@ def check_columns(args, schema):
 
 
 def load_dataset(args):
-    """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`. A
-    `InputError` names the flag and what cannot be read."""
+    """The dataset of `--dataset_name` or `--train_data_dir`, with `pair_features`. Values may be `None`."""
     if args.train_data_dir is not None:
         return load_image_folder(args)
     name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
@@ -203,7 +191,7 @@ def load_dataset(args):
 
 
 def load_image_folder(args):
-    """The dataset of a folder with a metadata.jsonl. An `InputError` names the line that cannot be read."""
+    """The dataset of a folder with a metadata.jsonl."""
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise InputError(f"--train_data_dir: there is no file {path}.")
@@ -219,15 +207,14 @@ def load_image_folder(args):
                 if key not in row:
                     raise InputError(f"has no {key!r}, but {', '.join(row)}")
                 # Refuses a value of another type. No type is guessed from earlier lines.
-                pa.scalar(row[key], arrow_type)
-                columns[column].append(row[key])
+                columns[column].append(pa.scalar(row[key], arrow_type).as_py())
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{path}, line {line_number}: {one_line(error)}") from error
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 def find_rows(args, dataset):
-    """The numbers of the rows with a winner. An `InputError` names the first row that cannot be trained on."""
+    """The numbers of the rows with a winner. All rows are checked."""
     names = [args.label_column, args.caption_column, args.preference_probability_column]
     columns = [dataset.data.column(name).to_pylist() for name in names if name is not None]
     for row_number, values in enumerate(zip(*columns)):
@@ -250,32 +237,23 @@ def find_problem(label=1, caption="", probability=1):
         return f"the preference probability is {probability}, but must be from 0 to 1"
 
 
-class UnreadableImage(InputError):
-    """Names the row, its caption, the column and what is wrong with the image."""
-
-    def __init__(self, message):
-        # torch puts the traceback of a data worker's error into its message.
-        super().__init__(message.rpartition("UnreadableImage: ")[2].strip())
-
-
 def read_images(args, row_number, row, winner_only=False):
-    """The images of a row as `read_image` returns them, the winner first. Raises `UnreadableImage`."""
-    columns = [args.image_0_column, args.image_1_column]
+    """The images of a row as `read_image` returns them, the winner first."""
+    columns, images = [args.image_0_column, args.image_1_column], []
     if row[args.label_column] == 0:
         columns.reverse()
-    images = []
     for column in columns[:1] if winner_only else columns:
         try:
-            images.append(read_image(locate_image(args, row[column])))
+            images.append(read_image(image_bytes(args, row[column])))
         except Exception as error:  # PIL's decoders raise many kinds
             place = f"Row {row_number} ({row[args.caption_column]!r:.80}): {column}"
-            raise UnreadableImage(f"{place} cannot be read as an image: {one_line(error)}") from error
+            raise InputError(f"{place} cannot be read as an image: {one_line(error)}") from error
     return images
 
 
-def locate_image(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`, or its path. An `InputError` if it has neither, or if the path
-    leads out of the data's folder or, for a dataset of the hub, out of the caches."""
+def image_bytes(args, value):
+    """The bytes of a dataset's `{"bytes", "path"}`. An `InputError` if it has neither, or if the path leads out of the
+    data's folder or, for a dataset of the hub, out of the caches."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise InputError("null instead of an image")
     if value["bytes"] is not None:
@@ -289,23 +267,20 @@ def locate_image(args, value):
     path = (folders[0] / value["path"]).resolve()
     if not any(path.is_relative_to(folder) for folder in folders):
         raise InputError(f"{one_line(value['path'], 100)} leads out of {folders[0]}")
-    return str(path)
+    return path.read_bytes()
 
 
-def read_image(source):
-    """An upright image in sRGB, transparency on white, from encoded bytes or a path. Raises an `InputError` for what is
-    not a single picture of known values, and PIL's own errors for what cannot be decoded."""
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+def read_image(data):
+    """An upright image in sRGB, transparency on white, from encoded bytes. Raises an `InputError` for what is not a
+    single picture of known values, and PIL's own errors for what cannot be decoded."""
     if not data:
         raise InputError("empty, 0 bytes")
     if (start := data[:20]).isascii() and start.decode().isprintable():
         raise InputError(f"{start.decode()!r}... is text instead of an image; decode base64 first")
     image = Image.open(io.BytesIO(data))
-    # The resized image would take gigabytes.
-    if max(image.size) > 32 * min(image.size):
+    if max(image.size) > 32 * min(image.size):  # The resized image would take gigabytes.
         raise InputError(f"{image.width}x{image.height} pixels, but a side must be at most 32 times the other")
-    # Other formats may hold a preview or further pages.
-    if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:
+    if image.format in ("AVIF", "GIF", "PNG", "WEBP") and image.is_animated:  # Others may hold a preview.
         raise InputError("an animation, but must be a single picture")
     image.load()
     icc_profile = image.info.get("icc_profile")
@@ -330,38 +305,34 @@ def read_image(source):
         except Exception:  # PIL raises many kinds
             warnings.warn("The colour profile of an image cannot be used and is ignored: it is taken to be sRGB.")
     image = image.convert("RGB")
-    if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    return image
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
 
-def preprocess_image(image, args, crop_position, flip, has_time_ids):
+def preprocess_image(image, args, crop_position, flip):
     """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`. `crop_position`
-    is its place: (0, 0) at the image's top left, (1, 1) at the bottom right. With `has_time_ids` also SDXL's
-    `time_ids` of shape `(6,)`: the original height and width, the crop's top and left, the target size."""
+    is its place: (0, 0) at the image's top left, (1, 1) at the bottom right. `time_ids` of shape `(6,)` are for SDXL:
+    the original height and width, the crop's top and left, the target size."""
     (width, height), side = image.size, args.resolution
     image = ImageOps.cover(image, (side, side), Image.Resampling[args.image_interpolation_mode.upper()])
     image = ImageOps.mirror(image) if flip else image
     top = round(crop_position[0] * (image.height - side))
     left = round(crop_position[1] * (image.width - side))
     image = image.crop((left, top, left + side, top + side))
-    tensors = {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
-    if has_time_ids:
-        tensors["time_ids"] = torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
-    return tensors
+    pixel_values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    time_ids = torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
+    return {"pixel_values": pixel_values, "time_ids": time_ids}
 
 
 def winner_probability(args, row):
-    """The probability that the winner of a row wins. The column holds that of the first image."""
-    probability = row[args.preference_probability_column]
-    return probability if row[args.label_column] == 1 else 1 - probability
+    """The probability that the winner of a row wins, or `None`. The column holds that of the first image."""
+    probability = row.get(args.preference_probability_column)
+    return probability if probability is None or row[args.label_column] == 1 else 1 - probability
 
 
 def columns_of(args, pairs):
-    """The labels, the captions and the winners' probabilities, or `None` without their column, of a dataset's pairs."""
-    names, probabilities = [args.label_column, args.preference_probability_column], None
-    if names[1] is not None:
-        probabilities = [winner_probability(args, row) for row in pairs.select_columns(names).to_list()]
+    """The labels, the captions and the winners' probabilities, which may be `None`, of a dataset's pairs."""
+    columns = [args.image_0_column, args.image_1_column]
+    probabilities = [winner_probability(args, row) for row in pairs.remove_columns(columns).to_list()]
     return pairs[args.label_column][:], pairs[args.caption_column][:], probabilities
 
 
@@ -385,19 +356,17 @@ class PairStream(torch.utils.data.Sampler):
 def spread_timesteps(timesteps, first, count, offset):
     """Timesteps number `first` to `first + count - 1`, `(count,)`, of a sequence that covers `timesteps`, `(T,)`,
     evenly wherever it ends: multiples of the golden ratio modulo 1, starting from `offset` in [0, 1)."""
-    positions = (offset + (math.sqrt(5) - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
+    positions = (offset + (5**0.5 - 1) / 2 * torch.arange(first, first + count, dtype=torch.float64)) % 1
     return timesteps[(positions * len(timesteps)).long()]
 
 
 class PreferencePairs(torch.utils.data.Dataset):
     """`pairs[epoch, row]` is a pair as training sees it, at one of `timesteps` and with noise of `latent_shape`,
-    `(C, H, W)`. `pairs[epoch, row, timestep]` has that timestep. `rows` are ascending. With `winner_only` losers are
-    not read. Raises `UnreadableImage`."""
+    `(C, H, W)`. `pairs[epoch, row, timestep]` has that timestep. With `winner_only` losers are not read."""
 
-    def __init__(self, dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only):
+    def __init__(self, dataset, rows, args, latent_shape, timesteps, winner_only):
         self.dataset, self.rows, self.args = dataset, rows, args
-        self.latent_shape, self.timesteps = latent_shape, timesteps
-        self.has_time_ids, self.winner_only = has_time_ids, winner_only
+        self.latent_shape, self.timesteps, self.winner_only = latent_shape, timesteps, winner_only
         self.source = args.dataset_name or args.train_data_dir
 
     def __getitem__(self, key):
@@ -409,31 +378,29 @@ class PreferencePairs(torch.utils.data.Dataset):
         # It is drawn even if a timestep is given, so that the noise is the same.
         timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
-        skipped, place = [], bisect.bisect_left(self.rows, row_number)
-        for offset in range(len(self.rows)):
-            row_number = self.rows[(place + offset) % len(self.rows)]
+        example, skipped = None, []
+        while example is None:
             try:
-                example = self.read(row_number, crop_position, flip)
-                break
-            except UnreadableImage as error:
+                example, probability = self.read(row_number, crop_position, flip)
+            except InputError as error:
                 skipped.append(str(error))
                 if self.args.on_bad_sample == "error" or len(skipped) == len(self.rows):
                     raise
+                row_number = self.rows[(self.rows.index(row_number) + 1) % len(self.rows)]
+        if probability is not None:
+            example["winner_probability"] = torch.tensor(probability)
         example |= {"rows": row_number, "timesteps": given_timestep[0] if given_timestep else timestep}
         return {**example, "noise": noise, "variance_noise": variance_noise, "skipped": skipped}
 
     def read(self, row_number, crop_position, flip):
-        """The `images`, winner first, the `caption` and, if there is such a column, the `winner_probability`."""
+        """The `images`, winner first, with the `caption`, and the winner's probability or `None`."""
         row = self.dataset[row_number]
         images = read_images(self.args, row_number, row, self.winner_only)
-        images = [preprocess_image(image, self.args, crop_position, flip, self.has_time_ids) for image in images]
-        example = {"images": images, "caption": row[self.args.caption_column]}
-        if self.args.preference_probability_column is not None:
-            example["winner_probability"] = torch.tensor(winner_probability(self.args, row))
-        return example
+        images = [preprocess_image(image, self.args, crop_position, flip) for image in images]
+        return {"images": images, "caption": row[self.args.caption_column]}, winner_probability(self.args, row)
 
     def columns(self):
-        """The labels, the captions and the winners' probabilities or `None`, in the order of `rows`."""
+        """`columns_of` the pairs, in the order of `rows`."""
         return columns_of(self.args, self.dataset.select(self.rows))
 
     def digests(self):
@@ -442,27 +409,24 @@ class PreferencePairs(torch.utils.data.Dataset):
         return (digest_pair(self.args, self.dataset[row]) for row in rows)
 
     def hold_out(self, num_pairs):
-        """Splits into pairs to train on and at least `num_pairs` held-out pairs, which share no prompt and no image.
-        An `InputError` if no pair is left to train on."""
+        """Splits into pairs to train on and at least `num_pairs` held-out ones, which share no prompt and no image."""
         captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
         # Pairs that share a prompt or an image, also through other pairs, are one group.
         for row, digests in zip(self.rows, self.digests()):
             networkx.add_star(graph, [row, same_prompt_key(captions[row]), *filter(None, digests)])
         groups = [captions.keys() & nodes for nodes in networkx.connected_components(graph)]
-        # So that the order of rows does not matter.
-        groups.sort(key=lambda group: min(captions[row] for row in group))
-        order = np.random.default_rng(self.args.seed).permutation(len(groups))
-        # Groups of more pairs than are asked for come last.
-        for index in sorted(order, key=lambda index: len(groups[index]) > num_pairs):
+        groups.sort(key=lambda group: min(captions[row] for row in group))  # whatever the order of rows
+        np.random.default_rng(self.args.seed).shuffle(groups)
+        for group in sorted(groups, key=lambda group: len(group) > num_pairs):  # Too large ones come last.
             if len(held_out) < num_pairs:
-                held_out |= groups[index]
+                held_out |= group
         if held_out == captions.keys():
             counts = f"{len(captions)} pairs are {len(groups)} groups that share no caption and no image"
             raise InputError(f"--num_eval_pairs {num_pairs} leaves no pair to train on: {counts}.")
         train_pairs, eval_pairs = copy.copy(self), copy.copy(self)
         train_pairs.rows, eval_pairs.rows = sorted(captions.keys() - held_out), sorted(held_out)
-        # Held-out pairs are measured with their losers, even if training reads winners only.
-        eval_pairs.winner_only = False
+        eval_pairs.winner_only = False  # They are measured with their losers, even if training reads winners only.
+        logger.info(f"{len(eval_pairs.rows)} pairs are held out, {len(train_pairs.rows)} trained on")
         return train_pairs, eval_pairs
 
 
@@ -472,16 +436,13 @@ def load_encoding(args):
         return {}
     path = Path(args.encoded_data_dir, "encoding.json")
     if not path.is_file():
-        raise InputError(
-            f"--encoded_data_dir {args.encoded_data_dir} has no encoding.json of tools/encode_preferences.py."
-        )
+        raise InputError(f"--encoded_data_dir: there is no file {path} of tools/encode_preferences.py.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 class EncodedPairs(PreferencePairs):
     """The same pairs from `--encoded_data_dir`, with latents in place of pixels. A pair's `tensors` are safetensors of
-    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings. A
-    `InputError` names what is missing or was encoded otherwise."""
+    shape `(2, orientations, ...)`: winner and loser, unflipped and flipped. A prompt's are its text embeddings."""
 
     def __init__(self, args, vae_config, latent_shape, timesteps, winner_only):
         folder, encoding = Path(args.encoded_data_dir), load_encoding(args)
@@ -497,9 +458,8 @@ class EncodedPairs(PreferencePairs):
         if "models" not in encoding:
             logger.warning(f"{folder} does not say which files it is made of: replaced or repeated ones go unnoticed.")
         elif all(settings[name] == encoding.get(name) for name in MODEL_ARGUMENTS):
-            digests = digest_models(args)
-            if changed := [part for part, digest in encoding["models"].items() if digest != digests[part]]:
-                what = f"{args.pretrained_model_name_or_path}: {', '.join(changed)}"
+            if changed := dict(encoding["models"].items() - digest_models(args).items()):
+                what = f"{args.pretrained_model_name_or_path}: {', '.join(sorted(changed))}"
                 raise InputError(f"--pretrained_model_name_or_path {what} changed since {folder} was encoded.")
         stored = {}
         for part in ("pairs", "prompts"):
@@ -511,37 +471,30 @@ class EncodedPairs(PreferencePairs):
             except pa.ArrowException as error:
                 raise InputError(f"{folder / part} cannot be read: {one_line(error)}") from error
         pairs = stored["pairs"].select(range(len(stored["pairs"]))[: args.max_train_samples])
-        # The time ids are among a pair's tensors.
-        super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, False, winner_only)
-        self.prompts, self.stored_rows, self.images = stored["prompts"], self.rows, encoding.get("images")
+        super().__init__(pairs, pairs["row"][:], args, latent_shape, timesteps, winner_only)
+        self.places = {row: place for place, row in enumerate(self.rows)}
+        self.prompts, self.images = stored["prompts"], encoding.get("images")
         self.source = encoding["dataset_name"] or encoding["train_data_dir"]
 
     def read(self, row_number, crop_position, flip):
-        row = self.dataset[bisect.bisect_left(self.stored_rows, row_number)]
+        row = self.dataset[self.places[row_number]]
         tensors, sides = safetensors.torch.load(row["tensors"]), range(1 if self.winner_only else 2)
         images = [{name: value[side, int(flip)] for name, value in tensors.items()} for side in sides]
-        example = {"images": images, "prompt": safetensors.torch.load(self.prompts[row["prompt"]]["tensors"])}
-        if self.args.preference_probability_column is not None:
-            example["winner_probability"] = torch.tensor(row["winner_probability"])
-        return example
+        prompt = safetensors.torch.load(self.prompts[row["prompt"]]["tensors"])
+        return {"images": images, "prompt": prompt}, row.get("winner_probability")
 
     def columns(self):
-        dataset = self.dataset.select([bisect.bisect_left(self.stored_rows, row) for row in self.rows])
-        has_probabilities = self.args.preference_probability_column is not None
-        return (
-            dataset["label"][:],
-            dataset["caption"][:],
-            dataset["winner_probability"][:] if has_probabilities else None,
-        )
+        pairs = self.dataset.select([self.places[row] for row in self.rows])
+        is_older = "winner_probability" not in pairs.column_names
+        return pairs["label"][:], pairs["caption"][:], [None] if is_older else pairs["winner_probability"][:]
 
     def digests(self):
         has_digests = "digest_0" in self.dataset.column_names
         return zip(self.dataset["digest_0"][:], self.dataset["digest_1"][:]) if has_digests else [()] * len(self.rows)
 
 
-def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
-    """The pairs to train on, and the held-out pairs or `None`. An `InputError` names the flag, column, file or row
-    that is wrong. The first batch is read to find it."""
+def open_pairs(args, vae_config, timesteps, winner_only):
+    """The pairs to train on, and the held-out pairs or `None`. The first batch is read to find mistakes."""
     side = args.resolution // vae_config["downscaling_factor"]
     latent_shape = vae_config["latent_channels"], side, side
     if args.encoded_data_dir is not None:
@@ -549,18 +502,15 @@ def open_pairs(args, vae_config, timesteps, has_time_ids, winner_only):
     else:
         dataset = load_dataset(args)
         rows = find_rows(args, dataset)
-        if args.train_data_dir is not None and args.on_bad_sample == "error":
+        if (folder := args.train_data_dir) is not None and args.on_bad_sample == "error":
             for column in (args.image_0_column, args.image_1_column):
-                for row_number, image in zip(rows, dataset.select(rows)[column][:]):
-                    if image and not os.path.isfile(os.path.join(args.train_data_dir, image["path"])):
+                for row, image in zip(rows, dataset.select(rows)[column][:]):
+                    if image and not os.path.isfile(os.path.join(folder, image["path"])):
                         name = f"{column} is {image['path']!r:.100}"
-                        raise InputError(f"Row {row_number}: {name}, which is no file in {args.train_data_dir}.")
-        pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, has_time_ids, winner_only)
+                        raise InputError(f"Row {row}: {name}, which is no file in {folder}.")
+        pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, winner_only)
         pairs.images = digest_images(args, dataset)
-    eval_pairs = None
-    if args.num_eval_pairs is not None:
-        pairs, eval_pairs = pairs.hold_out(args.num_eval_pairs)
-        logger.info(f"{len(eval_pairs.rows)} pairs are held out, {len(pairs.rows)} trained on")
+    pairs, eval_pairs = (pairs, None) if args.num_eval_pairs is None else pairs.hold_out(args.num_eval_pairs)
     for key in PairStream(pairs.rows, args.seed, 0, min(args.train_batch_size, len(pairs.rows))):
         pairs[key]
     return pairs, eval_pairs
@@ -570,8 +520,7 @@ def collate_fn(examples):
     """Stacks B pairs. Tensors of images (`pixel_values`, ...) have shape `(2B, ...)`, winners first, or `(B, ...)`
     without losers. Others have shape `(B, ...)`."""
     skipped = [reason for example in examples for reason in example.pop("skipped")]
-    # `zip` makes a tuple of the winners and one of the losers.
-    images = itertools.chain(*zip(*[example.pop("images") for example in examples]))
+    images = itertools.chain(*zip(*[example.pop("images") for example in examples]))  # winners, then losers
     return {"skipped": skipped, **default_collate(list(images)), **default_collate(examples)}
 
 
@@ -592,10 +541,9 @@ def create_dataloader(args, pairs, start, stop):
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 
-    sampler, pin_memory = PairStream(pairs.rows, args.seed, start, stop), torch.accelerator.is_available()
-    options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_stop_signals}
-    options |= {"sampler": sampler, "collate_fn": collate_fn, "pin_memory": pin_memory}
-    return torch.utils.data.DataLoader(pairs, args.train_batch_size, **options)
+    options = {"sampler": PairStream(pairs.rows, args.seed, start, stop), "collate_fn": collate_fn}
+    options |= {"pin_memory": torch.accelerator.is_available(), "worker_init_fn": ignore_stop_signals}
+    return DataLoader(pairs, args.train_batch_size, num_workers=args.dataloader_num_workers, **options)
 
 
 def same_prompt_key(caption):
@@ -603,24 +551,23 @@ def same_prompt_key(caption):
     return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
-def digest_of_pairs(rows, labels, captions, probabilities=None, images=None):
-    """What a resumed run recognises its data by. It is the same for images and for encoded data. `probabilities` are
-    those of the winners, `images` is of `digest_images`."""
-    digest = hashlib.sha256(json.dumps([rows, labels, captions]).encode()).hexdigest()
-    found = {"num_pairs": len(rows), "digest": digest, "images": images}
-    if probabilities is not None:
-        found["probabilities"] = hashlib.sha256(json.dumps(probabilities).encode()).hexdigest()
-    return {name: value for name, value in found.items() if value is not None}
+def digest_of_pairs(rows, labels, captions, probabilities, images):
+    """What a resumed run recognises its data by, from `columns_of` the pairs and `digest_images` of their source. It is
+    the same for images and for encoded data."""
+    parts = {"digest": [rows, labels, captions], "probabilities": probabilities}
+    digests = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+    digests |= {"num_pairs": len(rows), "images": images}
+    if None in probabilities:
+        del digests["probabilities"]
+    return {name: value for name, value in digests.items() if value is not None}
 
 
 def digest_pair(args, row):
-    """The SHA-256 of a row's first and second image, `None` for one that cannot be located."""
+    """The SHA-256 of a row's first and second image, `None` for one that cannot be read."""
     digests = [None, None]
     for side, column in enumerate((args.image_0_column, args.image_1_column)):
         with contextlib.suppress(OSError, ValueError):
-            image = locate_image(args, row[column])
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            digests[side] = hashlib.sha256(data).hexdigest()
+            digests[side] = hashlib.sha256(image_bytes(args, row[column])).hexdigest()
     return tuple(digests)
 
 
@@ -638,17 +585,13 @@ def digest_images(args, dataset):
 
 def digest_models(args):
     """Digests of the base model's parts, by name, and of the LoRA to start from."""
-    digests = digest_model(args.pretrained_model_name_or_path, args.revision, args.variant)
+    name, revision, variant = args.pretrained_model_name_or_path, args.revision, args.variant
+    digests = {part: digest_part(name, part, revision, variant) for part in MODEL_PARTS}
     if (own_vae := args.pretrained_vae_model_name_or_path) is not None:
         digests["vae"] = digest_part(own_vae)
     if (lora := args.pretrained_lora_path) is not None:
         digests["lora"] = digest_part(lora, "pytorch_lora_weights.safetensors")
     return digests
-
-
-def digest_model(name, revision, variant):
-    """Digests of a base model's parts, by name."""
-    return {part: digest_part(name, part, revision, variant) for part in MODEL_PARTS}
 
 
 def digest_part(name, place="", revision=None, variant=None):
@@ -659,8 +602,7 @@ def digest_part(name, place="", revision=None, variant=None):
         return commit.read_text() if commit.is_file() else revision
     path = Path(name) if os.path.isfile(name) else Path(name, place)
     loaded = rf"[^.]+(\.{variant}[^.]*)?\.(json|txt|safetensors|bin)"
-    files = [file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name)]
-    return digest_files([path] if path.is_file() else files)
+    return digest_files([path, *(file for file in sorted(path.glob("*.*")) if re.fullmatch(loaded, file.name))])
 
 
 def digest_files(paths):

@@ -90,7 +90,6 @@ PIPELINE_OPTIONS = {"safety_checker": None, "feature_extractor": None, "requires
 TEXT_ENCODERS = ["text_encoder"]
 DEFAULTS = {"output_dir": "ncp-dpo-sd15-lora", "tracker_name": "ncp-dpo-sd15-lora"}
 ADDITION_EMBED_TYPE = None  # the U-Net's `addition_embed_type`, which tells SDXL from other models
-HAS_TIME_IDS = False  # whether the U-Net takes SDXL's micro-conditioning
 VAE_OVERFLOWS = False  # whether the base model's own VAE overflows in fp16 and must run in fp32
 BETAS = {}  # first values to try where they differ from those of `ncp_loss.LOSSES`
 
@@ -137,8 +136,7 @@ def create_parser():
 
     formatter = preference_pairs.HelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    preference_pairs.add_model_arguments(parser)
-    preference_pairs.add_data_arguments(parser)
+    preference_pairs.add_arguments(parser)
 
     add = parser.add_argument_group("training data").add_argument
     add("--encoded_data_dir", help="Output of tools/encode_preferences.py, to train on instead of a dataset.")
@@ -764,8 +762,8 @@ class Checkpoints:
         own = [folder.resolve() for folder in checkpoints]
         num_kept = own.index(found.resolve()) + 1 if found and found.resolve() in own else 0
         others = [folder.name for folder in own[num_kept:]]
-        if not own and (self.folder / WEIGHTS_NAME).is_file():
-            others.append("the LoRA")
+        results = {} if own else {"the LoRA": WEIGHTS_NAME, "README.md": "README.md"}
+        others += [name for name, file in results.items() if (self.folder / file).is_file()][:1]
         if others:
             names = " to ".join(dict.fromkeys((others[0], others[-1])))
             advice = "give another folder, or --resume_from_checkpoint latest" if wanted is None else "move them first"
@@ -791,13 +789,12 @@ class Checkpoints:
         names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
         if args.ncp_error_scale in ("auto", saved["error_scale"]):
             names.remove("ncp_error_scale")
-        models, models_before = state["models"], saved.get("models", {})
-        others = [part for part in {**models, **models_before} if models.get(part) != models_before.get(part)]
+        others = sorted({part for part, _ in state["models"].items() ^ saved.get("models", {}).items()})
         if not others:
             # The same files in another place are the same model.
             names = [name for name in names if name not in (*preference_pairs.MODEL_ARGUMENTS, "pretrained_lora_path")]
         changes = find_changes(args, saved, names)
-        if others and models_before:
+        if others and "models" in saved:
             changes.append(f"the files of {', '.join(others)} were others")
         if (now := state["pairs_per_step"]) != (before := saved["pairs_per_step"]):
             changes.append(f"--train_batch_size x --gradient_accumulation_steps x processes is {now}, was {before}")
@@ -1049,14 +1046,12 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         if signals.stop:
-            break
+            return
         generator = torch.Generator(accelerator.device).manual_seed(args.seed + index)
         latents = pipeline(args.validation_prompt, generator=generator, **options).images
         # Pipelines decode in the dtype of the latents, in which SDXL's VAE overflows.
         decoded.append(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
     vae.disable_tiling()
-    if signals.stop:
-        return
     decoded = torch.cat(decoded)
     if not decoded.isfinite().all():
         flags = f"--validation_prompt {args.validation_prompt!r} with --mixed_precision {args.mixed_precision}"
@@ -1190,13 +1185,12 @@ def finish(args, accelerator, policy, state, monitor):
     if args.push_to_hub:
         files = [WEIGHTS_NAME, KOHYA_WEIGHTS_NAME, "README.md", "eval.csv", "validation/*.png"]
         files.append(f"{args.logging_dir}/**/events*")
-        repo_id, folder = args.hub_model_id, args.output_dir
         options = {"allow_patterns": files, "commit_message": "End of training", "token": args.hub_token}
         try:
-            upload_folder(repo_id=repo_id, folder_path=folder, **options)
+            upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
         except Exception as error:
-            command = shlex.join(["hf", "upload", repo_id, folder, ".", "--include", *files])
-            problem = f"--push_to_hub failed: {one_line(error)}. The LoRA is in {folder}"
+            command = shlex.join(["hf", "upload", args.hub_model_id, args.output_dir, ".", "--include", *files])
+            problem = f"--push_to_hub failed: {one_line(error)}. The LoRA is in {args.output_dir}"
             raise RuntimeError(f"{problem}. To repeat the upload alone: {command}") from error
 
 
@@ -1275,7 +1269,7 @@ def main(args):
     set_run_seed(args, checkpoints.saved)
     lora = load_pretrained_lora(args)
     winner_only = args.loss_type == "sft" and args.preference_probability_column is None
-    pairs, eval_pairs = preference_pairs.open_pairs(args, vae_config, timesteps, HAS_TIME_IDS, winner_only)
+    pairs, eval_pairs = preference_pairs.open_pairs(args, vae_config, timesteps, winner_only)
     state = create_state(args, accelerator, pairs, checkpoints.saved)
     checkpoints.check(state)
 

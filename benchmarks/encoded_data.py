@@ -79,7 +79,7 @@ batches = create_batches()
 BATCHES_NOW = """
 import preference_pairs
 _, vae_config, timesteps = script.check_checkpoint(args)
-pairs, _ = preference_pairs.open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, False)
+pairs, _ = preference_pairs.open_pairs(args, vae_config, timesteps, False)
 batches = preference_pairs.create_dataloader(args, pairs, 0, ({num_epochs} + 1) * len(pairs.rows))
 """
 

@@ -50,9 +50,7 @@ def measure(args, folder, num_workers):
     words = ["--pretrained_model_name_or_path", "none", "--dataset_name", folder, "--cache_dir", f"{folder}/cache"]
     words += ["--resolution", RESOLUTION, "--train_batch_size", BATCH_SIZE, "--dataloader_num_workers", num_workers]
     train_args = train_ncp_dpo_sdxl.parse_args(list(map(str, [*words, "--seed", 0])))
-    pairs, _ = preference_pairs.open_pairs(
-        train_args, VAE_CONFIG, torch.arange(1000), train_ncp_dpo_sdxl.HAS_TIME_IDS, winner_only=False
-    )
+    pairs, _ = preference_pairs.open_pairs(train_args, VAE_CONFIG, torch.arange(1000), winner_only=False)
     num_steps, start = NUM_EPOCHS * args.batches, None
     dataloader = preference_pairs.create_dataloader(train_args, pairs, 0, num_steps * BATCH_SIZE)
     for _ in Accelerator().prepare(dataloader):

@@ -52,8 +52,8 @@ from preference_pairs import (
     collate_fn,
     create_dataloader,
     find_rows,
+    image_bytes,
     load_dataset,
-    locate_image,
     number_type,
     preprocess_image,
     read_image,
@@ -68,17 +68,17 @@ def arguments(**options):
     return args
 
 
-def make_pairs(columns, has_time_ids=False, winner_only=False, **options):
+def make_pairs(columns, winner_only=False, **options):
     args = arguments(**options)
     dataset = Dataset.from_dict(columns).cast(preference_pairs.pair_features(args))
     rows, timesteps = list(range(len(dataset))), torch.arange(1000)
-    return PreferencePairs(dataset, rows, args, (4, 16, 16), timesteps, has_time_ids, winner_only)
+    return PreferencePairs(dataset, rows, args, (4, 16, 16), timesteps, winner_only)
 
 
 def load_pairs(**options):
     args = arguments(**options)
     dataset = load_dataset(args)
-    return PreferencePairs(dataset, find_rows(args, dataset), args, (4, 16, 16), torch.arange(1000), False, False)
+    return PreferencePairs(dataset, find_rows(args, dataset), args, (4, 16, 16), torch.arange(1000), False)
 
 
 def images(example):
@@ -188,7 +188,7 @@ def test_sdxl_time_ids_are_each_images_own():
         "label_0": [0.0],
         "caption": ["x"],
     }
-    pairs = make_pairs(columns, has_time_ids=True)
+    pairs = make_pairs(columns)
     time_ids = collate_fn([pairs[0, 0]])["time_ids"]
     # Height, width, top, left, and twice the resolution; resized to 32 x 64 and 43 x 32, cropped in the middle.
     assert time_ids.tolist() == [[80, 40, 16, 0, 32, 32], [48, 64, 0, 6, 32, 32]]
@@ -209,7 +209,7 @@ def test_the_stream_of_pairs():
 def test_resize_keeps_the_aspect_ratio():
     image = Image.new("RGB", (100, 50))
     image.paste("white", (25, 0, 75, 50))
-    tensors = preprocess_image(image, arguments(), (0.5, 0.5), flip=False, has_time_ids=True)
+    tensors = preprocess_image(image, arguments(), (0.5, 0.5), flip=False)
     pixel_values = tensors["pixel_values"]
     assert tensors["time_ids"].tolist() == [50, 100, 0, 16, 32, 32] and pixel_values.shape == (3, 32, 32)
     assert pixel_values[:, :, 2:-2].min() > 240
@@ -227,7 +227,7 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
         image = grey.convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     image.save(path)
-    result = read_image(str(path))
+    result = read_image(path.read_bytes())
     assert result.mode == "RGB"
     if mode != "1":
         assert np.abs(np.asarray(result).astype(int) - np.asarray(grey)[..., None]).max() <= 6
@@ -245,7 +245,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "image.jpg", exif=exif)
-    assert read_image(str(tmp_path / "image.jpg")).size == (10, 20)
+    assert read_image((tmp_path / "image.jpg").read_bytes()).size == (10, 20)
 
 
 def tiff(values):
@@ -485,7 +485,7 @@ def test_base64_instead_of_an_image():
     ):
         make_pairs(columns)[0, 2]
     with pytest.raises(ValueError, match="is text instead of an image; decode base64 first"):
-        locate_image(arguments(dataset_name="none"), {"bytes": None, "path": "iVBORw0KGgoAAAANSUhE" * 100})
+        image_bytes(arguments(dataset_name="none"), {"bytes": None, "path": "iVBORw0KGgoAAAANSUhE" * 100})
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM", b"Exif\0\0MX\0*\0\0\0\x08"])
@@ -530,13 +530,13 @@ def test_paths_below_the_data_are_read(tmp_path):
         picture(0).save(path)
     os.symlink(folder / "images/a.png", folder / "link.png")
     for path in ("images/a.png", "link.png", str(folder / "images/a.png")):
-        located = locate_image(arguments(dataset_name=str(folder)), {"bytes": None, "path": path})
-        assert located == str((folder / "images/a.png").resolve())
+        data = image_bytes(arguments(dataset_name=str(folder)), {"bytes": None, "path": path})
+        assert data == (folder / "images/a.png").read_bytes()
     # What a dataset of the hub was unpacked to.
     hub = arguments(dataset_name="somebody/pairs", cache_dir=str(cache))
-    assert read_image(locate_image(hub, {"bytes": None, "path": str(cache / "b.png")})).size == picture(0).size
+    assert read_image(image_bytes(hub, {"bytes": None, "path": str(cache / "b.png")})).size == picture(0).size
     with pytest.raises(ValueError, match="a.png leads out of .*cache"):
-        locate_image(hub, {"bytes": None, "path": str(folder / "images/a.png")})
+        image_bytes(hub, {"bytes": None, "path": str(folder / "images/a.png")})
 
 
 @pytest.mark.bad_input
@@ -547,10 +547,13 @@ def test_a_hub_dataset_reads_no_token(tmp_path, monkeypatch):
     monkeypatch.setattr(preference_pairs, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub = arguments(dataset_name="somebody/pairs")
     for name in ("datasets/a.png", "hub/a.png"):
-        assert locate_image(hub, {"bytes": None, "path": str(tmp_path / name)}) == str(tmp_path / name)
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(name.encode())
+        assert image_bytes(hub, {"bytes": None, "path": str(path)}) == name.encode()
     for name in ("token", "stored_tokens", "datasets/../token"):
         with pytest.raises(ValueError, match=f"{name} leads out of .*datasets"):
-            locate_image(hub, {"bytes": None, "path": str(tmp_path / name)})
+            image_bytes(hub, {"bytes": None, "path": str(tmp_path / name)})
 
 
 @pytest.mark.bad_input

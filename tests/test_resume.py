@@ -266,6 +266,17 @@ def test_a_finished_run_goes_on(run_sd15):
 
 
 @pytest.mark.bad_input
+def test_a_readme_of_the_user_is_not_replaced(run_sd15):
+    run_sd15.output_dir.mkdir()
+    (run_sd15.output_dir / "README.md").write_text("notes")
+    with pytest.raises(ValueError, match="holds README.md of another run .*give another folder"):
+        run_sd15(loss_space="latent")
+    with pytest.raises(ValueError, match=r"holds README.md of another run .* move them first\.$"):
+        run_sd15(loss_space="latent", resume_from_checkpoint="latest")
+    assert (run_sd15.output_dir / "README.md").read_text() == "notes"
+
+
+@pytest.mark.bad_input
 def test_a_finished_lora_is_not_replaced(run_sd15):
     run_sd15(loss_space="latent")
     trained = run_sd15.lora()

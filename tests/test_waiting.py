@@ -51,7 +51,7 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, loss_space, loss
     script = importlib.import_module(SCRIPTS[run.kind])
     args = script.parse_args(run.command([], {"--loss_space": loss_space, "--loss_type": loss_type}))
     noise_scheduler, vae_config, timesteps = script.check_checkpoint(args)
-    pairs, _ = open_pairs(args, vae_config, timesteps, script.HAS_TIME_IDS, winner_only=False)
+    pairs, _ = open_pairs(args, vae_config, timesteps, winner_only=False)
     reset_accelerate()
     accelerator = Accelerator(cpu=True)
     pipeline = script.load_pipeline(args, accelerator)

@@ -414,6 +414,12 @@ def locked_folder(folder, is_main_process=True):
         lock.release()
 
 
+def refuse_foreign(folder, mark, names):
+    """A `ValueError` if a folder lacks what every run begins with, `mark`, but holds one of these files: it is not ours."""
+    if not Path(folder, mark).exists() and (others := [name for name in names if Path(folder, name).exists()]):
+        raise ValueError(f"--output_dir {folder} holds {others[0]}, which is not from this tool. Give a new folder.")
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """A path to write to. The file appears at `path` when it is whole. An error leaves an earlier file as it was."""

@@ -51,7 +51,16 @@ from typing import NamedTuple
 
 import numpy as np
 import psutil
-from common import ROOT, ArgumentParser, end_with_parent, locked_folder, require_package, run, whole_file
+from common import (
+    ROOT,
+    ArgumentParser,
+    end_with_parent,
+    locked_folder,
+    refuse_foreign,
+    require_package,
+    run,
+    whole_file,
+)
 from intervals import win_rate_interval
 from tqdm.auto import tqdm
 
@@ -192,8 +201,7 @@ def read_rows(file, common, rows, seeds):
         parsed[name] = parse_table(trainer.create_parser(), flags, where)
 
     parser = ArgumentParser()
-    preference_pairs.add_model_arguments(parser)
-    preference_pairs.add_data_arguments(parser)
+    preference_pairs.add_arguments(parser)
     data_flags = [action.dest for action in parser._actions if action.dest not in ("help", *NO_MATTER)]
     first, *others = parsed
     for other in others:
@@ -844,6 +852,8 @@ def main(args):
     from scorers import load_scorers
 
     require_package("matplotlib")
+    names = ("comparison.md", "comparison.csv", "comparison.png", "index.html")
+    refuse_foreign(comparison.folder, "rows", names)
     check_trainings(comparison)
     open_base(plan)
     prompts = choose_prompts(plan, read_captions(comparison))

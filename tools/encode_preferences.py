@@ -119,8 +119,7 @@ the second did. Its `winner_probability` is the probability that the winner wins
 
 def create_parser():
     parser = ArgumentParser(description=__doc__)
-    preference_pairs.add_model_arguments(parser)
-    preference_pairs.add_data_arguments(parser)
+    preference_pairs.add_arguments(parser)
     add = parser.add_argument_group("encoding").add_argument
     precision = "Precision that training will use. Default: accelerate's configuration."
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
@@ -205,7 +204,7 @@ class Source(NamedTuple):
     rows: list
     labels: list
     captions: list
-    probabilities: list | None  # of the winners
+    probabilities: list  # of the winners, or `None`
     images: str | None  # a digest of the files that hold them
     num_rows: int  # with ties
     is_remote: bool  # parquet files on the hub
@@ -414,7 +413,7 @@ def encode_prompts(args, trainer, pipeline, shards, captions):
 def is_readable(args, row_number, row):
     try:
         preference_pairs.read_images(args, row_number, row)
-    except preference_pairs.UnreadableImage:
+    except preference_pairs.InputError:
         return False
     return True
 
@@ -425,18 +424,17 @@ def decode_pair(args, has_time_ids, pair):
     row_number, row = pair
     try:
         images = preference_pairs.read_images(args, row_number, row)
-    except preference_pairs.UnreadableImage as error:
+    except preference_pairs.InputError as error:
         if args.on_bad_sample == "error":
             raise
         logger.warning(f"{error}. The pair is left out")
         return None
     flips = (False,) if args.no_hflip else (False, True)
-    tensors = [
-        preference_pairs.preprocess_image(image, args, (0.5, 0.5), flip, has_time_ids)
-        for image in images
-        for flip in flips
-    ]
-    return row_number, row, preference_pairs.digest_pair(args, row), default_collate(tensors)
+    views = [preference_pairs.preprocess_image(image, args, (0.5, 0.5), flip) for image in images for flip in flips]
+    tensors = default_collate(views)
+    if not has_time_ids:
+        del tensors["time_ids"]
+    return row_number, row, preference_pairs.digest_pair(args, row), tensors
 
 
 def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
@@ -459,8 +457,7 @@ def encode_pairs(args, trainer, pipeline, dtype, shards, pairs, prompts):
                 tensors = {name: value.unflatten(0, (2, -1)).contiguous() for name, value in tensors.items()}
                 caption = row[args.caption_column]
                 record = {"row": row_number, "label": row[args.label_column], "caption": caption}
-                if args.preference_probability_column is not None:
-                    record["winner_probability"] = preference_pairs.winner_probability(args, row)
+                record["winner_probability"] = preference_pairs.winner_probability(args, row)
                 record |= {"prompt": prompts[caption], "tensors": safetensors.torch.save(tensors)}
                 record |= {"digest_0": digests[0], "digest_1": digests[1]}
                 records.append(record)
@@ -502,7 +499,7 @@ def encode(args, accelerator, trainer, vae_config, folder):
             pipeline = trainer.load_pipeline(args, accelerator, unet=None)
             encode_prompts(args, trainer, pipeline, missing["prompts"], list(prompts))
             rows_to_read = [row for _, place in missing["pairs"] for row in source.rows[place]]
-            decode = functools.partial(decode_pair, args, trainer.HAS_TIME_IDS)
+            decode = functools.partial(decode_pair, args, trainer.ADDITION_EMBED_TYPE is not None)
             decoded = map_ahead(pool, decode, source.read(rows_to_read), 2 * args.num_workers)
             bar = tqdm(decoded, total=len(rows_to_read), desc="Pairs", disable=not accelerator.is_local_main_process)
             encode_pairs(args, trainer, pipeline, dtype, missing["pairs"], iter(bar), prompts)

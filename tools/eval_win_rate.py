@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import COUNT, ArgumentParser, locked_folder, name_source, require_package, run
+from common import COUNT, ArgumentParser, locked_folder, name_source, refuse_foreign, require_package, run
 from picture_records import load_picture
 from pictures import (
+    SETTINGS_NAME,
     Flags,
     add_drawing_arguments,
     add_prompt_arguments,
@@ -215,6 +216,7 @@ def main(args):
 def evaluate(args, accelerator, prompts, sources, scorers):
     settings = {}
     if accelerator.is_main_process:
+        refuse_foreign(args.output_dir, f"model/{SETTINGS_NAME}", ["scores.csv", "summary.md", "index.html"])
         for side in SIDES:
             names = (getattr(args, getattr(SIDES[side], kind)) for kind in ("unet", "lora"))
             settings[side], weights = describe_side(args, sources[side], *names)

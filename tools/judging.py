@@ -46,13 +46,14 @@ from common import (
 )
 from datasets import Features, Value
 from preference_pairs import (
-    UnreadableImage,
+    InputError,
+    columns_of,
     digest_files,
     digest_images,
     digest_of_pairs,
     find_rows,
+    image_bytes,
     load_dataset,
-    locate_image,
     read_images,
 )
 from prepare_preferences import SOURCE_COLUMNS, metadata_features, open_dataset, read_sources
@@ -160,9 +161,7 @@ def open_pairs(args, pool):
     rows = find_rows(args, dataset)
     if args.keep == "all":
         rows = list(range(len(dataset) if args.max_train_samples is None else rows[-1] + 1))
-    judged = dataset.select(rows)
-    columns = judged[args.label_column][:], judged[args.caption_column][:]
-    return Pairs(read, rows, others, digest_of_pairs(rows, *columns, images=images))
+    return Pairs(read, rows, others, digest_of_pairs(rows, *columns_of(args, dataset.select(rows)), images))
 
 
 def digest_local_files(args, files):
@@ -286,7 +285,7 @@ def decode_pair(args, pair):
     row_number, row = pair
     try:
         images = read_images(args, row_number, row)
-    except UnreadableImage as error:
+    except InputError as error:
         if args.on_bad_sample == "error":
             raise
         logger.warning(f"{error}. The pair is left out")
@@ -294,8 +293,8 @@ def decode_pair(args, pair):
     if row[args.label_column] == 0:
         # The winner came first.
         images.reverse()
-    located = [locate_image(args, row[column]) for column in (args.image_0_column, args.image_1_column)]
-    return row_number, row, images, [part if isinstance(part, bytes) else Path(part).read_bytes() for part in located]
+    columns = (args.image_0_column, args.image_1_column)
+    return row_number, row, images, [image_bytes(args, row[column]) for column in columns]
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def load_picture(path):
     from preference_pairs import read_image
 
     try:
-        return read_image(path)
+        return read_image(Path(path).read_bytes())
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}. Remove it to have it drawn again.") from error
 

@@ -167,9 +167,9 @@ class Source(NamedTuple):
     flags: Flags
 
     def model_digest(self):
-        from preference_pairs import digest_model
+        from preference_pairs import MODEL_PARTS, digest_part
 
-        return digest_model(self.model, self.revision, self.variant)
+        return {part: digest_part(self.model, part, self.revision, self.variant) for part in MODEL_PARTS}
 
     def unet_digest(self):
         from preference_pairs import digest_part

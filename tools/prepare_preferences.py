@@ -192,9 +192,9 @@ def encoded_bytes(value, args=None):
             raise ValueError(f"{value!r:.80} instead of an image")
         value = {"bytes": None, "path": None, **(value or {})}
         if args is not None:
-            from preference_pairs import locate_image
+            from preference_pairs import image_bytes
 
-            value = locate_image(args, value)
+            value = image_bytes(args, value)
         else:
             value = value["path"] if value["bytes"] is None else value["bytes"]
     data = value if isinstance(value, bytes) else Path(value).read_bytes()

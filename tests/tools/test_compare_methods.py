@@ -327,6 +327,15 @@ def test_trainings_on_other_images_are_not_compared(compare, tmp_path):
         compare(*edits)
 
 
+@pytest.mark.bad_input
+def test_a_page_of_the_user_is_not_replaced(compare, tmp_path):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison/index.html").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir .*comparison holds index.html, which is not from this tool"):
+        compare()
+    assert (tmp_path / "comparison/index.html").read_text() == "mine"
+
+
 def test_pictures_that_are_drawn_again_are_scored_again(compare, tmp_path):
     edits = ("seed = [0, 1]", "seed = 0"), ("steps = [1, 2]", "steps = [1]")
     stop_before("report", compare, *edits)

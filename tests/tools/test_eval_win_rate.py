@@ -15,6 +15,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -534,6 +535,15 @@ def test_pictures_of_a_model_that_was_replaced_are_not_kept(evaluate, checkpoint
 
 
 @pytest.mark.bad_input
+def test_a_page_of_the_user_is_not_replaced(evaluate, tmp_path):
+    page = tmp_path / "site/index.html"
+    page.parent.mkdir()
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir .*site holds index.html, which is not from this tool"):
+        evaluate(output_dir=page.parent)
+    assert page.read_text() == "mine"
+
+
 def test_one_run_at_a_time(evaluate, tmp_path):
     output = tmp_path / "evaluation"
     with locked_folder(output), pytest.raises(ValueError, match=f"--output_dir {output} "):
@@ -722,15 +732,14 @@ def test_clipscore_is_the_cosine(clip):
 def test_pictures_are_decoded_once_for_all_scorers(evaluate, monkeypatch):
     decoded = []
 
-    def note(path):
-        decoded.append(path)
-        return Image.open(path)
+    def note(data):
+        decoded.append(data)
+        return Image.open(io.BytesIO(data))
 
     monkeypatch.setattr(preference_pairs, "read_image", note)
     folder = evaluate("--scorers", "pickscore", "clipscore")
-    assert sorted(decoded) == sorted(
-        [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
-    )
+    paths = [*folder.glob("*/*.png"), folder / "model" / "00000.png", folder / "baseline" / "00000.png"]
+    assert sorted(decoded) == sorted(path.read_bytes() for path in paths)
 
 
 def test_half_precision_on_a_gpu(evaluate):

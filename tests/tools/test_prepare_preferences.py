@@ -395,11 +395,11 @@ def test_inspect_image_says_what_training_says(tmp_path, pixels, problem):
         if problem is None:
             assert (size, found) == ((8, 8), None)
             assert digest == inspect_image((tmp_path / "grey.tiff").read_bytes())[1]
-            preference_pairs.read_image(tmp_path / "grey.tiff")
+            preference_pairs.read_image((tmp_path / "grey.tiff").read_bytes())
         else:
             assert size is digest is None and problem in found
             with pytest.raises(ValueError, match=problem):
-                preference_pairs.read_image(tmp_path / "grey.tiff")
+                preference_pairs.read_image((tmp_path / "grey.tiff").read_bytes())
 
 
 # What check and training say of the same data
@@ -518,8 +518,8 @@ def test_check_and_training_say_the_same(tmp_path, capsys, kind):
     output, errors = capsys.readouterr()
 
     parser = argparse.ArgumentParser()
-    preference_pairs.add_data_arguments(parser)
-    args = parser.parse_args(flags)
+    preference_pairs.add_arguments(parser)
+    args = parser.parse_args(["--pretrained_model_name_or_path", "none", *flags])
     try:
         dataset = preference_pairs.load_dataset(args)
     except ValueError as error:
