@@ -46,7 +46,8 @@ OTHER_FLAGS = {
     "--requeue",
     "--signal",
     "--include",
-}  # pytest, Slurm, hf
+    "--logdir",
+}  # pytest, Slurm, hf, tensorboard
 FENCE = re.compile(r"^[> ]*```(\w*)\n(.*?)^[> ]*```$", re.M | re.S)
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")
 
