@@ -331,8 +331,8 @@ def winner_probability(args, row):
 
 def columns_of(args, pairs):
     """The labels, the captions and the winners' probabilities, which may be `None`, of a dataset's pairs."""
-    columns = [args.image_0_column, args.image_1_column]
-    probabilities = [winner_probability(args, row) for row in pairs.remove_columns(columns).to_list()]
+    names = [name for name in (args.label_column, args.preference_probability_column) if name is not None]
+    probabilities = [winner_probability(args, row) for row in pairs.select_columns(names).to_list()]
     return pairs[args.label_column][:], pairs[args.caption_column][:], probabilities
 
 

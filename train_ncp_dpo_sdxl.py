@@ -231,7 +231,8 @@ def check_arguments(args):
         raise InputError(f"--label_smoothing goes with --loss_type dpo or cpo, not {args.loss_type}.")
     if args.sft_weight is not None and args.loss_type == "sft":
         raise InputError("--sft_weight does not go with --loss_type sft.")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU; bf16 does not.")
     if args.run_validation and args.validation_prompt is None:
         raise InputError("--run_validation needs a --validation_prompt.")
@@ -1131,7 +1132,8 @@ def validate(args, accelerator, pairs, policy, pipeline, noise_scheduler, percep
     if pairs is not None:
         measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals)
     with signals.others_wait():
-        if not Path(args.output_dir, "validation", "step-0.png").is_file():
+        # A picture of an earlier run may be there at step 0.
+        if step == 0 or not Path(args.output_dir, "validation", "step-0.png").is_file():
             with ncp_loss.reference_model(policy):
                 log_validation(args, accelerator, pipeline, 0, monitor, signals)
         if 0 < step < args.max_train_steps:  # The last images are drawn after the LoRA is saved.
@@ -1143,7 +1145,7 @@ def validate(args, accelerator, pairs, policy, pipeline, noise_scheduler, percep
 # Copied from train_ncp_dpo_sd15.public_name
 def public_name(name):
     """A hub id as it is; of a folder only its last part."""
-    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) or name.count("/") > 1 else name
 
 
 # Copied from train_ncp_dpo_sd15.describe_run

@@ -111,6 +111,9 @@ def test_fp16_without_a_gpu(run_sd15, no_models, monkeypatch):
     monkeypatch.setattr(train_ncp_dpo_sd15.torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU; bf16 does not"):
         run_sd15(mixed_precision="fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU; bf16 does not"):
+        run_sd15()
 
 
 @pytest.mark.bad_input

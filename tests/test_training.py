@@ -285,9 +285,13 @@ def test_a_mistake_is_answered_in_one_line(run_sd15, tmp_path):
 
 def test_validation_shows_the_policy(run_sd15):
     options = {"validation_prompt": "a picture", "num_validation_images": 1, "loss_space": "latent"}
+    # An earlier run has left it.
+    (run_sd15.output_dir / "validation").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(run_sd15.output_dir / "validation/step-0.png")
     run_sd15("--run_validation", **options)
     files = [run_sd15.output_dir / f"validation/step-{step}.png" for step in (0, 2)]
-    assert not np.array_equal(*map(np.asarray, map(Image.open, files)))
+    first, last = map(Image.open, files)
+    assert first.size == last.size and not np.array_equal(first, last)
     # The base is not drawn again.
     drawn = files[0].stat().st_mtime_ns
     run_sd15("--run_validation", max_train_steps=3, resume_from_checkpoint="latest", **options)

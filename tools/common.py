@@ -415,8 +415,8 @@ def locked_folder(folder, is_main_process=True):
 
 
 def refuse_foreign(folder, mark, names):
-    """A `ValueError` if a folder lacks what every run begins with, `mark`, but holds one of these files: it is not ours."""
-    if not Path(folder, mark).exists() and (others := [name for name in names if Path(folder, name).exists()]):
+    """A `ValueError` if a folder has nothing of the pattern `mark`, which every run begins with, but one of these files."""
+    if not any(Path(folder).glob(mark)) and (others := [name for name in names if Path(folder, name).exists()]):
         raise ValueError(f"--output_dir {folder} holds {others[0]}, which is not from this tool. Give a new folder.")
 
 

@@ -675,7 +675,8 @@ def measure(comparison, trainings, names, num_prompts):
 def costs(comparison, trainings, row):
     """The mean seconds of a row's trainings, and their highest peak memory in GB or `None`."""
     records = [comparison.read_record(training) for training in trainings if training.row == row]
-    memory = [record["peak_memory"] for record in records if record["peak_memory"] is not None]
+    # A training that was stopped after its last checkpoint has none.
+    memory = [record["peak_memory"] for record in records if record.get("peak_memory") is not None]
     return float(np.mean([record["seconds"] for record in records])), max(memory, default=None)
 
 
@@ -852,7 +853,7 @@ def main(args):
     from scorers import load_scorers
 
     require_package("matplotlib")
-    names = ("comparison.md", "comparison.csv", "comparison.png", "index.html")
+    names = ("comparison.md", "comparison.csv", "comparison.png", "index.html", PROMPTS_NAME)
     refuse_foreign(comparison.folder, "rows", names)
     check_trainings(comparison)
     open_base(plan)

@@ -216,7 +216,7 @@ def main(args):
 def evaluate(args, accelerator, prompts, sources, scorers):
     settings = {}
     if accelerator.is_main_process:
-        refuse_foreign(args.output_dir, f"model/{SETTINGS_NAME}", ["scores.csv", "summary.md", "index.html"])
+        refuse_foreign(args.output_dir, f"*/{SETTINGS_NAME}", ["scores.csv", "summary.md", "index.html"])
         for side in SIDES:
             names = (getattr(args, getattr(SIDES[side], kind)) for kind in ("unet", "lora"))
             settings[side], weights = describe_side(args, sources[side], *names)

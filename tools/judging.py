@@ -170,7 +170,7 @@ def digest_local_files(args, files):
     for file in files:
         schema = pq.read_schema(file)
         for column in (args.image_0_column, args.image_1_column):
-            if pa.types.is_struct(schema.field(column).type):
+            if column in schema.names and pa.types.is_struct(schema.field(column).type):
                 (paths,) = pq.read_table(file, columns=[f"{column}.path"]).flatten().columns
                 named.update(filter(None, paths.to_pylist()))
     return digest_files([*files, *sorted(os.path.join(args.dataset_name, path) for path in named)])

@@ -436,6 +436,10 @@ def save_settings(folder, settings, weights, prompts):
         raise ValueError(
             f"{drawn[0]} is not from this tool: {folder} has no {SETTINGS_NAME}. Give another --output_dir."
         )
+    if file.is_file() and not {"weights", "prompts"} <= set(
+        re.findall(r'"(\w+)": ', file.read_text(encoding="utf-8"))
+    ):
+        raise ValueError(f"{file} is not from this tool. Give another --output_dir.")
     if any(folder.glob("*.png")):
         saved = json.loads(file.read_text(encoding="utf-8"))
         for name, value in settings.items():

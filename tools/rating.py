@@ -61,7 +61,7 @@ def check_rated_folder(folder):
     """Raises a `ValueError` if the folder holds pairs that `rate` did not write. `convert` copies the columns of `rate`."""
     written, others = list_written(folder)
     if not (folder / CHOICES_NAME).is_file():
-        others += written
+        others += [*written, *folder.glob("report.md")]
     if others:
         raise ValueError(
             f"--output_dir {folder} holds {others[0].name}, which rate did not write. Give another folder."

@@ -753,6 +753,9 @@ def test_pairs_of_another_tool_are_not_touched(collect, tmp_path, capsys):
     kept.write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match="kept.parquet"):
         collect_preferences.check_rated_folder(file.parent)
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(ValueError, match="report.md, which rate did not write"):
+        collect_preferences.check_rated_folder(tmp_path)
 
 
 def test_a_result_without_pairs_removes_nothing(rating, tmp_path, caplog):

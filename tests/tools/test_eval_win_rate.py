@@ -542,8 +542,15 @@ def test_a_page_of_the_user_is_not_replaced(evaluate, tmp_path):
     with pytest.raises(ValueError, match="--output_dir .*site holds index.html, which is not from this tool"):
         evaluate(output_dir=page.parent)
     assert page.read_text() == "mine"
+    settings = tmp_path / "app/model/settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"theme": "dark"}')
+    with pytest.raises(ValueError, match="app/model/settings.json is not from this tool"):
+        evaluate(output_dir=tmp_path / "app")
+    assert settings.read_text() == '{"theme": "dark"}'
 
 
+@pytest.mark.bad_input
 def test_one_run_at_a_time(evaluate, tmp_path):
     output = tmp_path / "evaluation"
     with locked_folder(output), pytest.raises(ValueError, match=f"--output_dir {output} "):
