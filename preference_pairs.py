@@ -1,4 +1,3 @@
-# coding=utf-8
 # Copyright 2026 The NCP-DPO authors. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -15,11 +14,9 @@
 
 """Preference pairs, from a dataset's row to a batch. Digests of what a run depends on come last.
 
-A row has two images, a label that says which one won, and a caption. Training reads an endless stream of N pairs:
-number i is the pair at place i mod N of the order of epoch i div N. A pair's timestep, noise, flip and crop depend on
-the run's seed, the epoch and the row. They do not depend on the number of processes or workers, or on a resume.
-What cannot be trained on raises an `InputError`.
-"""
+Training reads an endless stream of N pairs: number i is the pair at place i mod N of the order of epoch i div N. A
+pair's timestep, noise, flip and crop depend on the run's seed, the epoch and the row. They do not depend on the number
+of processes or workers, or on a resume. What cannot be trained on raises an `InputError`."""
 
 import argparse
 import atexit
@@ -60,26 +57,19 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 IMAGE = "images", datasets.Image(decode=False), "binary|string|struct"
 NUMBER = "numbers", datasets.Value("float64"), "u?int|halffloat|float|double|decimal"
 TEXT = "text", datasets.Value("string"), "string"
-# The flags that name columns.
 COLUMNS = {"image_0_column": IMAGE, "image_1_column": IMAGE, "label_column": NUMBER, "caption_column": TEXT}
 COLUMNS["preference_probability_column"] = NUMBER
 # Training on encoded data refuses other values of these than the encoding's, and warns of other values of the hints.
 ENCODING_ARGUMENTS = ("resolution", "image_interpolation_mode", "vae_scaling_factor", *COLUMNS)
 ENCODING_HINTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "mixed_precision")
-# The flags that name a base model, and the parts of one.
 MODEL_ARGUMENTS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant")
 MODEL_PARTS = "model_index.json unet scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2".split()
 STOP_SIGNALS = [number for number in signal.Signals if re.match("SIG(TERM|INT|HUP|USR)", number.name)]
-# PIL refuses a PNG with more than 1 MB of text. Drawing programs store a whole workflow there.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # Drawing programs store workflows there.
 
 
 class InputError(ValueError):
     """Names the flag, column, file or row in which a mistake is. The scripts answer it in one line."""
-
-    def __init__(self, message):
-        # torch puts the traceback of a data worker's error into its message.
-        super().__init__(message.rpartition("InputError: ")[2].strip())
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -132,7 +122,8 @@ def add_arguments(parser):
 
 
 def one_line(text, length=200):
-    return " ".join(str(text).split())[:length]
+    text = str(text).rpartition("InputError: ")[2]  # A data worker's error begins with its traceback.
+    return " ".join(text.split())[:length]
 
 
 def pair_features(args):
@@ -157,22 +148,19 @@ def load_dataset(args):
     if args.train_data_dir is not None:
         return load_image_folder(args)
     name, split, features = args.dataset_name, args.dataset_split_name, pair_features(args)
-    options = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
-    checked_file = ""  # The error names it.
+    options, checked_file = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}, ""
     try:
         if Path(name).is_file():
             raise InputError("it is a file: give the folder that contains it")
         if Path(name, "state.json").is_file():
             raise InputError("it was written by save_to_disk: write it with to_parquet instead")
         splits = datasets.load_dataset_builder(**options).config.data_files or {}
-        # Finds the names in slices and sums, such as train[:10%]+test.
-        wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)
+        wanted = list(splits) if split == "all" else re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", split)  # in train+test
         if splits and not set(wanted) <= splits.keys():
             raise InputError(f"its splits (--dataset_split_name) are {', '.join(map(str, splits))}, not {split}")
         files = [file for split_name in wanted for file in splits.get(split_name, [])]
         if os.path.isdir(name):
-            # A replaced file may have the same time. Then `datasets` would read its cache of the old file.
-            options["description"] = digest_files(files)
+            options["description"] = digest_files(files)  # `datasets` overlooks a replaced file of the same time.
         if files and all(file.endswith(".parquet") for file in files):
             for checked_file in [file for file in files if "://" not in file]:
                 check_columns(args, pq.read_schema(checked_file))
@@ -191,14 +179,12 @@ def load_dataset(args):
 
 
 def load_image_folder(args):
-    """The dataset of a folder with a metadata.jsonl."""
     path, features = Path(args.train_data_dir, "metadata.jsonl"), pair_features(args)
     if not path.is_file():
         raise InputError(f"--train_data_dir: there is no file {path}.")
     columns = {column: [] for column in features}
-    for line_number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    lines = [pair for pair in enumerate(path.read_bytes().split(b"\n"), start=1) if pair[1].strip()]
+    for line_number, line in lines:
         try:
             row = dict(json.loads(line))  # also with a byte-order mark
             for column, feature in features.items():
@@ -206,8 +192,7 @@ def load_image_folder(args):
                 key, arrow_type = (f"{column}_file_name", pa.string()) if is_image else (column, feature.pa_type)
                 if key not in row:
                     raise InputError(f"has no {key!r}, but {', '.join(row)}")
-                # Refuses a value of another type. No type is guessed from earlier lines.
-                columns[column].append(pa.scalar(row[key], arrow_type).as_py())
+                columns[column].append(pa.scalar(row[key], arrow_type).as_py())  # refuses another type
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{path}, line {line_number}: {one_line(error)}") from error
     return datasets.Dataset.from_dict(columns, features=features)
@@ -238,29 +223,24 @@ def find_problem(label=1, caption="", probability=1):
 
 
 def read_images(args, row_number, row, winner_only=False):
-    """The images of a row as `read_image` returns them, the winner first."""
-    columns, images = [args.image_0_column, args.image_1_column], []
-    if row[args.label_column] == 0:
-        columns.reverse()
+    """Yields the images of a row as `read_image` returns them, the winner first."""
+    columns = [args.image_0_column, args.image_1_column][:: -1 if row[args.label_column] == 0 else 1]
     for column in columns[:1] if winner_only else columns:
         try:
-            images.append(read_image(image_bytes(args, row[column])))
+            yield read_image(image_bytes(args, row[column]))
         except Exception as error:  # PIL's decoders raise many kinds
             place = f"Row {row_number} ({row[args.caption_column]!r:.80}): {column}"
             raise InputError(f"{place} cannot be read as an image: {one_line(error)}") from error
-    return images
 
 
 def image_bytes(args, value):
-    """The bytes of a dataset's `{"bytes", "path"}`. An `InputError` if it has neither, or if the path leads out of the
-    data's folder or, for a dataset of the hub, out of the caches."""
+    """The bytes of a dataset's `{"bytes", "path"}`. A downloaded dataset must not read other files of this machine."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise InputError("null instead of an image")
     if value["bytes"] is not None:
         return value["bytes"]
     if len(value["path"]) > 1000:
         raise InputError(f"{value['path'][:20]!r}... is text instead of an image; decode base64 first")
-    # A downloaded dataset must not read other files of this machine.
     source = args.train_data_dir or args.dataset_name
     caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     folders = [Path(folder).resolve() for folder in ([source] if os.path.isdir(source) else caches) if folder]
@@ -271,8 +251,7 @@ def image_bytes(args, value):
 
 
 def read_image(data):
-    """An upright image in sRGB, transparency on white, from encoded bytes. Raises an `InputError` for what is not a
-    single picture of known values, and PIL's own errors for what cannot be decoded."""
+    """An upright image in sRGB, transparency on white, from encoded bytes. PIL's errors are of many kinds."""
     if not data:
         raise InputError("empty, 0 bytes")
     if (start := data[:20]).isascii() and start.decode().isprintable():
@@ -309,14 +288,12 @@ def read_image(data):
 
 
 def preprocess_image(image, args, crop_position, flip):
-    """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`. `crop_position`
-    is its place: (0, 0) at the image's top left, (1, 1) at the bottom right. `time_ids` of shape `(6,)` are for SDXL:
-    the original height and width, the crop's top and left, the target size."""
+    """`pixel_values`, the square that training sees, in uint8 of shape `(3, resolution, resolution)`, and SDXL's
+    `time_ids` of shape `(6,)`. `crop_position` is (0, 0) at the image's top left and (1, 1) at its bottom right."""
     (width, height), side = image.size, args.resolution
     image = ImageOps.cover(image, (side, side), Image.Resampling[args.image_interpolation_mode.upper()])
     image = ImageOps.mirror(image) if flip else image
-    top = round(crop_position[0] * (image.height - side))
-    left = round(crop_position[1] * (image.width - side))
+    top, left = round(crop_position[0] * (image.height - side)), round(crop_position[1] * (image.width - side))
     image = image.crop((left, top, left + side, top + side))
     pixel_values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     time_ids = torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
@@ -336,21 +313,12 @@ def columns_of(args, pairs):
     return pairs[args.label_column][:], pairs[args.caption_column][:], probabilities
 
 
-class PairStream(torch.utils.data.Sampler):
-    """Keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream."""
-
-    def __init__(self, rows, seed, start, stop):
-        self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        numbers = range(self.start, self.stop)
-        for epoch, numbers_of_epoch in itertools.groupby(numbers, lambda number: number // len(self.rows)):
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            for number in numbers_of_epoch:
-                yield epoch, self.rows[order[number % len(self.rows)]]
+def pair_stream(rows, seed, start, stop):
+    """Yields keys `(epoch, row)` of the pairs number `start` to `stop - 1` of the endless stream."""
+    for epoch, numbers in itertools.groupby(range(start, stop), lambda number: number // len(rows)):
+        order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+        for number in numbers:
+            yield epoch, order[number % len(rows)]
 
 
 def spread_timesteps(timesteps, first, count, offset):
@@ -375,8 +343,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(int(seed))
         crop_position = torch.rand(2, generator=generator).tolist() if self.args.random_crop else (0.5, 0.5)
         flip = bool(torch.rand((), generator=generator) < 0.5) and not self.args.no_hflip
-        # It is drawn even if a timestep is given, so that the noise is the same.
-        timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]
+        timestep = self.timesteps[torch.randint(len(self.timesteps), (), generator=generator)]  # even if one is given
         noise, variance_noise = torch.randn(2, *self.latent_shape, generator=generator)
         example, skipped = None, []
         while example is None:
@@ -400,18 +367,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         return {"images": images, "caption": row[self.args.caption_column]}, winner_probability(self.args, row)
 
     def columns(self):
-        """`columns_of` the pairs, in the order of `rows`."""
         return columns_of(self.args, self.dataset.select(self.rows))
 
     def digests(self):
-        """`digest_pair` of each of `rows`."""
         rows = tqdm(self.rows, "Comparing images", disable=not logger.isEnabledFor(logging.INFO))
         return (digest_pair(self.args, self.dataset[row]) for row in rows)
 
     def hold_out(self, num_pairs):
         """Splits into pairs to train on and at least `num_pairs` held-out ones, which share no prompt and no image."""
         captions, graph, held_out = dict(zip(self.rows, self.columns()[1])), networkx.Graph(), set()
-        # Pairs that share a prompt or an image, also through other pairs, are one group.
         for row, digests in zip(self.rows, self.digests()):
             networkx.add_star(graph, [row, same_prompt_key(captions[row]), *filter(None, digests)])
         groups = [captions.keys() & nodes for nodes in networkx.connected_components(graph)]
@@ -495,8 +459,7 @@ class EncodedPairs(PreferencePairs):
 
 def open_pairs(args, vae_config, timesteps, winner_only):
     """The pairs to train on, and the held-out pairs or `None`. The first batch is read to find mistakes."""
-    side = args.resolution // vae_config["downscaling_factor"]
-    latent_shape = vae_config["latent_channels"], side, side
+    latent_shape = vae_config["latent_channels"], *[args.resolution // vae_config["downscaling_factor"]] * 2
     if args.encoded_data_dir is not None:
         pairs = EncodedPairs(args, vae_config, latent_shape, timesteps, winner_only)
     else:
@@ -505,20 +468,18 @@ def open_pairs(args, vae_config, timesteps, winner_only):
         if (folder := args.train_data_dir) is not None and args.on_bad_sample == "error":
             for column in (args.image_0_column, args.image_1_column):
                 for row, image in zip(rows, dataset.select(rows)[column][:]):
-                    if image and not os.path.isfile(os.path.join(folder, image["path"])):
-                        name = f"{column} is {image['path']!r:.100}"
-                        raise InputError(f"Row {row}: {name}, which is no file in {folder}.")
+                    if image and not os.path.isfile(os.path.join(folder, name := image["path"])):
+                        raise InputError(f"Row {row}: {column} is {name!r:.100}, which is no file in {folder}.")
         pairs = PreferencePairs(dataset, rows, args, latent_shape, timesteps, winner_only)
         pairs.images = digest_images(args, dataset)
     pairs, eval_pairs = (pairs, None) if args.num_eval_pairs is None else pairs.hold_out(args.num_eval_pairs)
-    for key in PairStream(pairs.rows, args.seed, 0, min(args.train_batch_size, len(pairs.rows))):
+    for key in pair_stream(pairs.rows, args.seed, 0, min(args.train_batch_size, len(pairs.rows))):
         pairs[key]
     return pairs, eval_pairs
 
 
 def collate_fn(examples):
-    """Stacks B pairs. Tensors of images (`pixel_values`, ...) have shape `(2B, ...)`, winners first, or `(B, ...)`
-    without losers. Others have shape `(B, ...)`."""
+    """Stacks B pairs to `(B, ...)`, but their images to `(2B, ...)`, winners first, unless there are no losers."""
     skipped = [reason for example in examples for reason in example.pop("skipped")]
     images = itertools.chain(*zip(*[example.pop("images") for example in examples]))  # winners, then losers
     return {"skipped": skipped, **default_collate(list(images)), **default_collate(examples)}
@@ -541,7 +502,7 @@ def create_dataloader(args, pairs, start, stop):
         for worker in torch.multiprocessing.active_children():
             worker.kill()
 
-    options = {"sampler": PairStream(pairs.rows, args.seed, start, stop), "collate_fn": collate_fn}
+    options = {"sampler": list(pair_stream(pairs.rows, args.seed, start, stop)), "collate_fn": collate_fn}
     options |= {"pin_memory": torch.accelerator.is_available(), "worker_init_fn": ignore_stop_signals}
     return DataLoader(pairs, args.train_batch_size, num_workers=args.dataloader_num_workers, **options)
 
@@ -552,14 +513,10 @@ def same_prompt_key(caption):
 
 
 def digest_of_pairs(rows, labels, captions, probabilities, images):
-    """What a resumed run recognises its data by, from `columns_of` the pairs and `digest_images` of their source. It is
-    the same for images and for encoded data."""
-    parts = {"digest": [rows, labels, captions], "probabilities": probabilities}
+    """What a resumed run knows its data by, encoded or not, from `columns_of` the pairs and `digest_images`."""
+    parts = {"digest": [rows, labels, captions], **({} if None in probabilities else {"probabilities": probabilities})}
     digests = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
-    digests |= {"num_pairs": len(rows), "images": images}
-    if None in probabilities:
-        del digests["probabilities"]
-    return {name: value for name, value in digests.items() if value is not None}
+    return {**digests, "num_pairs": len(rows), **({} if images is None else {"images": images})}
 
 
 def digest_pair(args, row):
@@ -572,8 +529,7 @@ def digest_pair(args, row):
 
 
 def digest_images(args, dataset):
-    """A digest of the files that a dataset and its images were read from, or of their addresses on the hub, which name
-    a commit. `None` if there are no addresses."""
+    """A digest of a dataset's files and images, or of their addresses on the hub, which name a commit, or `None`."""
     folder, files = args.train_data_dir or args.dataset_name, list(dataset.info.download_checksums or [])
     if not os.path.isdir(folder):
         return hashlib.sha256(repr(files).encode()).hexdigest() if files else None
@@ -595,8 +551,7 @@ def digest_models(args):
 
 
 def digest_part(name, place="", revision=None, variant=None):
-    """A digest of the files of a model's part that are loaded: the file `name`, or those at `place` in that folder.
-    For a hub id its commit, or `revision` if nothing was downloaded."""
+    """A digest of the file `name`, or of what is loaded from `place` in that folder. Of a hub id the commit."""
     if not os.path.exists(name):
         commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", revision or "main")
         return commit.read_text() if commit.is_file() else revision
@@ -610,9 +565,8 @@ def digest_files(paths):
     stats = [(str(path), os.stat(path)) for path in paths if os.path.isfile(path)]
     state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
     kept = Path(datasets.config.HF_CACHE_HOME, "digests", hashlib.sha256(repr(state).encode()).hexdigest())
-    with contextlib.suppress(OSError):
-        if known := kept.read_text():
-            return known
+    if os.access(kept, os.R_OK) and (known := kept.read_text()):
+        return known
     digest = hashlib.sha256()
     for path, *_ in state:
         with open(path, "rb") as file:

@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-# coding=utf-8
 # Copyright 2026 The NCP-DPO authors. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -32,7 +31,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import datetime
 import errno
 import json
 import logging
@@ -45,23 +43,20 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
 import filelock
 import ncp_loss
 import numpy as np
 import preference_pairs
 import safetensors.torch
 import torch
-import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, send_to_device
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, snapshot_download, upload_folder
-from packaging.version import Version
+from accelerate.utils import LoggerType, broadcast_object_list, compare_versions, gather_object, send_to_device, tqdm
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, hf_hub_download, upload_folder
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -69,11 +64,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw
 from preference_pairs import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, InputError, number_type, one_line
-from tqdm.auto import tqdm
 
-import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import check_min_version, make_image_grid
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 
@@ -83,24 +77,23 @@ check_min_version("0.36.0")
 
 logger = get_logger(__name__)
 
-DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.40.0") else "dtype"
+DTYPE = "torch_dtype" if compare_versions("diffusers", "<", "0.40.0") else "dtype"
 PIPELINE_CLASS = StableDiffusionPipeline
 # No safety checker: it would black out validation images.
 PIPELINE_OPTIONS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-TEXT_ENCODERS = ["text_encoder"]
+TEXT_ENCODERS = {"text_encoder": "tokenizer"}
 DEFAULTS = {"output_dir": "ncp-dpo-sd15-lora", "tracker_name": "ncp-dpo-sd15-lora"}
-ADDITION_EMBED_TYPE = None  # the U-Net's `addition_embed_type`, which tells SDXL from other models
-VAE_OVERFLOWS = False  # whether the base model's own VAE overflows in fp16 and must run in fp32
-BETAS = {}  # first values to try where they differ from those of `ncp_loss.LOSSES`
+ADDITION_EMBED_TYPE = None  # the U-Net's, which tells SDXL from other models
+VAE_OVERFLOWS = False  # whether the base model's own VAE must run in fp32
+BETAS = {}  # where they differ from those of `ncp_loss.LOSSES`
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS_NAME = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of text embeddings
-# Inputs of a U-Net that training does not give: guidance, classes, images, boxes.
+# Inputs of a U-Net that training does not give.
 OTHER_INPUTS = "time_cond_proj_dim class_embed_type num_class_embeds encoder_hid_dim_type attention_type".split()
 LAUNCHER = os.getppid()
 STATE_NAME = "training_state.json"
-STATE_FORMAT = 2
 # A resumed run must have the same values as its checkpoint.
 LEARNING_ARGUMENTS = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path pretrained_lora_path revision variant
@@ -112,13 +105,12 @@ LEARNING_ARGUMENTS = """
     use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 EVAL_METRICS = ("loss", "implicit_accuracy", "margin", "error_w", "error_l", "drift_w", "drift_l")
-CARD_ARGUMENTS = ("max_train_steps", "learning_rate", "resolution", "mixed_precision", "seed")
 # The error scale is measured for these.
 SCALE_ARGUMENTS = "loss_space ncp_layer ncp_timestep ncp_probe_rms min_timestep max_timestep timesteps".split()
-# It is measured in blocks of pairs, until the standard error of its logarithm is small enough. Batches have a fixed
-# size: another one rounds differently, and the scale would depend on how pairs are split.
+# It is measured in blocks of pairs, until the standard error of its logarithm is small enough. Batches of another size
+# would round differently.
 SCALE_BLOCK_SIZE, MAX_SCALE_PAIRS, SCALE_BATCH_SIZE, SCALE_STANDARD_ERROR = 64, 512, 2, 0.1
-# There is no flag for the steps of a piecewise constant schedule.
+# No flag gives the steps of a piecewise constant schedule.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -139,14 +131,14 @@ def create_parser():
     preference_pairs.add_arguments(parser)
 
     add = parser.add_argument_group("training data").add_argument
-    add("--encoded_data_dir", help="Output of tools/encode_preferences.py, to train on instead of a dataset.")
+    add("--encoded_data_dir", help="Output of tools/encode_preferences.py, in place of a dataset.")
     add("--num_eval_pairs", type=COUNT, help="Hold out at least so many pairs, by prompt; see --validation_steps.")
     add("--random_crop", action="store_true", help="Crop at random instead of at the centre.")
     add("--dataloader_num_workers", type=INDEX, default=0, help="Processes that load images. 0: the main process.")
 
     add = parser.add_argument_group("policy").add_argument
-    add("--pretrained_lora_path", help="LoRA whose weights training starts from. A frozen copy is the reference.")
-    add("--rank", type=COUNT, help="Rank of the LoRA. Default: 4, or that of --pretrained_lora_path. The paper: 64.")
+    add("--pretrained_lora_path", help="LoRA to start from. A frozen copy is the reference.")
+    add("--rank", type=COUNT, help="Default: 4, or that of --pretrained_lora_path. The paper: 64.")
     add("--lora_alpha", type=COUNT, help="The LoRA is scaled by alpha / rank. Default: the rank.")
 
     add = parser.add_argument_group("loss").add_argument
@@ -180,7 +172,7 @@ def create_parser():
     add("--channels_last", action="store_true", help="Keep the U-Net's convolutions in the channels-last format.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs use TF32 in fp32.")
     add("--learning_rate", type=NOT_NEGATIVE, default=5e-4, help="Start with 1e-5. The default is diffusers'.")
-    add("--scale_lr", action="store_true", help="Multiply the learning rate by the number of pairs per step.")
+    add("--scale_lr", action="store_true", help="Multiply the learning rate by the pairs per step.")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=INDEX, default=500, help="Steps of warm-up, for schedules that have one.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
@@ -191,7 +183,7 @@ def create_parser():
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="Weight decay of the LoRA.")
     add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8, help="Is added to the root of the mean square.")
     add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="A gradient of a larger norm is scaled down; 0: none.")
-    add("--ddp_timeout", type=COUNT, default=1800, help="Seconds after which a process that does not answer is lost.")
+    add("--ddp_timeout", type=COUNT, default=1800, help="Seconds after which a silent process is lost.")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
@@ -211,7 +203,7 @@ def create_parser():
     add("--push_to_hub", action="store_true", help="Upload the LoRA, its card, pictures and logs.")
     add("--hub_token", help="Default: that of `hf auth login`.")
     add("--hub_model_id", help="Default: the name of --output_dir.")
-    add("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
 
     parser.set_defaults(**DEFAULTS)
     return parser
@@ -245,9 +237,10 @@ def parse_args(input_args=None):
     check_arguments(args)
     if args.rank is None and args.pretrained_lora_path is None:
         args.rank = 4
-    args.beta_dpo = args.beta_dpo or BETAS.get(args.loss_type, ncp_loss.LOSSES[args.loss_type].beta)
+    loss = ncp_loss.LOSSES[args.loss_type]
+    args.beta_dpo = args.beta_dpo or BETAS.get(args.loss_type, loss.beta)
     if args.sft_weight is None:
-        args.sft_weight = ncp_loss.LOSSES[args.loss_type].sft_weight
+        args.sft_weight = loss.sft_weight
     return args
 
 
@@ -255,25 +248,24 @@ def parse_args(input_args=None):
 
 
 def check_checkpoint(args):
-    """The noise scheduler, the VAE's configuration and the timesteps to train on. An `InputError` says why the base
-    model cannot be trained, from its configuration alone."""
+    """The noise scheduler, the VAE's configuration and the timesteps to train on, if the base model can be trained."""
     name, own_vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     base = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_file():
         raise InputError(f"{base} is a file. {PIPELINE_CLASS.__name__}.from_single_file converts it to a folder.")
-    unet, vae, encoding = load_config(args, "unet"), load_config(args, "vae"), preference_pairs.load_encoding(args)
+    unet, vae = load_config(args, "unet"), load_config(args, "vae")
     vae_base = base if own_vae is None else f"--pretrained_vae_model_name_or_path {own_vae}"
     if (vae_class := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise InputError(f"{vae_base}: the VAE is of class {vae_class}, but must be an AutoencoderKL.")
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
             raise InputError(f"{vae_base}: the VAE has a {option}, which is not supported.")
-    vae.setdefault("scaling_factor", 0.18215)  # the value of old configurations, which do not have it
+    vae.setdefault("scaling_factor", 0.18215)  # Old configurations do not say it.
     vae["downscaling_factor"] = factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if args.resolution is None:
-        args.resolution = encoding.get("resolution") or unet["sample_size"] * factor
+        args.resolution = preference_pairs.load_encoding(args).get("resolution") or unet["sample_size"] * factor
     if args.resolution % factor:
-        raise InputError(f"--resolution is {args.resolution}, but must be a multiple of {factor}, as the VAE needs.")
+        raise InputError(f"--resolution is {args.resolution}, but must be a multiple of {factor}.")
     if (embed_type := unet.get("addition_embed_type")) != ADDITION_EMBED_TYPE:
         script = {None: "train_ncp_dpo_sd15.py", "text_time": "train_ncp_dpo_sdxl.py"}.get(embed_type, "no script")
         raise InputError(f"{base} has another architecture: {script} trains it.")
@@ -318,8 +310,7 @@ def load_pipeline(args, accelerator, **components):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     dtypes, own_vae = {"default": weight_dtype}, args.pretrained_vae_model_name_or_path
     if args.encoded_data_dir is not None and not args.run_validation:
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS]
-        components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *tokenizers]))
+        components.update(dict.fromkeys(["vae", *TEXT_ENCODERS, *TEXT_ENCODERS.values()]))
     elif own_vae is None and VAE_OVERFLOWS:
         dtypes["vae"] = torch.float32
     name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
@@ -331,10 +322,10 @@ def load_pipeline(args, accelerator, **components):
         advice = f"{one_line(error)}. If its files are all of one variant, such as fp16, give --variant."
         reason = preference_pairs.find_fault(own_vae, name) or advice
         raise InputError(f"--pretrained_model_name_or_path {name}: {reason}") from error
-    for name in TEXT_ENCODERS if pipeline.text_encoder is not None else []:
-        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-        # Some tokenizers do not know how many tokens the text encoder takes.
-        limit = getattr(pipeline, name).config.max_position_embeddings
+    for encoder, name in TEXT_ENCODERS.items() if pipeline.text_encoder is not None else []:
+        tokenizer = getattr(pipeline, name)
+        # Some tokenizers do not know the text encoder's limit.
+        limit = getattr(pipeline, encoder).config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
@@ -344,8 +335,7 @@ def load_pipeline(args, accelerator, **components):
 
 
 def find_alphas(ranks, alphas, config):
-    """The alpha of each layer of `ranks`, `{layer: rank}`: that of `alphas`, else what PEFT's configuration in a LoRA's
-    metadata says, else the rank."""
+    """The alpha of each layer of `ranks`, `{layer: rank}`: that of `alphas`, of PEFT's configuration, or the rank."""
     patterns, found = config.get("unet.alpha_pattern") or {}, {}
     for layer, rank in ranks.items():
         alpha = patterns.get(get_pattern_key(patterns, layer), config.get("unet.lora_alpha", rank))
@@ -356,14 +346,15 @@ def find_alphas(ranks, alphas, config):
 
 
 def load_pretrained_lora(args):
-    """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: its weights by name as in PEFT,
-    and a `LoraConfig` with the rank and alpha of each layer. An `InputError` if it cannot be read or flags contradict it."""
+    """The LoRA of `--pretrained_lora_path`, in diffusers' or kohya's format, or `None`: weights by PEFT's names, and a
+    `LoraConfig` with the rank and alpha of each layer."""
     if (path := args.pretrained_lora_path) is None:
         return None
+    flag = f"--pretrained_lora_path {path}"
     # Translates the block names of some SDXL files.
-    options = {"unet_config": SimpleNamespace(**load_config(args, "unet")), "return_lora_metadata": True}
+    options = {"unet_config": argparse.Namespace(**load_config(args, "unet")), "return_lora_metadata": True}
     try:
-        source = path if os.path.exists(path) else snapshot_download(path, allow_patterns=WEIGHTS_NAME)
+        source = path if os.path.exists(path) else hf_hub_download(path, WEIGHTS_NAME)
         file = Path(source, WEIGHTS_NAME) if os.path.isdir(source) else Path(source)
         with safetensors.safe_open(file, "pt") as opened:
             num_weights = sum(not name.endswith(".alpha") for name in opened.keys())
@@ -371,9 +362,9 @@ def load_pretrained_lora(args):
         tensors, kohya_alphas, metadata = PIPELINE_CLASS.lora_state_dict(file.parent, **options)
     except Exception as error:  # the converters raise many kinds
         reason = preference_pairs.find_fault(path) or one_line(error)
-        raise InputError(f"--pretrained_lora_path {path} cannot be read as a LoRA: {reason}") from error
+        raise InputError(f"{flag} cannot be read as a LoRA: {reason}") from error
     if (lost := num_weights - len(tensors)) > 0:  # such as the scales of a DoRA in kohya's format
-        raise InputError(f"--pretrained_lora_path {path}: diffusers drops {lost} of its weights. Give a plain LoRA.")
+        raise InputError(f"{flag}: diffusers drops {lost} of its weights. Give a plain LoRA.")
     # diffusers names these alphas after weights.
     kohya_alphas = {
         re.sub(r"(\.lora_[AB]\.weight)?\.alpha$", "", name.removeprefix("unet.")): alpha
@@ -382,15 +373,15 @@ def load_pretrained_lora(args):
     weights = {}
     for name, weight in convert_unet_state_dict_to_peft(tensors).items():
         if not re.fullmatch(r"unet\..+\.lora_[AB]\.weight", name):
-            raise InputError(f"--pretrained_lora_path {path} holds {name}, but must hold a U-Net's plain LoRA alone.")
+            raise InputError(f"{flag} holds {name}, but must hold a U-Net's plain LoRA alone.")
         weights[name.removeprefix("unet.")] = weight
     ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in weights.items() if ".lora_A." in name}
     if not weights or weights.keys() != {f"{layer}.lora_{side}.weight" for layer in ranks for side in "AB"}:
-        raise InputError(f"--pretrained_lora_path {path}: {len(weights)} weights are not two for each of its layers.")
+        raise InputError(f"{flag}: {len(weights)} weights are not two for each of its layers.")
     alphas = find_alphas(ranks, kohya_alphas, metadata or {})
-    for flag, given, found in (("rank", args.rank, ranks), ("lora_alpha", args.lora_alpha, alphas)):
-        if given is not None and (values := {*found.values()}) != {given}:
-            raise InputError(f"--{flag} is {given}, but --pretrained_lora_path {path} has {sorted(values)}.")
+    for name, found in (("rank", ranks), ("lora_alpha", alphas)):
+        if (given := getattr(args, name)) is not None and (values := {*found.values()}) != {given}:
+            raise InputError(f"--{name} is {given}, but {flag} has {sorted(values)}.")
     (rank, alpha), _ = collections.Counter(zip(ranks.values(), alphas.values())).most_common(1)[0]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(ranks))
     config.rank_pattern = {layer: value for layer, value in ranks.items() if value != rank}
@@ -399,7 +390,7 @@ def load_pretrained_lora(args):
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's layer with fewer kernels in autocast: its input is cast once, and `addmm` adds the LoRA's output and scales it."""
+    """PEFT's layer with fewer kernels in autocast: it casts its input once, and `addmm` adds the LoRA's part."""
 
     def forward(self, x, *args, **kwargs):
         adapter, *others = self.active_adapters
@@ -413,8 +404,8 @@ class FusedLoraLinear(LoraLinear):
 
 
 def create_policy(args, unet, pretrained_lora):
-    """The frozen U-Net with a LoRA in float32 as its adapter "default". A new LoRA changes nothing yet. A pretrained one
-    gives the starting weights, and a frozen copy of it becomes the adapter "reference"."""
+    """The frozen U-Net with a LoRA in float32 as its adapter "default". A pretrained one gives the starting weights,
+    and a frozen copy of it becomes the adapter "reference"."""
     unet.requires_grad_(False)
     options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "init_lora_weights": "gaussian"}
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -422,10 +413,7 @@ def create_policy(args, unet, pretrained_lora):
     for adapter in (ncp_loss.REFERENCE_ADAPTER, "default") if weights else ("default",):
         try:
             unet.add_adapter(copy.deepcopy(config), adapter)
-            for name, parameter in unet.named_parameters():
-                if ".lora_" in name:
-                    # PEFT gives it the U-Net's dtype, which would round the weights.
-                    parameter.data = parameter.float()
+            cast_training_params(unet)  # PEFT gives the LoRA the U-Net's dtype, which would round the weights.
             result = set_peft_model_state_dict(unet, dict(weights), adapter_name=adapter)
             if result.unexpected_keys:
                 raise InputError(f"the U-Net has no layer for {result.unexpected_keys[0]}")
@@ -442,7 +430,7 @@ def create_policy(args, unet, pretrained_lora):
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.compile:
-        # Each size of block is compiled with its adapter on and off, with and without gradients, in autocast and out.
+        # Each size of block is compiled with and without its adapter, gradients and autocast.
         torch._dynamo.config.recompile_limit = 64
         # Rounding as without compilation keeps the margin at exactly 0 while the LoRA changes nothing.
         unet.compile_repeated_blocks(options={"emulate_precision_casts": True})
@@ -461,7 +449,7 @@ def encode_images(vae, pixel_values, batch_size):
 
 def tokenize(pipeline, name, captions):
     """The `input_ids` of captions, `(B, L)`, for the text encoder `name`."""
-    tokenizer, text_encoder = (getattr(pipeline, part) for part in (name.replace("text_encoder", "tokenizer"), name))
+    tokenizer, text_encoder = getattr(pipeline, TEXT_ENCODERS[name]), getattr(pipeline, name)
     input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     if torch.accelerator.is_available():
         input_ids = input_ids.pin_memory()  # A copy of other memory would wait for the device.
@@ -502,8 +490,7 @@ def noise_batch(args, batch, pipeline, noise_scheduler):
 
 
 def predict(denoising, unet, policy, needs_reference):
-    """Predictions of the policy and, if needed, of the reference, `(N, C, h, w)`. `unet` is the policy as accelerate
-    wrapped it, so that gradients are averaged over processes; `policy` is the model itself."""
+    """Predictions of the policy and, if needed, of the reference, `(N, C, h, w)`. `unet` wraps `policy`."""
     ref_pred = None
     if needs_reference:
         with torch.no_grad(), ncp_loss.reference_model(policy):
@@ -512,8 +499,8 @@ def predict(denoising, unet, policy, needs_reference):
 
 
 def loss_options(args):
-    options = {"loss_type": args.loss_type, "beta": args.beta_dpo, "sft_weight": args.sft_weight}
-    return {**options, "label_smoothing": args.label_smoothing, "target_margin": args.target_margin}
+    names = ("loss_type", "sft_weight", "label_smoothing", "target_margin")
+    return {"beta": args.beta_dpo, **{name: getattr(args, name) for name in names}}
 
 
 def measure_loss(args, errors, batch):
@@ -521,7 +508,7 @@ def measure_loss(args, errors, batch):
     if len(errors.policy) == len(batch["timesteps"]):
         return errors.policy.mean()
     options = {"winner_probability": batch.get("winner_probability"), **loss_options(args)}
-    return ncp_loss.preference_loss(errors.policy, errors.reference, **options).loss
+    return ncp_loss.preference_loss(*errors, **options).loss
 
 
 def tabulate(batch, errors):
@@ -540,12 +527,12 @@ def summarize(args, table):
 
 
 @torch.no_grad()
-def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler):
+def check_prediction(args, pairs, policy, pipeline, noise_scheduler):
     """Warns if the reference predicts worse than zero, as with another `prediction_type` than the model's."""
     timestep = pairs.timesteps[-math.ceil(len(pairs.timesteps) / 8)]  # Types differ most at large ones.
-    stream = preference_pairs.PairStream(pairs.rows, args.seed, 0, 2)
+    stream = preference_pairs.pair_stream(pairs.rows, args.seed, 0, 2)
     batch = preference_pairs.collate_fn([pairs[(*key, timestep)] for key in stream])
-    denoising = noise_batch(args, send_to_device(batch, accelerator.device), pipeline, noise_scheduler)
+    denoising = noise_batch(args, send_to_device(batch, policy.device), pipeline, noise_scheduler)
     with ncp_loss.reference_model(policy):
         ref_pred = denoising.predict(policy)
     error, error_of_zero = (ncp_loss.latent_error(pred, denoising.target).mean() for pred in (ref_pred, 0 * ref_pred))
@@ -558,23 +545,22 @@ def check_prediction(args, accelerator, pairs, policy, pipeline, noise_scheduler
 def load_batches(accelerator, pairs, keys, batch_size):
     """Batches of this process's share of the pairs with these keys, on its device."""
     with accelerator.split_between_processes(keys) as own_keys:
-        options = {"sampler": list(own_keys), "collate_fn": preference_pairs.collate_fn}
+        options = {"sampler": own_keys, "collate_fn": preference_pairs.collate_fn}
     for batch in torch.utils.data.DataLoader(pairs, batch_size, **options):
         yield send_to_device(batch, accelerator.device)
 
 
 @torch.no_grad()
 def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception):
-    """The error scale, from latent and perceptual margins of the stream's first pairs under a small random change of the
-    policy (of winners alone for sft). Pairs and timesteps do not depend on the number of processes."""
+    """The error scale, from latent and perceptual margins under a small random change of the policy."""
     # Nothing can change at the first timestep.
     timesteps = pairs.timesteps[pairs.timesteps > 0] if len(pairs.timesteps) > 1 else pairs.timesteps
     generator, measured, start = torch.Generator().manual_seed(args.seed), [], time.monotonic()
     offset = torch.rand((), generator=generator).item()
-    bar = tqdm(desc="Error scale", total=MAX_SCALE_PAIRS, disable=not accelerator.is_local_main_process)
+    bar = tqdm(desc="Error scale", total=MAX_SCALE_PAIRS)
     with ncp_loss.perturbed_policy(policy, generator), bar:
         for first in range(0, MAX_SCALE_PAIRS, SCALE_BLOCK_SIZE):
-            stream = preference_pairs.PairStream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
+            stream = preference_pairs.pair_stream(pairs.rows, args.seed, first, first + SCALE_BLOCK_SIZE)
             spread = preference_pairs.spread_timesteps(timesteps, first, SCALE_BLOCK_SIZE, offset)
             keys, block = [(*key, timestep) for key, timestep in zip(stream, spread)], []
             for batch in load_batches(accelerator, pairs, keys, SCALE_BATCH_SIZE):
@@ -596,7 +582,7 @@ def measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_schedu
                 break
     seconds, percent = time.monotonic() - start, 100 * standard_error
     logger.info(f"Measured the error scale to {percent:.0f} % on {first + SCALE_BLOCK_SIZE} pairs in {seconds:.0f} s")
-    # With so few digits, the flag that is printed gives the very same run.
+    # With so few digits, the printed flag gives the very same run.
     return float(f"{scale:.4g}")
 
 
@@ -608,7 +594,7 @@ def create_perception(args, accelerator, pairs, policy, pipeline, noise_schedule
     perception = ncp_loss.NoiseConditionedPerception(policy, noise_scheduler, **options)
     if args.ncp_error_scale != "auto":
         scale = args.ncp_error_scale
-    elif saved is not None and not find_changes(args, saved, SCALE_ARGUMENTS):
+    elif saved and not find_changes(args, saved, SCALE_ARGUMENTS):
         scale = saved["error_scale"]
     else:
         scale = measure_error_scale(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception)
@@ -620,12 +606,12 @@ def create_perception(args, accelerator, pairs, policy, pipeline, noise_schedule
 def create_accelerator(args):
     """Sets up accelerate, logging, the output folder and the repository on the hub."""
     accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        project_dir=str(Path(args.output_dir, args.logging_dir)),
         # The schedule counts optimization steps. accelerate would step it once per process.
         step_scheduler_with_optimizer=False,
     )
@@ -637,9 +623,8 @@ def create_accelerator(args):
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # It logs five lines per checkpoint.
     logger.info(accelerator.state, main_process_only=False)
     if not accelerator.is_local_main_process:
-        preference_pairs.logger.setLevel(logging.ERROR)
-        for library in (datasets.utils, transformers.utils, diffusers.utils):
-            library.logging.set_verbosity_error()
+        for library in ("datasets", "diffusers", "preference_pairs", "transformers"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.is_main_process:
@@ -656,8 +641,7 @@ def create_accelerator(args):
 def set_run_seed(args, saved):
     """If no seed is given, takes the checkpoint's or draws one, the same on every process."""
     if args.seed is None:
-        random_seed = int(np.random.SeedSequence().generate_state(1)[0])
-        args.seed = saved["arguments"]["seed"] if saved else broadcast_object_list([random_seed])[0]
+        args.seed = saved["arguments"]["seed"] if saved else broadcast_object_list([torch.seed() % 2**32])[0]
         logger.info(f"Drew --seed {args.seed}")
     torch.manual_seed(args.seed)
 
@@ -668,11 +652,11 @@ def create_state(args, accelerator, pairs, saved):
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs.rows) / pairs_per_step)
     return {
-        "format": STATE_FORMAT,
-        "global_step": saved["global_step"] if saved else 0,
-        "next_pair": saved["next_pair"] if saved else 0,  # its number in the stream
+        "format": 2,
+        "global_step": saved.get("global_step", 0),
+        "next_pair": saved.get("next_pair", 0),  # its number in the stream
         "pairs_per_step": pairs_per_step,
-        "validated_step": saved.get("validated_step") if saved else None,
+        "validated_step": saved.get("validated_step"),
         "dataset": pairs.source,
         "error_scale": None,
         "num_processes": accelerator.num_processes,
@@ -705,16 +689,15 @@ def create_optimizer(args, policy, pairs_per_step):
 
 
 def find_changes(args, saved, names):
-    """Differences from a checkpoint's arguments. Flags that did not exist then had their default value."""
-    parser = create_parser()
-    before = {name: saved["arguments"].get(name, parser.get_default(name)) for name in names}
-    now = {name: getattr(args, name) for name in names}
-    return [f"--{name} is {now[name]!r}, but was {before[name]!r}" for name in names if now[name] != before[name]]
+    """Differences from a checkpoint's arguments. Flags that did not exist then had their default."""
+    default, before = create_parser().get_default, saved["arguments"]
+    values = [(name, getattr(args, name), before.get(name, default(name))) for name in names]
+    return [f"--{name} is {now!r}, but was {then!r}" for name, now, then in values if now != then]
 
 
 def read_state(checkpoint):
-    """A checkpoint's training_state.json. An `InputError` for one of an older version."""
-    state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    """A checkpoint's training_state.json, unless it is of an older version."""
+    state = json.loads((checkpoint / STATE_NAME).read_bytes())
     if "format" not in state:
         names = ("timestep_weighting", "sdpo_safeguard", "pretrained_lora_path")
         used = [f"--{name}" for name in names if state["arguments"].get(name) not in (None, False, "none")]
@@ -729,7 +712,7 @@ class Checkpoints:
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
         if accelerator.is_main_process:
-            # The operating system frees it when the process ends.
+            # The system frees it when the process ends.
             self.lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
             try:
                 self.lock.acquire(timeout=0)
@@ -746,8 +729,8 @@ class Checkpoints:
     def find(self):
         """Complete checkpoints in ascending order of their steps."""
         folders = (path.parent for path in self.folder.glob(f"checkpoint-*/{STATE_NAME}"))
-        steps = {int(folder.name[11:]): folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)}
-        return [folder for _, folder in sorted(steps.items())]
+        folders = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)]
+        return sorted(folders, key=lambda folder: int(folder.name[11:]))
 
     def choose(self):
         """The checkpoint of `--resume_from_checkpoint`; `None` for a new run."""
@@ -777,7 +760,7 @@ class Checkpoints:
         return found
 
     def check(self, state):
-        """Raises an `InputError` if the run, with this `state`, differs between processes or from its checkpoint."""
+        """Refuses a run whose `state` differs between processes or from its checkpoint."""
         args, checkpoint, saved = self.args, self.checkpoint, self.saved
         inputs = gather_object([(state["data"], state["models"])])
         if others := [rank for rank, other in enumerate(inputs) if other != inputs[0]]:
@@ -790,7 +773,7 @@ class Checkpoints:
         names = LEARNING_ARGUMENTS + ([] if args.lr_scheduler.startswith("constant") else ["max_train_steps"])
         if args.ncp_error_scale in ("auto", saved["error_scale"]):
             names.remove("ncp_error_scale")
-        others = sorted({part for part, _ in state["models"].items() ^ saved.get("models", {}).items()})
+        others = sorted(dict(state["models"].items() ^ saved.get("models", {}).items()))
         if not others:
             # The same files in another place are the same model.
             names = [name for name in names if name not in (*preference_pairs.MODEL_ARGUMENTS, "pretrained_lora_path")]
@@ -811,7 +794,7 @@ class Checkpoints:
             logger.warning(differences)
 
     def load(self, policy):
-        """Resumes, if there is a checkpoint. Of `policy`, checkpoints hold the LoRA alone, in diffusers' format."""
+        """Resumes, if there is a checkpoint."""
         self.policy = policy
         # Without these hooks accelerate would save and load the whole U-Net as well.
         self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -819,7 +802,7 @@ class Checkpoints:
         if self.checkpoint is None:
             return
         self.accelerator.load_state(str(self.checkpoint))
-        # accelerate restores its count of batches, but a step may now have another number of batches.
+        # accelerate restores its count of batches, of which a step may now have another number.
         self.accelerator.step = 0
         lora = safetensors.torch.load_file(self.checkpoint / WEIGHTS_NAME)
         lora = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in lora.items()})
@@ -830,7 +813,7 @@ class Checkpoints:
         logger.info(f"Resumed from {self.checkpoint}")
 
     def save(self, state, signals):
-        """Writes `checkpoint-N`, which gets its name when all of it is on the disk, and removes those over the limit."""
+        """Writes `checkpoint-N`, which gets its name when it is on the disk, and removes those over the limit."""
         folder = self.folder / f"checkpoint-{state['global_step']}"
         incomplete = folder.with_name(f"incomplete-{folder.name}")
         with signals.others_wait():
@@ -840,7 +823,7 @@ class Checkpoints:
             try:
                 self.accelerator.save_state(str(incomplete))
                 self.save_lora(incomplete)
-                (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
+                (incomplete / STATE_NAME).write_text(json.dumps(state, indent=2))
                 for path in incomplete.rglob("*"):
                     synchronize(path)
                 if folder.exists():  # It is not complete: the run has passed over it.
@@ -849,7 +832,7 @@ class Checkpoints:
             except (OSError, RuntimeError, safetensors.SafetensorError) as error:
                 shutil.rmtree(incomplete, ignore_errors=True)
                 whole = ", ".join(path.name for path in self.find()) or "none"
-                advice = f"Whole checkpoints: {whole}. Make room, or go on from one of them in another --output_dir."
+                advice = f"Whole checkpoints: {whole}. Make room, or resume in another --output_dir."
                 raise RuntimeError(f"{folder} could not be saved: {error}. {advice}") from error
             if self.args.checkpoints_total_limit is not None:
                 for old in self.find()[: -self.args.checkpoints_total_limit]:
@@ -862,7 +845,7 @@ class Checkpoints:
         lora = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in lora}
         metadata = self.policy.peft_config["default"].to_dict()
         PIPELINE_CLASS.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
-        # safetensors 0.8 lets the owner alone read it. New files have the permissions of `umask`.
+        # safetensors 0.8 lets the owner alone read it, whatever the umask.
         os.umask(umask := os.umask(0))
         Path(folder, WEIGHTS_NAME).chmod(0o666 & ~umask)
 
@@ -873,7 +856,7 @@ def synchronize(path):
         try:
             os.fsync(file.fileno())
         except OSError as error:
-            # Some file systems do not synchronize. A full or broken disk gives another error.
+            # A full or broken disk gives another error.
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
 
@@ -893,16 +876,14 @@ class Monitor:
         options = {"tensorboard": {"purge_step": state["global_step"] + 1}}
         accelerator.init_trackers(args.tracker_name, settings, options)
         logger.info(f"Training for {args.max_train_steps} steps at --resolution {args.resolution}")
-        quiet = not accelerator.is_local_main_process
-        self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps", disable=quiet)
+        self.progress_bar = tqdm(total=args.max_train_steps, initial=state["global_step"], desc="Steps")
         self.num_skipped, self.skipped_steps, self.flat_steps, self.pending = 0, 0, 0, None
         self.start, self.recent = time.monotonic(), collections.deque(maxlen=50)  # of steps, for the progress bar
 
-    @property
-    def is_validation_step(self):
-        """Whether held-out pairs are measured and images drawn after this step. The last step is one."""
+    def is_due(self, every):
+        """Whether what is done every so many steps, and after the last one, is done now."""
         step = self.state["global_step"]
-        return step == self.args.max_train_steps or step % self.args.validation_steps == 0
+        return step == self.args.max_train_steps or step % every == 0
 
     def report_skipped_pairs(self, reasons):
         for reason in reasons:
@@ -921,14 +902,13 @@ class Monitor:
         columns = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         columns["grad_norm"] = grad_norm.expand(len(columns["rows"]))
         values = self.accelerator.gather(torch.stack([column.float() for column in columns.values()], dim=1))
-        # The device goes on during the copy. Waiting for it here would leave the device without work.
+        # Waiting for the copy here would leave the device without work.
         values = values.to("cpu", non_blocking=True)
         copied = torch.accelerator.current_stream().record_event() if grad_norm.device.type != "cpu" else None
         self.flush()
         self.pending = self.state["global_step"], learning_rate, dict(zip(columns, values.T)), copied
 
     def flush(self):
-        """Logs the recorded step. A `RuntimeError` if one step too many in a row is not finite."""
         if self.pending is None:
             return
         (step, learning_rate, table, copied), self.pending = self.pending, None
@@ -961,8 +941,7 @@ class Monitor:
         logger.warning(f"Step {step} is not finite: {problem}. It is skipped.")
 
     def report_end(self):
-        """Says how the run went, where the LoRA is and what to do next."""
-        args, duration = self.args, datetime.timedelta(seconds=round(time.monotonic() - self.start))
+        args, duration = self.args, timedelta(seconds=round(time.monotonic() - self.start))
         self.progress_bar.close()
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
         logger.info(f"Trained for {duration}{memory}")
@@ -980,10 +959,9 @@ class Monitor:
 
 @torch.no_grad()
 def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals):
-    """Measures held-out pairs in latent space and in that of training, in total and by timestep range, for trackers and
-    `eval.csv`. Lines of this and later steps in that file are replaced. A stop signal breaks it off."""
+    """Measures held-out pairs in latent space and that of training, by timestep range, for trackers and `eval.csv`."""
     spaces = {"latent": ncp_loss.LatentSpace, args.loss_space: perception}
-    tables, metrics, lines, global_step = {space: [] for space in spaces}, {}, [], monitor.state["global_step"]
+    tables, metrics, lines, step = {space: [] for space in spaces}, {}, [], monitor.state["global_step"]
     # A pair has the same timestep in every measurement.
     timesteps = preference_pairs.spread_timesteps(pairs.timesteps, 0, len(pairs.rows), 0.5)
     keys = [(0, row, timestep) for row, timestep in zip(pairs.rows, timesteps)]
@@ -996,9 +974,9 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
             continue
         monitor.report_skipped_pairs(batch["skipped"])
         denoising = noise_batch(args, batch, pipeline, noise_scheduler)
-        model_pred, ref_pred = predict(denoising, policy, policy, needs_reference=True)
+        predictions = predict(denoising, policy, policy, needs_reference=True)
         for space, measured_in in spaces.items():
-            errors = measured_in.errors(denoising, model_pred, ref_pred)
+            errors = measured_in.errors(denoising, *predictions)
             tables[space].append(send_to_device(tabulate(batch, errors), "cpu"))
     ranges = {"all": pairs.timesteps}
     ranges |= {f"{part[0]}-{part[-1]}": part for part in pairs.timesteps.tensor_split(4) if len(part)}
@@ -1011,39 +989,37 @@ def measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler
                 continue
             summary = summarize(args, {column: values[within] for column, values in table.items()})
             metrics.update((f"eval/{space}/{metric}/{name}", summary[metric]) for metric in EVAL_METRICS)
-            values = [global_step, space, name, within.sum().item(), *(summary[metric] for metric in EVAL_METRICS)]
+            values = [step, space, name, within.sum().item(), *(summary[metric] for metric in EVAL_METRICS)]
             lines.append(",".join(map(str, values)))
-    monitor.track(accelerator.log, metrics, step=global_step)
+    monitor.track(accelerator.log, metrics, step=step)
     accuracy = metrics[f"eval/{args.loss_space}/implicit_accuracy/all"]
-    logger.info(f"Held-out pairs at step {global_step}: implicit accuracy {accuracy:.3f}")
+    logger.info(f"Held-out pairs at step {step}: implicit accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
         path = Path(args.output_dir, "eval.csv")
         head = ",".join(["step", "space", "timesteps", "pairs", *EVAL_METRICS])
-        earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
-        earlier = [line for line in earlier if int(line.split(",")[0]) < global_step]
+        earlier = path.read_text().splitlines()[1:] if path.is_file() else []
+        earlier = [line for line in earlier if int(line.split(",")[0]) < step]
         incomplete = path.with_name(f"incomplete-{path.name}")
-        incomplete.write_text("\n".join([head, *earlier, *lines, ""]), encoding="utf-8")
+        incomplete.write_text("\n".join([head, *earlier, *lines, ""]))
         incomplete.replace(path)
 
 
 def read_held_out(args):
     """The rows of `eval.csv` in the space of training, at all timesteps together."""
-    with open(Path(args.output_dir, "eval.csv"), encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row["space"], row["timesteps"]) == (args.loss_space, "all")]
+    rows = csv.DictReader(Path(args.output_dir, "eval.csv").read_text().splitlines())
+    return [row for row in rows if (row["space"], row["timesteps"]) == (args.loss_space, "all")]
 
 
 @torch.no_grad()
-def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
-    """Draws `validation/step-N.png`, from the same noise at every step, and `before_after.png` of step 0, which the
-    reference draws, and this step."""
-    folder = Path(args.output_dir, "validation")
-    path, vae = folder / f"step-{global_step}.png", pipeline.vae
+def log_validation(args, accelerator, pipeline, step, monitor, signals):
+    """Draws `validation/step-N.png`, always from the same noise, and `before_after.png` of step 0 and this one."""
+    folder, vae = Path(args.output_dir, "validation"), pipeline.vae
     if not (args.run_validation and accelerator.is_main_process) or signals.stop:
         return
-    logger.info(f"Drawing {args.num_validation_images} validation images at step {global_step}")
+    logger.info(f"Drawing {args.num_validation_images} validation images at step {step}")
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25, "output_type": "latent"}
     decoded = []
-    # Tiles need less memory, so drawing does not raise the peak.
+    # Tiles keep drawing from raising the peak memory.
     vae.enable_tiling()
     for index in range(args.num_validation_images):
         if signals.stop:
@@ -1056,20 +1032,20 @@ def log_validation(args, accelerator, pipeline, global_step, monitor, signals):
     decoded = torch.cat(decoded)
     if not decoded.isfinite().all():
         flags = f"--validation_prompt {args.validation_prompt!r} with --mixed_precision {args.mixed_precision}"
-        logger.warning(f"{flags} gives images that are not finite at step {global_step}: none is saved")
+        logger.warning(f"{flags} gives images that are not finite at step {step}: none is saved")
         return
     images = pipeline.image_processor.postprocess(decoded)
     folder.mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(path)
+    make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step}.png")
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            monitor.track(tracker.log_images, {"validation": np.stack(images)}, step=global_step, **layout)
+            monitor.track(tracker.log_images, {"validation": np.stack(images)}, step=step, **layout)
     if not (folder / "step-0.png").is_file():  # The reference's images were not finite.
         return
-    before_after = [Image.open(folder / f"step-{step}.png") for step in (0, global_step)]
+    before_after = [Image.open(folder / f"step-{number}.png") for number in (0, step)]
     style = {"fill": "white", "stroke_fill": "black", "stroke_width": 1, "font_size": args.resolution / 16}
-    for image, title in zip(before_after, ("before training", f"after {global_step} steps")):
+    for image, title in zip(before_after, ("before training", f"after {step} steps")):
         ImageDraw.Draw(image).text((4, 4), title, **style)
     make_image_grid(before_after, rows=2, cols=1).save(folder / "before_after.png")
 
@@ -1080,7 +1056,7 @@ def validate(args, accelerator, pairs, policy, pipeline, noise_scheduler, percep
     if pairs is not None:
         measure_held_out(args, accelerator, pairs, policy, pipeline, noise_scheduler, perception, monitor, signals)
     with signals.others_wait():
-        # A picture of an earlier run may be there at step 0.
+        # An earlier run may have left it.
         if step == 0 or not Path(args.output_dir, "validation", "step-0.png").is_file():
             with ncp_loss.reference_model(policy):
                 log_validation(args, accelerator, pipeline, 0, monitor, signals)
@@ -1110,8 +1086,8 @@ def describe_run(state):
 
 
 def save_kohya_lora(path, lora, alphas, description):
-    """Writes a U-Net's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata. `lora` has
-    PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer; `description` is more metadata."""
+    """Writes a U-Net's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111 and Forge, and returns its metadata, with
+    `description`. `lora` has PEFT's names, `unet.….lora_A.weight`; `alphas` are by layer."""
     kohya = convert_state_dict_to_kohya({name: value.cpu().contiguous() for name, value in lora.items()})
     # It takes every alpha to be the rank.
     kohya |= {f"lora_unet_{layer.replace('.', '_')}.alpha": torch.tensor(float(alphas[layer])) for layer in alphas}
@@ -1140,21 +1116,22 @@ def launch_command(args, accelerator, name=str):
 
 
 def save_model_card(args, accelerator, state):
-    """Writes README.md with picture, held-out results, settings and command."""
+    """Writes README.md."""
     about, output_dir = describe_run(state), Path(args.output_dir)
 
     def table(head, *rows):
         return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
     settings = {name.removeprefix("ncp_"): value for name, value in about.items() if name.startswith("ncp_")}
-    settings |= {"pairs per step": state["pairs_per_step"], **{name: getattr(args, name) for name in CARD_ARGUMENTS}}
+    names = ("max_train_steps", "learning_rate", "resolution", "mixed_precision", "seed")
+    settings |= {"pairs per step": state["pairs_per_step"], **{name: getattr(args, name) for name in names}}
     picture, held_out = "", ""
     if (output_dir / "validation" / "before_after.png").is_file():
         picture = f"![{args.validation_prompt}, before and after](validation/before_after.png)\n\n"
     if args.num_eval_pairs is not None:
         rows = [[row["step"], *(f"{float(row[name]):.3g}" for name in EVAL_METRICS)] for row in read_held_out(args)]
         held_out = f"On held-out pairs:\n\n{table(('step', *EVAL_METRICS), *rows)}\n\n"
-    base_model = public_name(args.pretrained_model_name_or_path)
+    base_model = about["ss_sd_model_name"]
     repo_id = args.hub_model_id or output_dir.resolve().name
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "ncp-dpo"]
     on_hub = None if os.path.exists(args.pretrained_model_name_or_path) else base_model
@@ -1206,8 +1183,7 @@ class StopSignals:
         self.stop, self.number, self.time, self.group = False, signal.SIGTERM, None, None
         if accelerator.num_processes > 1:
             # Without the device, which would have to finish its work first.
-            timeout = datetime.timedelta(seconds=args.ddp_timeout)
-            self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+            self.group = torch.distributed.new_group(timeout=timedelta(seconds=args.ddp_timeout), backend="gloo")
         # `nohup` has SIGHUP ignored.
         handled = (number for number in preference_pairs.STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
         self.handlers = {number: signal.signal(number, self.receive) for number in handled}
@@ -1272,7 +1248,7 @@ def main(args):
     lora = load_pretrained_lora(args)
     winner_only = args.loss_type == "sft" and args.preference_probability_column is None
     pairs, eval_pairs = preference_pairs.open_pairs(args, vae_config, timesteps, winner_only)
-    state = create_state(args, accelerator, pairs, checkpoints.saved)
+    state = create_state(args, accelerator, pairs, checkpoints.saved or {})
     checkpoints.check(state)
 
     pipeline = load_pipeline(args, accelerator)
@@ -1285,12 +1261,12 @@ def main(args):
     unet, optimizer, lr_scheduler, dataloader = accelerator.prepare(policy, optimizer, lr_scheduler, dataloader)
     checkpoints.load(policy)
     models = {"policy": policy, "pipeline": pipeline, "noise_scheduler": noise_scheduler}
-    check_prediction(args, accelerator, pairs, **models)
+    check_prediction(args, pairs, **models)
     perception = create_perception(args, accelerator, pairs, **models, saved=checkpoints.saved, state=state)
     monitor, signals = Monitor(args, accelerator, state), StopSignals(args, accelerator)
     validation = {**models, "perception": perception, "monitor": monitor, "signals": signals}
     is_validated = state["validated_step"] == state["global_step"] and Path(args.output_dir, "eval.csv").is_file()
-    if monitor.is_validation_step and not is_validated:
+    if monitor.is_due(args.validation_steps) and not is_validated:
         validate(args, accelerator, eval_pairs, **validation)
 
     needs_reference, tables = ncp_loss.LOSSES[args.loss_type].needs_reference, []
@@ -1301,8 +1277,7 @@ def main(args):
         monitor.report_skipped_pairs(batch["skipped"])
         with accelerator.accumulate(unet):
             denoising = noise_batch(args, batch, pipeline, noise_scheduler)
-            model_pred, ref_pred = predict(denoising, unet, policy, needs_reference)
-            errors = perception.errors(denoising, model_pred, ref_pred)
+            errors = perception.errors(denoising, *predict(denoising, unet, policy, needs_reference))
             accelerator.backward(measure_loss(args, errors, batch))
             tables.append(tabulate(batch, errors))
             if accelerator.sync_gradients:
@@ -1320,10 +1295,10 @@ def main(args):
         state["next_pair"] += pairs_per_step
         monitor.record(tables, grad_norm, lr_scheduler.get_last_lr()[0])
         tables.clear()
-        if monitor.is_validation_step:
+        if monitor.is_due(args.validation_steps):
             monitor.flush()
             validate(args, accelerator, eval_pairs, **validation)
-        if state["global_step"] % args.checkpointing_steps == 0 or state["global_step"] == args.max_train_steps:
+        if monitor.is_due(args.checkpointing_steps):
             monitor.flush()
             checkpoints.save(state, signals)
 

@@ -47,7 +47,6 @@ from preference_pairs import (
     INDEX,
     NOT_NEGATIVE,
     POSITIVE,
-    PairStream,
     PreferencePairs,
     collate_fn,
     create_dataloader,
@@ -55,6 +54,7 @@ from preference_pairs import (
     image_bytes,
     load_dataset,
     number_type,
+    pair_stream,
     preprocess_image,
     read_image,
 )
@@ -196,14 +196,14 @@ def test_sdxl_time_ids_are_each_images_own():
 
 def test_the_stream_of_pairs():
     rows = [5, 6, 7, 8, 9, 11]
-    stream = list(PairStream(rows, 0, 0, 14))
-    assert stream == list(PairStream(rows, 0, 0, 14)) and len(PairStream(rows, 0, 3, 14)) == 11
+    stream = list(pair_stream(rows, 0, 0, 14))
+    assert stream == list(pair_stream(rows, 0, 0, 14)) and len(list(pair_stream(rows, 0, 3, 14))) == 11
     assert [epoch for epoch, _ in stream] == [0] * 6 + [1] * 6 + [2] * 2
     first, second = ([row for _, row in stream[start : start + 6]] for start in (0, 6))
     assert sorted(first) == sorted(second) == rows and first != second
     # A part of the stream is the same wherever it starts, also across epochs.
-    assert list(PairStream(rows, 0, 4, 13)) == stream[4:13]
-    assert list(PairStream(rows, 1, 0, 6)) != stream[:6]
+    assert list(pair_stream(rows, 0, 4, 13)) == stream[4:13]
+    assert list(pair_stream(rows, 1, 0, 6)) != stream[:6]
 
 
 def test_resize_keeps_the_aspect_ratio():
@@ -764,7 +764,7 @@ def test_unreadable_image_in_the_first_batch(run_sd15, no_models, tmp_path):
 @pytest.mark.bad_input
 def test_unreadable_image_later(run_sd15, tmp_path, workers):
     columns = pair_columns(12)
-    bad = list(PairStream(list(range(12)), 0, 0, 12))[-1][1]
+    bad = list(pair_stream(list(range(12)), 0, 0, 12))[-1][1]
     columns["jpg_0"][bad] = b"no image"
     with pytest.raises(ValueError, match=rf"Row {bad} \('.*'\): jpg_0 cannot be read as an image"):
         run_sd15(
@@ -781,7 +781,7 @@ def test_unreadable_image_later(run_sd15, tmp_path, workers):
 @pytest.mark.bad_input
 def test_a_run_that_fails_leaves_no_workers_waiting(run_sd15, tmp_path):
     columns = pair_columns(12)
-    bad = list(PairStream(list(range(12)), 0, 0, 12))[-1][1]
+    bad = list(pair_stream(list(range(12)), 0, 0, 12))[-1][1]
     columns["jpg_0"][bad] = b"no image"
     options = {"dataset_name": write_parquet(tmp_path / "data", columns), "loss_space": "latent", "max_train_steps": 8}
     words = run_sd15.command([], {f"--{name}": value for name, value in options.items()})
@@ -809,7 +809,7 @@ def test_a_worker_that_is_killed_ends_the_run(run_sd15, monkeypatch):
 @pytest.mark.bad_input
 def test_a_file_that_is_not_there_is_named_before_training(checkpoints, tmp_path, no_models):
     folder = Path(build_image_folder(tmp_path / "images", num_pairs=6))
-    last = [row for _, row in PairStream(list(range(6)), 0, 0, 6)][-1]
+    last = [row for _, row in pair_stream(list(range(6)), 0, 0, 6)][-1]
     (folder / f"images/{last}_jpg_1.png").unlink()
     run = Run("sd15", checkpoints["sd15"], None, tmp_path / "output")
     with pytest.raises(
@@ -857,7 +857,7 @@ BAD_IMAGES = {
 @pytest.mark.bad_input
 def test_bad_image_stops_with_row_and_column(run_sd15, tmp_path, kind_of_image, position):
     columns = pair_columns(4)
-    bad = [row for _, row in PairStream(list(range(4)), 0, 0, 4)][0 if position == "first" else -1]
+    bad = [row for _, row in pair_stream(list(range(4)), 0, 0, 4)][0 if position == "first" else -1]
     columns["jpg_1"][bad] = BAD_IMAGES[kind_of_image]
     with pytest.raises(ValueError, match=rf"Row {bad} \('.*'\): jpg_1 cannot be read as an image: ."):
         run_sd15(dataset_name=write_parquet(tmp_path / "data", columns), loss_space="latent", max_train_steps=4)

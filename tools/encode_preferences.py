@@ -412,7 +412,7 @@ def encode_prompts(args, trainer, pipeline, shards, captions):
 
 def is_readable(args, row_number, row):
     try:
-        preference_pairs.read_images(args, row_number, row)
+        list(preference_pairs.read_images(args, row_number, row))
     except preference_pairs.InputError:
         return False
     return True
@@ -423,7 +423,7 @@ def decode_pair(args, has_time_ids, pair):
     pair."""
     row_number, row = pair
     try:
-        images = preference_pairs.read_images(args, row_number, row)
+        images = list(preference_pairs.read_images(args, row_number, row))
     except preference_pairs.InputError as error:
         if args.on_bad_sample == "error":
             raise

@@ -284,7 +284,7 @@ def decode_pair(args, pair):
     """`(row number, row, images, encoded images)`. `None` skips the pair."""
     row_number, row = pair
     try:
-        images = read_images(args, row_number, row)
+        images = list(read_images(args, row_number, row))
     except InputError as error:
         if args.on_bad_sample == "error":
             raise
