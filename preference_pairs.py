@@ -400,7 +400,7 @@ def load_encoding(args):
         return {}
     path = Path(args.encoded_data_dir, "encoding.json")
     if not path.is_file():
-        raise InputError(f"--encoded_data_dir: there is no file {path} of tools/encode_preferences.py.")
+        raise InputError(f"--encoded_data_dir {path.parent} has no {path.name} of tools/encode_preferences.py.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

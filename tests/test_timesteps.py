@@ -368,7 +368,7 @@ def test_what_is_encoded_keeps_the_probability(run_sd15, tmp_path):
     )
     stored = load_dataset("arrow", data_files=str(tmp_path / "encoded/pairs/*.arrow"), split="train")
     assert stored["winner_probability"][:] == pytest.approx([0.9, 0.8, 0.6, 0.7])
-    run_sd15.into("encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **options)
+    run_sd15.into("from_encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **options)
     assert distance(run_sd15.lora(), trained) < 1e-3
     # Other probabilities of the same labels are other data, for encoding and for a resume.
     words[3] = soft_labels(tmp_path / "corrected", [0.9, 0.2, 0.55, 0.7], label_0=[1, 0, 1, 1])
@@ -377,7 +377,7 @@ def test_what_is_encoded_keeps_the_probability(run_sd15, tmp_path):
             encode_preferences.parse_args([str(w) for w in [*words, "--output_dir", tmp_path / "encoded"]])
         )
     resume = {**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    run_sd15.into("encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **resume)
+    run_sd15.into("from_encoded")(dataset_name=None, encoded_data_dir=tmp_path / "encoded", **resume)
     state = run_sd15.output_dir / "checkpoint-2/training_state.json"
     state.write_text(re.sub('"probabilities": ".', '"probabilities": "-', state.read_text()))
     shutil.rmtree(run_sd15.output_dir / "checkpoint-3")
