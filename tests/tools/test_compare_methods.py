@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_methods
 import eval_win_rate
@@ -345,6 +346,14 @@ def test_pictures_that_are_drawn_again_are_scored_again(compare, tmp_path):
     next(file.parent.glob("*.png")).unlink()
     stop_before("report", compare, *edits)
     assert json.loads(file.read_text()) == scores
+
+
+def test_a_training_that_was_stopped_after_its_last_checkpoint_has_no_memory():
+    records = {"whole": {"seconds": 2.0, "peak_memory": 5.0}, "stopped": {"seconds": 4.0}}
+    comparison = SimpleNamespace(read_record=lambda training: records[training.seed])
+    trainings = [SimpleNamespace(row="row", seed=seed) for seed in records]
+    assert compare_methods.costs(comparison, trainings, "row") == (3.0, 5.0)
+    assert compare_methods.costs(comparison, trainings[1:], "row") == (4.0, None)
 
 
 FILES = sorted((ROOT / "docs" / "compare").glob("*.toml"))
