@@ -183,8 +183,7 @@ def load_image_folder(args):
     if not path.is_file():
         raise InputError(f"--train_data_dir: there is no file {path}.")
     columns = {column: [] for column in features}
-    lines = [pair for pair in enumerate(path.read_bytes().split(b"\n"), start=1) if pair[1].strip()]
-    for line_number, line in lines:
+    for line_number, line in filter(lambda pair: pair[1].strip(), enumerate(path.read_bytes().split(b"\n"), start=1)):
         try:
             row = dict(json.loads(line))  # also with a byte-order mark
             for column, feature in features.items():
